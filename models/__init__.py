@@ -1,0 +1,1 @@
+"""Torch definitions of the model families, checkpoint importers, the zoo, training recipes."""

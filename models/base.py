@@ -1,0 +1,61 @@
+"""What every video model of dvexport offers, so that one pipeline serves them all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dvexport.models.config import Preprocess
+from torch import Tensor, nn
+
+from dvexport import gates
+from dvexport.errors import UsageError
+
+__all__ = ["Preprocess", "VideoModel"]
+
+
+class VideoModel(nn.Module):
+    """A classifier of clips: per-frame logits and their running consensus.
+
+    A subclass defines `per_frame_logits`. Any module becomes one that way, see docs/adding-a-model.md.
+
+    Args:
+        name: how the zoo and bundles call the model.
+        config: frozen dataclass with every option that shapes the model.
+        preprocess: how its frames are made from a video.
+        labels: one name per class.
+        causal: False if a frame's result depends on later frames, which rules out stream mode.
+    """
+
+    def __init__(
+        self, *, name: str, config: Any, preprocess: Preprocess, labels: list[str], causal: bool
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.config = config
+        self.preprocess = preprocess
+        self.labels = labels
+        self.causal = causal
+
+    def per_frame_logits(self, x: Tensor) -> Tensor:
+        """Return logits `[N, classes]` of each frame of `x` `[N, 3, H, W]`, before consensus."""
+        raise NotImplementedError
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Return for each frame the consensus over it and all before it.
+
+        Args:
+            frames: `[N, 3, H, W]`, one clip, frames first; batches of clips of T frames each
+                follow one another under `dvexport.gates.frames_per_clip(T)`.
+
+        Returns:
+            `[N, classes]`; the last row of a clip is its result (TSN, average consensus before softmax).
+        """
+        return gates.frame_mean(self.per_frame_logits(frames))
+
+    def set_labels(self, labels: list[str]) -> None:
+        """Name the classes; UsageError if there are more or fewer names than classes."""
+        if len(labels) != self.config.classes:
+            raise UsageError(
+                f"{len(labels)} labels for a model of {self.config.classes} classes", where=self.name
+            )
+        self.labels = list(labels)
