@@ -107,6 +107,7 @@ class ChannelPolicy(nn.Module):
         self.bn = nn.BatchNorm1d(fc0.out_features) if config.gate_bn else None
         self.fc1 = fc1
         self.generator: torch.Generator | None = None
+        self.noise_scale = 1.0
 
     @staticmethod
     def linears(inputs: int, channels: int, config: ResNetConfig) -> tuple[nn.Linear, nn.Linear]:
@@ -135,7 +136,7 @@ class ChannelPolicy(nn.Module):
         """Return actions: integers `[N, C]`, or one-hot floats `[N, C, 3]` in training."""
         logits = self.logits(x)
         if self.training:
-            return self._spread(_gumbel_one_hot(logits, self.config.tau, self.generator))
+            return self._spread(_gumbel_one_hot(logits, self.config.tau, self.generator, self.noise_scale))
         if self.config.sampling == "official":
             return self._sample(logits)
         return self._to_action(logits.argmax(dim=2))
@@ -168,14 +169,17 @@ class ChannelPolicy(nn.Module):
         return torch.cat(order, dim=2)
 
 
-def _gumbel_one_hot(logits: Tensor, tau: float, generator: torch.Generator | None) -> Tensor:
+def _gumbel_one_hot(
+    logits: Tensor, tau: float, generator: torch.Generator | None, noise_scale: float = 1.0
+) -> Tensor:
     """Return a one-hot sample over the last axis, straight-through (as F.gumbel_softmax(hard=True)).
 
+    Training may lower `noise_scale` to 0, where the sample is the argmax that evaluation decides by.
     Without a generator it draws exactly what the official code draws from torch's global one.
     """
     log_probability = torch.log(F.softmax(logits, dim=-1).clamp(min=1e-8))
     noise = -torch.empty_like(logits).exponential_(generator=generator).log()
-    soft = F.softmax((log_probability + noise) / tau, dim=-1)
+    soft = F.softmax((log_probability + noise_scale * noise) / tau, dim=-1)
     hard = torch.zeros_like(soft).scatter_(-1, soft.argmax(dim=-1, keepdim=True), 1.0)
     return hard - soft.detach() + soft
 
@@ -189,6 +193,7 @@ class TileMask(nn.Module):
         self.conv = nn.Conv2d(channels, 1, 3, padding=1)
         nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
         self.generator: torch.Generator | None = None
+        self.noise_scale = 1.0
 
     def logits(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """Return `[N, gh, gw]` for the block input `x` and the block's output `size`."""
@@ -202,7 +207,8 @@ class TileMask(nn.Module):
             return logits >= 0
         # Difference of two Gumbel variables is logistic: log u - log(1 - u) (D-STEP, section 3.2).
         u = torch.empty_like(logits).uniform_(1e-6, 1 - 1e-6, generator=self.generator)
-        soft = torch.sigmoid((logits + torch.log(u) - torch.log1p(-u)) / self.tau)
+        noise = torch.log(u) - torch.log1p(-u)
+        soft = torch.sigmoid((logits + self.noise_scale * noise) / self.tau)
         hard = (soft >= 0.5).to(soft.dtype)
         return hard - soft.detach() + soft
 
