@@ -52,6 +52,9 @@ class VideoModel(nn.Module):
         """
         return gates.frame_mean(self.per_frame_logits(frames))
 
+    import_report: Any = None
+    """What an import inferred and assumed (`importers.ImportReport`), None without a checkpoint."""
+
     def set_labels(self, labels: list[str]) -> None:
         """Name the classes; UsageError if there are more or fewer names than classes."""
         if len(labels) != self.config.classes:

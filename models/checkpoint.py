@@ -1,0 +1,252 @@
+"""Reads checkpoints without running anything in them, and writes dvexport's own.
+
+Own checkpoints are safetensors whose metadata key `dvexport` holds JSON: architecture (a zoo name),
+settings, preprocess, labels, accuracy. Everything needed to rebuild the model is in the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pickle
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dvexport.errors import CheckpointError, DeviceError
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["Checkpoint", "read_checkpoint", "read_metadata", "save_checkpoint"]
+
+_METADATA_KEY = "dvexport"
+_LARGEST_HEADER = 100 * 2**20
+"""The limit of the safetensors format."""
+_WRAPPERS = ("state_dict", "model_state", "model", "module")
+"""Keys under which training code puts the weights, in the order they are tried."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights as they stand in a file.
+
+    Attributes:
+        path: the file.
+        state: tensors by key, as float32 where they are floating point, on the CPU.
+        metadata: what `save_checkpoint` wrote, None for a foreign file.
+    """
+
+    path: Path
+    state: dict[str, Any]
+    metadata: dict[str, Any] | None
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read safetensors, a torch zip file or a legacy torch pickle (torch < 1.6).
+
+    Raises:
+        CheckpointError: if the file is missing, empty, truncated, holds no weights, holds NaN or
+            infinite weights, or is a pickle that would run code (which is never run).
+    """
+    path = Path(path)
+    if not path.is_file():
+        why = "this is a folder" if path.is_dir() else "there is no such file"
+        raise CheckpointError("can't read the checkpoint", where=str(path), why=why)
+    if path.stat().st_size == 0:
+        raise _damaged(path, "the file is empty")
+    metadata = None
+    if _is_safetensors(path):
+        state, metadata = _read_safetensors(path), read_metadata(path)
+    else:
+        state = _unwrap(path, _load_pickle(path))
+    return Checkpoint(path, _checked(path, state), metadata)
+
+
+def _damaged(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        "the checkpoint is truncated or damaged", where=str(path), why=why, hint="download or copy it again"
+    )
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Tell by the content: eight bytes of length, then JSON (a zip starts with PK, a pickle with 0x80)."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return path.suffix == ".safetensors" or (len(start) == 9 and start[8:] == b"{" and start[:2] != b"PK")
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _damaged(path, str(error)) from None
+
+
+def read_metadata(path: str | Path) -> dict[str, Any] | None:
+    """Return what `save_checkpoint` wrote about the model, without reading weights (needs no torch).
+
+    None if the safetensors file was written by something else; CheckpointError if it is damaged.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(_LARGEST_HEADER, path.stat().st_size):
+                raise _damaged(path, "its header is longer than the file")
+            header = json.loads(file.read(length))
+        text = header.get("__metadata__", {}).get(_METADATA_KEY)
+        return None if text is None else json.loads(text)
+    except OSError as error:
+        raise CheckpointError("can't read the checkpoint", where=str(path), why=str(error)) from None
+    except (struct.error, ValueError, AttributeError) as error:
+        raise _damaged(path, str(error)) from None
+
+
+def _load_pickle(path: Path) -> Any:
+    """Load with torch's restricted unpickler, which knows tensors and plain containers only."""
+    import torch
+
+    try:
+        with _numpy_scalars_allowed():
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        text = str(error)
+        if "Unsupported" in text or "GLOBAL" in text or "safe_globals" in text:
+            raise _unsafe(path, text) from None
+        raise _damaged(path, _first_line(text)) from None
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        IndexError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        raise _damaged(path, _first_line(str(error)) or type(error).__name__) from None
+
+
+def _unsafe(path: Path, text: str) -> CheckpointError:
+    name = next((word.strip("`'\".,") for word in text.split() if "." in word.strip("`'\".,")), "")
+    marker = "GLOBAL "
+    if marker in text:
+        name = text.split(marker, 1)[1].split()[0].strip("`'\".,")
+    return CheckpointError(
+        "refused to load the checkpoint: it is a pickle that would run code",
+        where=str(path),
+        why=f"it asks for {name}, which is no tensor" if name else "it asks for more than tensors",
+        hint="save only the state_dict: torch.save(model.state_dict(), FILE), or use safetensors",
+    )
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0] if text.strip() else ""
+
+
+@contextlib.contextmanager
+def _numpy_scalars_allowed() -> Iterator[None]:
+    """Allow numpy numbers: official TSM files hold the best accuracy as one (under numpy 1's name)."""
+    import _codecs
+
+    import numpy as np
+    import torch
+
+    scalar = type(np.float64(0)).__reduce__(np.float64(0))[0]
+    allowed = [
+        (scalar, "numpy.core.multiarray.scalar"),
+        (scalar, "numpy._core.multiarray.scalar"),
+        np.dtype,
+        type(np.dtype(np.float64)),
+        type(np.dtype(np.float32)),
+        type(np.dtype(np.int64)),
+        (_codecs.encode, "_codecs.encode"),
+    ]
+    with torch.serialization.safe_globals(allowed):
+        yield
+
+
+def _unwrap(path: Path, content: Any) -> dict[str, Any]:
+    """Return the mapping of keys to tensors inside what training code saved around it."""
+    for key in _WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not content:
+        raise CheckpointError(
+            "the checkpoint holds no weights",
+            where=str(path),
+            why=f"it holds a {type(content).__name__}, not a state_dict",
+        )
+    return content
+
+
+def _checked(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """Return the tensors as float32; CheckpointError for other things, NaN and infinities."""
+    import torch
+
+    checked = {}
+    for key, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            raise CheckpointError(
+                "the checkpoint holds no plain state_dict",
+                where=f"{path}: {key}",
+                why=f"a {type(value).__name__} stands where a tensor should",
+            )
+        if value.is_floating_point():
+            value = value.float()
+            if not torch.isfinite(value).all():
+                bad = int((~torch.isfinite(value)).sum())
+                raise CheckpointError(
+                    "the checkpoint has NaN or infinite weights",
+                    where=f"{path}: {key}",
+                    why=f"{bad} of {value.numel()} values are not finite",
+                    hint="training diverged, or the file is damaged: take an earlier checkpoint",
+                )
+        checked[key] = value
+    return checked
+
+
+def save_checkpoint(
+    path: str | Path, model: Any, *, architecture: str, accuracy: float | None = None
+) -> None:
+    """Write the weights of a `VideoModel` and all that is needed to rebuild it.
+
+    Layers that several blocks share are written once. The file appears whole or not at all.
+
+    Args:
+        path: file to write, `.safetensors`.
+        model: the model.
+        architecture: zoo name that `model.config` belongs to.
+        accuracy: top-1 accuracy in 0..1 on its validation set.
+
+    Raises:
+        DeviceError: if the file can't be written.
+    """
+    from safetensors.torch import save_file
+
+    about = {
+        "architecture": architecture,
+        "settings": dataclasses.asdict(model.config),
+        "preprocess": model.preprocess.to_dict(),
+        "labels": model.labels,
+        "accuracy": accuracy,
+    }
+    unique = {id(value): key for key, value in reversed(list(model.state_dict(keep_vars=True).items()))}
+    state = model.state_dict()
+    tensors = {key: state[key].detach().cpu().contiguous() for key in sorted(unique.values())}
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        save_file(tensors, partial, metadata={_METADATA_KEY: json.dumps(about)})
+        os.replace(partial, path)
+    except Exception as error:
+        partial.unlink(missing_ok=True)
+        raise DeviceError("can't write the checkpoint", where=str(path), why=str(error)) from error

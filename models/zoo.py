@@ -1,0 +1,258 @@
+"""The models by name: what there is, what its options are, and how to make one.
+
+Nothing here imports torch before a model is made, so that names can be listed and completed fast.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import importlib
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dvexport.models.checkpoint import read_metadata
+from dvexport.models.config import MobileNetConfig, Preprocess, ResNetConfig, parse_settings
+
+from dvexport.errors import UsageError, unknown_name
+
+if TYPE_CHECKING:
+    from dvexport.models.base import VideoModel
+
+__all__ = ["ModelInfo", "create", "describe", "names", "weights_folder"]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the zoo says of a model.
+
+    Attributes:
+        name: how to ask for it.
+        summary: one line for a person.
+        family: `resnet`, `mobilenet`, or `factory` for a model of the user's.
+        options: every option with its value by default.
+        weights: the shipped weights, None for an architecture to be given a checkpoint.
+        architecture: zoo name of the architecture that shipped weights belong to.
+        accuracy: top-1 accuracy in 0..1 of the shipped weights on their validation set.
+        labels: class names of the shipped weights.
+    """
+
+    name: str
+    summary: str
+    family: str
+    options: dict[str, Any]
+    weights: Path | None = None
+    architecture: str = ""
+    accuracy: float | None = None
+    labels: list[str] = field(default_factory=list)
+
+
+_FAMILIES: dict[str, tuple[type, str]] = {
+    "resnet": (ResNetConfig, "dvexport.models.resnet:ResNet"),
+    "mobilenet": (MobileNetConfig, "dvexport.models.mobilenet:MobileNetV2"),
+}
+
+_ADAFUSE18 = {"channel_gates": True, "hidden": 512, "shared_policies": True, "shift_place": "block"}
+_ADAFUSE50 = {
+    "depth": 50,
+    "channel_gates": True,
+    "hidden_quota": 196608,
+    "shared_policies": True,
+    "shift_place": "block",
+}
+_ADAFUSE50_LAST = {
+    "depth": 50,
+    "channel_gates": True,
+    "hidden": 1024,
+    "enabled_stages": (3,),
+    "shift_place": "block",
+}
+_TILES = {"tile_gates": True}
+
+_ZOO: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "tsn_resnet18": ("resnet", "TSN, ResNet-18: frame by frame, the static baseline", {}),
+    "tsn_resnet50": ("resnet", "TSN, ResNet-50: frame by frame, the static baseline", {"depth": 50}),
+    "tsm_resnet18": ("resnet", "TSM, ResNet-18, offline (clip mode only)", {"shift": "bidirectional"}),
+    "tsm_resnet50": (
+        "resnet",
+        "TSM, ResNet-50, offline (clip mode only)",
+        {"depth": 50, "shift": "bidirectional"},
+    ),
+    "tsm_online_resnet18": ("resnet", "TSM, ResNet-18, online", {"shift": "online"}),
+    "tsm_online_resnet50": ("resnet", "TSM, ResNet-50, online", {"depth": 50, "shift": "online"}),
+    "tsm_mobilenetv2": (
+        "mobilenet",
+        "TSM, MobileNetV2, offline (clip mode only)",
+        {"shift": "bidirectional"},
+    ),
+    "tsm_online_mobilenetv2": (
+        "mobilenet",
+        "TSM, MobileNetV2, online: the official gesture demo",
+        {"shift": "online"},
+    ),
+    "adafuse_resnet18": ("resnet", "AdaFuse, ResNet-18, shared policies (15.6 M)", _ADAFUSE18),
+    "adafuse_resnet50": ("resnet", "AdaFuse, ResNet-50, hidden quota 196608 (37.7 M)", _ADAFUSE50),
+    "adafuse_resnet50_last": ("resnet", "AdaFuse, ResNet-50, gates in layer4 only (39.1 M)", _ADAFUSE50_LAST),
+    "dstep_resnet18": ("resnet", "D-STEP, ResNet-18, as its code does", {**_ADAFUSE18, **_TILES}),
+    "dstep_resnet50": ("resnet", "D-STEP, ResNet-50, as its code does", {**_ADAFUSE50, **_TILES}),
+    "dstep_paper_resnet18": (
+        "resnet",
+        "D-STEP, ResNet-18, as its paper says (policy under the mask)",
+        {**_ADAFUSE18, **_TILES, "semantics": "paper"},
+    ),
+    "dstep_paper_resnet50": (
+        "resnet",
+        "D-STEP, ResNet-50, as its paper says (policy under the mask)",
+        {**_ADAFUSE50, **_TILES, "semantics": "paper"},
+    ),
+}
+
+
+def weights_folder() -> Path:
+    """Return where the shipped weights lie."""
+    return Path(__file__).parent / "weights"
+
+
+def _shipped() -> dict[str, Path]:
+    return {path.stem: path for path in sorted(weights_folder().glob("*.safetensors"))}
+
+
+def names() -> list[str]:
+    """Return the names of all models, the trained ones that ship first."""
+    return [*_shipped(), *_ZOO]
+
+
+def describe(name: str) -> ModelInfo:
+    """Return what there is to say about a model; UsageError for an unknown name (needs no torch)."""
+    if name in _ZOO:
+        family, summary, defaults = _ZOO[name]
+        options = dataclasses.asdict(_FAMILIES[family][0](**defaults))
+        return ModelInfo(name, summary, family, options, architecture=name)
+    path = _shipped().get(name)
+    if path is None:
+        raise unknown_name("model", name, names())
+    about = read_metadata(path) or {}
+    architecture = about.get("architecture", "")
+    if architecture not in _ZOO:
+        raise UsageError(f"'{name}' ships no known architecture", where=str(path), why=f"'{architecture}'")
+    family = _ZOO[architecture][0]
+    config = _FAMILIES[family][0]
+    options = dataclasses.asdict(config(**parse_settings(config, about.get("settings", {}))))
+    summary = f"trained {architecture}, {options['classes']} classes"
+    return ModelInfo(
+        name, summary, family, options, path, architecture, about.get("accuracy"), about.get("labels", [])
+    )
+
+
+def create(name: str, checkpoint: str | Path | None = None, **settings: Any) -> VideoModel:
+    """Make a model, in evaluation mode.
+
+    Args:
+        name: a name of `names()`, or `package.module:factory` for a model of your own.
+        checkpoint: weights in any layout that `dvexport.models.importers` knows. Without them an
+            architecture has random weights, a shipped model its own. What an import inferred and
+            assumed is then in the model's `import_report`.
+        settings: options as in `describe(name).options`; strings are parsed as in `--set key=value`.
+
+    Raises:
+        UsageError: for an unknown model, an unknown or unfit option.
+        CheckpointError: for a checkpoint that is damaged, unsafe or of another model.
+    """
+    if ":" in name:
+        return _from_factory(name, checkpoint, settings)
+    info = describe(name)
+    if info.weights is not None and checkpoint is not None:
+        raise UsageError(
+            f"'{name}' has weights of its own",
+            hint=f"give --checkpoint to its architecture, {info.architecture}",
+        )
+    config_class = _FAMILIES[info.family][0]
+    parsed = parse_settings(config_class, settings)
+    if info.weights is not None:
+        return _from_file(info, info.weights, parsed)
+    if checkpoint is not None:
+        return _from_file(info, Path(checkpoint), parsed)
+    return _build(info, name, {**info.options, **parsed}).eval()
+
+
+def _build(info: ModelInfo, name: str, options: Mapping[str, Any]) -> VideoModel:
+    config_class, target = _FAMILIES[info.family]
+    module, _, attribute = target.partition(":")
+    config = config_class(**parse_settings(config_class, options))
+    return getattr(importlib.import_module(module), attribute)(config, name)
+
+
+def _from_file(info: ModelInfo, path: Path, settings: Mapping[str, Any]) -> VideoModel:
+    """Make a model and load its weights; what dvexport's own files say of input and labels holds."""
+    from dvexport.models.importers import load_weights, plan_import
+
+    plan = plan_import(path, info.architecture, info.family, info.options, settings)
+    model = _build(info, info.name, plan.options)
+    load_weights(model, plan.state, where=str(path))
+    model.import_report = plan.report
+    about = read_metadata(path) if plan.report.layout == "dvexport" else None
+    if about:
+        model.set_labels(about["labels"])
+        model.preprocess = _trained_input(about["preprocess"], model.preprocess, settings)
+    return model.eval()
+
+
+def _trained_input(trained: Mapping[str, Any], built: Preprocess, settings: Mapping[str, Any]) -> Preprocess:
+    """Return the preprocessing of the training, but for an input size or clip length given by name."""
+    preprocess = Preprocess.from_dict(trained)
+    if "size" in settings:
+        preprocess = dataclasses.replace(preprocess, size=built.size, resize=built.resize)
+    if "frames" in settings:
+        preprocess = dataclasses.replace(preprocess, frames=built.frames)
+    return preprocess
+
+
+def _from_factory(name: str, checkpoint: str | Path | None, settings: Mapping[str, Any]) -> VideoModel:
+    """Call `package.module:factory` of the user's; the working folder is searched too."""
+    from dvexport.models.base import VideoModel
+
+    module_name, _, attribute = name.partition(":")
+    with _working_folder_first():
+        try:
+            factory = getattr(importlib.import_module(module_name), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UsageError(
+                f"can't find the model factory '{name}'",
+                why=str(error),
+                hint="package.module:factory, importable from here or installed",
+            ) from error
+    model = factory(**{key: _literal(value) for key, value in settings.items()})
+    if not isinstance(model, VideoModel):
+        raise UsageError(
+            f"'{name}' returned a {type(model).__name__}, not a VideoModel",
+            hint="subclass dvexport.models.base.VideoModel, see docs/adding-a-model.md",
+        )
+    if checkpoint is not None:
+        from dvexport.models.checkpoint import read_checkpoint
+        from dvexport.models.importers import load_weights
+
+        load_weights(model, read_checkpoint(checkpoint).state, where=str(checkpoint))
+    return model.eval()
+
+
+def _literal(value: Any) -> Any:
+    """Return the Python value that a string of `--set` writes, the string itself if it writes none."""
+    try:
+        return ast.literal_eval(value) if isinstance(value, str) else value
+    except (ValueError, SyntaxError):
+        return value
+
+
+@contextlib.contextmanager
+def _working_folder_first() -> Iterator[None]:
+    folder = os.getcwd()
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
