@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from dvexport.models.config import Preprocess
 from torch import Tensor, nn
 
 from dvexport import gates
 from dvexport.errors import UsageError
+from dvexport.preprocess import Preprocess
 
-__all__ = ["Preprocess", "VideoModel"]
+__all__ = ["VideoModel", "imagenet_preprocess"]
+
+
+def imagenet_preprocess(size: tuple[int, int], frames: int) -> Preprocess:
+    """Return the preprocessing of the official checkpoints: RGB, ImageNet's mean, 224 out of 256."""
+    return Preprocess(
+        size=size,
+        resize=max(size) * 256 // 224,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        frames=frames,
+    )
 
 
 class VideoModel(nn.Module):

@@ -161,7 +161,7 @@ def _numpy_scalars_allowed() -> Iterator[None]:
     import torch
 
     scalar = type(np.float64(0)).__reduce__(np.float64(0))[0]
-    allowed = [
+    allowed: list[Any] = [
         (scalar, "numpy.core.multiarray.scalar"),
         (scalar, "numpy._core.multiarray.scalar"),
         np.dtype,

@@ -1,4 +1,4 @@
-"""Options of the model families and of their input, as plain data (no torch: `--help` reads them)."""
+"""Options of the model families, as plain data (no torch: the zoo lists them at once)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dvexport.errors import UsageError, unknown_name
+from dvexport.preprocess import Preprocess
 
 __all__ = [
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
     "MobileNetConfig",
     "Preprocess",
     "ResNetConfig",
@@ -21,50 +20,8 @@ __all__ = [
     "parse_settings",
 ]
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
 Shift = Literal["none", "bidirectional", "online"]
 """TSM: `bidirectional` reads frames t+1 and t-1, `online` only t-1 (other weights, other channels)."""
-
-
-@dataclass(frozen=True)
-class Preprocess:
-    """How a video becomes the frames `[N, 3, *size]` that a model was trained on.
-
-    Attributes:
-        size: height and width after the centre crop.
-        resize: length of the shorter side before the crop, in pixels.
-        mean: per channel, of values in 0..1, in `colour_order`.
-        std: likewise.
-        colour_order: `RGB` or `BGR`.
-        frames: frames in a clip.
-        sampling: `uniform` takes the centre frame of each of `frames` equal segments (TSN's test sampling).
-        frame_rate: frames per second that a stream is fed with; None where training fixed none.
-    """
-
-    size: tuple[int, int] = (224, 224)
-    resize: int = 256
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
-    colour_order: Literal["RGB", "BGR"] = "RGB"
-    frames: int = 8
-    sampling: Literal["uniform"] = "uniform"
-    frame_rate: float | None = None
-
-    @classmethod
-    def for_size(cls, size: tuple[int, int], frames: int) -> Preprocess:
-        """Return the usual preprocessing for a crop of `size`: 256/224 times its shorter side, ImageNet."""
-        return cls(size=size, resize=min(size) * 256 // 224, frames=frames)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values, as they stand in JSON."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Preprocess:
-        """Return the preprocessing that `to_dict` wrote; UsageError for an unknown or unfit value."""
-        return cls(**parse_settings(cls, values))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dvexport.errors import CheckpointError
 
 __all__ = ["Layout", "guess_foreign", "infer_mobilenet", "infer_resnet", "recognise"]
 
-_BLOCK_COUNTS = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50}
+_BLOCK_COUNTS: dict[tuple[int, ...], int] = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50}
 
 _RENAMES = (
     (r"\.downsample([01])\.", r".downsample.\1."),
@@ -156,7 +156,7 @@ def _depth(state: Mapping[str, Any], where: str) -> int:
     counts = tuple(
         len({key.split(".")[1] for key in state if key.startswith(f"layer{stage}.")}) for stage in range(1, 5)
     )
-    depth = _BLOCK_COUNTS.get(counts)  # type: ignore[call-overload]
+    depth = _BLOCK_COUNTS.get(counts)
     bottleneck = "layer1.0.conv3.weight" in state
     if depth is None or bottleneck != (depth == 50):
         raise CheckpointError(

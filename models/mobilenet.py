@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 
-from dvexport.models.base import VideoModel
-from dvexport.models.config import MobileNetConfig, Preprocess
+from dvexport.models.base import VideoModel, imagenet_preprocess
+from dvexport.models.config import MobileNetConfig
 from dvexport.models.shift import temporal_shift
 from torch import Tensor, nn
 
@@ -75,7 +75,7 @@ class MobileNetV2(VideoModel):
         super().__init__(
             name=name,
             config=config,
-            preprocess=Preprocess.for_size(config.size, config.frames),
+            preprocess=imagenet_preprocess(config.size, config.frames),
             labels=[f"class {i}" for i in range(config.classes)],
             causal=config.causal,
         )

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from dvexport.models.base import VideoModel
-from dvexport.models.config import Preprocess, ResNetConfig
+from dvexport.models.base import VideoModel, imagenet_preprocess
+from dvexport.models.config import ResNetConfig
 from dvexport.models.policies import BlockGates, ChannelPolicy, Decision, TileMask
 from dvexport.models.shift import temporal_shift
 from torch import Tensor, nn
@@ -186,7 +186,7 @@ class ResNet(VideoModel):
         super().__init__(
             name=name,
             config=config,
-            preprocess=Preprocess.for_size(config.size, config.frames),
+            preprocess=imagenet_preprocess(config.size, config.frames),
             labels=[f"class {i}" for i in range(config.classes)],
             causal=config.causal,
         )

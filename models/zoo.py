@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dvexport.models.checkpoint import read_metadata
-from dvexport.models.config import MobileNetConfig, Preprocess, ResNetConfig, parse_settings
+from dvexport.models.config import MobileNetConfig, ResNetConfig, parse_settings
 
 from dvexport.errors import UsageError, unknown_name
+from dvexport.preprocess import Preprocess
 
 if TYPE_CHECKING:
     from dvexport.models.base import VideoModel
