@@ -1,0 +1,247 @@
+"""Advice in words: what in a profile is worth changing, and what its figures are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from dvexport.profile.result import GateStats, GateStep, ProfileResult, StepTimes
+
+__all__ = ["Advice", "advise", "better_lowering", "overhead_share"]
+
+WIDE_SPREAD = 0.15
+"""Interquartile range over median above which a median is not trusted."""
+LOW_REALISATION = 0.6
+"""Below this, less than 60 % of the speed-up that the decisions allow arrives."""
+HIGH_OVERHEAD = 0.35
+"""Share of a gate's time outside its convolutions above which it is named."""
+SPARSE = 0.75
+"""A lowering is proposed only where at most this share of its unit (tile, channel) is executed."""
+
+NOT_SAVING = ("masked", "dense")
+"""Lowerings that execute everything, whatever the decision."""
+NAMED = 3
+"""Gates of one kind that are named one by one; the rest is summed up."""
+
+_ORDER = {"warning": 0, "hint": 1, "info": 2}
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One piece of advice: `severity` is `warning`, `hint` or `info`; `gate` None for the whole."""
+
+    severity: str
+    gate: str | None
+    text: str
+
+
+Rule = Callable[[ProfileResult], Iterator[Advice]]
+
+
+def advise(result: ProfileResult) -> list[Advice]:
+    """Return the advice for `result`, the most severe first; never empty."""
+    found = [advice for rule in _RULES for advice in rule(result)]
+    if not any(advice.severity != "info" for advice in found):
+        found.append(Advice("info", None, "No gate costs more than it saves; nothing stands out."))
+    return sorted(found, key=lambda advice: _ORDER[advice.severity])
+
+
+def decisions(result: ProfileResult, gate: str) -> list[GateStep]:
+    """Return what `gate` decided, frame by frame."""
+    return [step.gates[gate] for step in result.steps if gate in step.gates]
+
+
+def better_lowering(result: ProfileResult, gate: GateStats) -> str:
+    """Return the lowering that these decisions favour over the gate's present one.
+
+    `tiles` saves by active tiles, `groups` by computed channels. The other one is proposed where its
+    unit is sparse, and sparser than the present lowering's; else `masked` (dense, then mask), which
+    costs little more than dense does.
+    """
+    taken = decisions(result, gate.gate)
+    if not taken:
+        return "masked"
+    shares = {"groups": float(np.mean([step.compute_share for step in taken]))}
+    if gate.grid is not None:
+        shares["tiles"] = float(np.mean([step.tile_share for step in taken]))
+    present = shares.pop(gate.lowering, 1.0)
+    best = min(shares, key=lambda name: shares[name], default="masked")
+    return best if shares.get(best, 1.0) <= min(SPARSE, present) else "masked"
+
+
+def overhead_share(result: ProfileResult, gate: str) -> float | None:
+    """Return the share of the gate's node time spent deciding and moving data, not convolving.
+
+    Control nodes are left out (they enclose their branches). None where no node time is known.
+    """
+    nodes = [node for node in result.nodes if node.gate == gate and node.role != "control"]
+    total = sum(node.median_us for node in nodes)
+    if not total:
+        return None
+    return sum(node.median_us for node in nodes if node.role in ("decide", "move")) / total
+
+
+def _costly_gates(result: ProfileResult) -> Iterator[Advice]:
+    """Gates that take longer than the same layers in the dense artifact."""
+    for gate in result.gates:
+        if gate.median_ms is None or gate.dense_median_ms is None or gate.median_ms <= gate.dense_median_ms:
+            continue
+        loss = gate.median_ms - gate.dense_median_ms
+        yield Advice(
+            "warning",
+            gate.gate,
+            f"The gate costs {loss:.2f} ms a frame more than it saves ({gate.median_ms:.2f} ms gated, "
+            f"{gate.dense_median_ms:.2f} ms dense){_overhead_text(result, gate.gate)}. "
+            + _change(gate.lowering, better_lowering(result, gate)),
+        )
+
+
+def _change(present: str, better: str) -> str:
+    if present in NOT_SAVING:
+        return f"Its lowering '{present}' saves nothing and still decides: export the gate as 'dense'."
+    return f"Export it with the lowering '{better}' in place of '{present}'."
+
+
+def _overhead_text(result: ProfileResult, gate: str) -> str:
+    share = overhead_share(result, gate)
+    if share is None or share <= HIGH_OVERHEAD:
+        return ""
+    return f"; {share:.0%} of its time decides and moves data, not convolves"
+
+
+def _low_realisation(result: ProfileResult) -> Iterator[Advice]:
+    """The gates that lose most of what their decisions allow, though they are faster than dense."""
+    losses: list[tuple[float, GateStats]] = []
+    for gate in result.gates:
+        if gate.median_ms is None or gate.dense_median_ms is None or gate.lowering in NOT_SAVING:
+            continue
+        low = gate.realisation is not None and gate.realisation < LOW_REALISATION
+        if low and gate.median_ms <= gate.dense_median_ms:
+            losses.append((gate.median_ms - gate.dense_median_ms * gate.executed_fraction, gate))
+    losses.sort(key=lambda pair: -pair[0])
+    for loss, gate in losses[:NAMED]:
+        better = better_lowering(result, gate)
+        proposal = f" Its decisions are sparser for '{better}': measure that." if better != "masked" else ""
+        yield Advice(
+            "hint",
+            gate.gate,
+            f"Saves time, but {loss:.2f} ms a frame less than its FLOPs allow (realisation "
+            f"{gate.realisation:.2f}{_overhead_text(result, gate.gate)}).{proposal}",
+        )
+    if others := [gate.gate for _, gate in losses[NAMED:]]:
+        loss = sum(loss for loss, _ in losses[NAMED:])
+        yield Advice("hint", None, f"The same holds, with {loss:.2f} ms in all, for {', '.join(others)}.")
+
+
+def _unused_savings(result: ProfileResult) -> Iterator[Advice]:
+    """Gates that save FLOPs on paper while the lowering computes everything."""
+    for gate in result.gates:
+        if gate.lowering in NOT_SAVING and 0 < gate.executed_fraction < 0.4:
+            better = better_lowering(result, gate)
+            if better != "masked":
+                yield Advice(
+                    "hint",
+                    gate.gate,
+                    f"Only {gate.executed_fraction:.0%} of its FLOPs are needed, but the lowering "
+                    f"'{gate.lowering}' executes them all ({gate.reason}). Measure it as '{better}'.",
+                )
+
+
+def _constant_gates(result: ProfileResult) -> Iterator[Advice]:
+    """Gates whose decision never changes are work without use. Forced decisions say nothing of it."""
+    if result.forced:
+        return
+    frames = len(result.steps)
+    for gate in result.gates:
+        taken = decisions(result, gate.gate)
+        if taken and all(s.compute == s.channels and s.tiles_active == s.tiles_total for s in taken):
+            yield Advice(
+                "hint",
+                gate.gate,
+                f"Never skips: all {frames} frames compute every channel and tile. Export it as 'dense', "
+                "which also drops the cost of deciding, or train with a stronger sparsity target.",
+            )
+        if taken and all(s.compute + s.reuse == 0 or s.tiles_active == 0 for s in taken):
+            yield Advice(
+                "hint",
+                gate.gate,
+                f"Always skips: none of the {frames} frames computes anything. If other clips agree, the "
+                "layer can be removed from the model.",
+            )
+
+
+def _policy_total(result: ProfileResult) -> Iterator[Advice]:
+    nodes = [node for node in result.nodes if node.role != "control"]
+    total = sum(node.median_us for node in nodes)
+    deciding = sum(node.median_us for node in nodes if node.gate and node.role == "decide")
+    if total and deciding / total > 0.05:
+        yield Advice(
+            "hint",
+            None,
+            f"The gates' decisions (policy networks and masks) take {deciding / total:.0%} of a step: a "
+            "smaller hidden size or a shared policy would give most of that back.",
+        )
+
+
+def _whole(result: ProfileResult) -> Iterator[Advice]:
+    if result.realisation is None:
+        yield Advice("info", None, "No dense artifact was measured: speed-up and realisation are unknown.")
+    elif result.speedup is not None and result.speedup < 1:
+        yield Advice(
+            "warning",
+            None,
+            f"The gated artifact is slower than the dense one (speed-up {result.speedup:.2f}): ship the "
+            "dense one, or change the lowerings named below.",
+        )
+    elif result.realisation < LOW_REALISATION:
+        yield Advice(
+            "warning",
+            None,
+            f"Only {result.realisation:.0%} of the speed-up that the decisions allow arrives "
+            f"({result.speedup:.2f} of {result.flop_ratio:.2f}).",
+        )
+    if result.forced:
+        yield Advice(
+            "info",
+            None,
+            "Decisions were forced to random ones: the times are real, the predictions mean nothing.",
+        )
+
+
+def _spread(result: ProfileResult) -> Iterator[Advice]:
+    """A dense step does the same work each time, so its spread is the machine's alone."""
+    machine = result.dense or result.gated
+    if machine.spread > WIDE_SPREAD:
+        yield Advice("warning", None, _unreliable(result, machine))
+    elif result.gated.spread > WIDE_SPREAD:
+        yield Advice(
+            "info",
+            None,
+            f"Gated steps spread by {result.gated.spread:.0%} while dense ones stay within "
+            f"{machine.spread:.0%}: the frames ask for different work. Plan with P99 "
+            f"({result.gated.p99:.2f} ms), not with the median.",
+        )
+
+
+def _unreliable(result: ProfileResult, times: StepTimes) -> str:
+    device = result.device
+    causes = []
+    if device.governor and device.governor != "performance":
+        causes.append(f"the CPU governor is '{device.governor}' (use 'performance')")
+    if device.threads >= device.cores:
+        causes.append(f"{device.threads} threads run on {device.cores} cores (use fewer)")
+    because = "; ".join(causes) or "other processes or heat may be the cause"
+    return f"The measurement is not reliable: repeated steps spread by {times.spread:.0%}; {because}."
+
+
+_RULES: tuple[Rule, ...] = (
+    _whole,
+    _spread,
+    _costly_gates,
+    _low_realisation,
+    _unused_savings,
+    _constant_gates,
+    _policy_total,
+)

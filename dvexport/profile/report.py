@@ -1,0 +1,225 @@
+"""A profile as one self-contained HTML page: no external resource, legible without script.
+
+The page answers in this order: does the gating pay (headline figures), what to change (advice),
+where the model looks (tile masks over the frames), how latency behaves, what each gate and node
+costs, and how it was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
+
+import dvexport.profile.figures_svg as figures
+import dvexport.profile.masks_svg as masks
+from dvexport.errors import UsageError
+from dvexport.profile.advice import advise, decisions
+from dvexport.profile.report_text import number
+from dvexport.profile.result import GateStats, NodeTime, ProfileResult
+from dvexport.profile.text_file import write_text
+
+__all__ = ["render_html", "write_html"]
+
+TOP_NODES = 20
+_ACTIONS = ("compute", "reuse", "skip")
+
+
+@dataclass
+class _GateView:
+    """What the page shows of one gate: shares over the clip and its strips over time."""
+
+    stats: GateStats
+    shares: dict[str, float]
+    tile_share: float | None
+    actions: Markup
+    tiles: Markup
+
+
+@dataclass
+class _MaskView:
+    """The drawings of the mask section, one a shown frame."""
+
+    indices: list[int]
+    symbols: Markup
+    frames: list[Markup]
+    mean: list[Markup]
+    by_gate: dict[str, list[Markup]]
+
+
+def render_html(result: ProfileResult, frames: np.ndarray | None = None) -> str:
+    """Return the page.
+
+    Args:
+        result: the profile.
+        frames: uint8 `[T, H, W, 3]`, RGB, one a step of `result`, cropped as the model saw them;
+            None draws the masks on plain ground.
+
+    Raises:
+        UsageError: `frames` is not of that shape and type.
+    """
+    if frames is not None:
+        _check_frames(result, frames)
+    return _template().render(
+        result=result,
+        advice=advise(result),
+        cards=_cards(result),
+        charts=_charts(result),
+        gates=_gate_views(result),
+        axis=figures.frame_axis(len(result.steps)),
+        masks=_mask_view(result, frames),
+        nodes=_top_nodes(result),
+        node_total=_node_total(result),
+    )
+
+
+def write_html(result: ProfileResult, path: str | Path, frames: np.ndarray | None = None) -> None:
+    """Write `render_html`'s page; nothing half-written is left at `path`."""
+    write_text(path, render_html(result, frames))
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("dvexport.profile", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = number
+    return environment.get_template("report.html.j2")
+
+
+def _check_frames(result: ProfileResult, frames: np.ndarray) -> None:
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
+        raise UsageError(
+            "frames for the page must be uint8 of shape [T, H, W, 3]",
+            why=f"they are {frames.dtype} of shape {list(frames.shape)}",
+        )
+    if len(frames) != len(result.steps):
+        raise UsageError(
+            f"{len(frames)} frames were given for a profile of {len(result.steps)} steps",
+            hint="pass the frames that were profiled",
+        )
+
+
+@dataclass
+class _Card:
+    """One headline figure; `meter` (0 to 1) draws a bar below it."""
+
+    label: str
+    value: str
+    unit: str
+    note: str
+    meter: float | None = None
+
+
+def _times(ratio: float | None) -> tuple[str, str]:
+    """Return a ratio and its unit, none where the ratio is unknown."""
+    return number(ratio), "" if ratio is None else "x"
+
+
+def _cards(result: ProfileResult) -> list[_Card]:
+    gated, dense, executed = result.gated, result.dense, result.executed_gmacs
+    beside = f"dense {dense.median:.2f} ms" if dense else "dense not measured"
+    tails = f"dense {dense.p90:.2f} / {dense.p99:.2f} ms" if dense else "dense not measured"
+    realised = result.realisation
+    return [
+        _Card("Speed-up", number(result.speedup), "x" if dense else "", "dense over gated median"),
+        _Card(
+            "FLOP ratio",
+            number(result.flop_ratio),
+            "x" if result.flop_ratio else "",
+            "dense over executed GMACs",
+        ),
+        _Card(
+            "Realisation",
+            number(realised),
+            "",
+            "1.0: every saved FLOP is saved time" if realised is not None else "needs the dense artifact",
+            None if realised is None else min(realised, 1.0),
+        ),
+        _Card("Median step", f"{gated.median:.2f}", "ms", beside),
+        _Card("P90 / P99", f"{gated.p90:.2f} / {gated.p99:.2f}", "ms", tails),
+        _Card(
+            "GMACs per frame",
+            f"{executed.mean:.3f}",
+            "",
+            f"min {executed.min:.3f}, max {executed.max:.3f}, dense {result.dense_gmacs:.3f}",
+        ),
+    ]
+
+
+def _charts(result: ProfileResult) -> dict[str, Markup]:
+    return {
+        "ecdf": figures.ecdf(result.gated, result.dense),
+        "histogram": figures.histogram(result.gated, result.dense),
+        "latency": figures.latency_per_frame(result.steps, result.dense),
+        "gmacs": figures.gmacs_per_frame(result.steps),
+    }
+
+
+def _gate_views(result: ProfileResult) -> list[_GateView]:
+    views = []
+    for stats in result.gates:
+        taken = decisions(result, stats.gate)
+        if not taken:
+            continue
+        channels = sum(step.channels for step in taken) or 1
+        shares = {name: sum(getattr(s, name) for s in taken) / channels for name in _ACTIONS}
+        tiled = stats.grid is not None
+        tile_share = float(np.mean([step.tile_share for step in taken])) if tiled else None
+        tiles = figures.tile_strip(taken) if tiled else Markup("")
+        views.append(_GateView(stats, shares, tile_share, figures.action_strip(taken), tiles))
+    return views
+
+
+def _mask_view(result: ProfileResult, frames: np.ndarray | None) -> _MaskView | None:
+    """Return None where no gate has tiles and there are no frames to show."""
+    indices = masks.shown_frames(len(result.steps))
+    mean = [masks.mean_mask(result.steps[i]) for i in indices]
+    tiled = all(mask is not None for mask in mean)
+    if frames is None and not tiled:
+        return None
+    height = 100.0 if frames is None else round(100 * frames.shape[1] / frames.shape[2], 2)
+    under = [None if frames is None else i for i in indices]
+    return _MaskView(
+        indices,
+        Markup("") if frames is None else masks.frame_symbols(frames, indices),
+        [] if frames is None else [masks.plain_frame(i, height) for i in indices],
+        [
+            masks.mask_over_frame(mask, at, height, f"frame {i}: {mask.mean():.0%} of the area computed")
+            for mask, at, i in zip(mean, under, indices, strict=True)
+            if mask is not None
+        ],
+        _masks_by_gate(result, indices, under, height) if tiled else {},
+    )
+
+
+def _masks_by_gate(
+    result: ProfileResult, indices: Sequence[int], under: Sequence[int | None], height: float
+) -> dict[str, list[Markup]]:
+    rows: dict[str, list[Markup]] = {}
+    for i, at in zip(indices, under, strict=True):
+        for name, gate in result.steps[i].gates.items():
+            if gate.tile_mask:
+                title = f"{name}, frame {i}: {gate.tiles_active} of {gate.tiles_total} tiles"
+                mask = np.asarray(gate.tile_mask, dtype=float)
+                rows.setdefault(name, []).append(masks.mask_over_frame(mask, at, height, title))
+    return rows
+
+
+def _node_total(result: ProfileResult) -> float:
+    """Return the node time of a step in microseconds; control nodes enclose others, so not summed."""
+    return sum(node.median_us for node in result.nodes if node.role != "control")
+
+
+def _top_nodes(result: ProfileResult) -> list[NodeTime]:
+    plain = [node for node in result.nodes if node.role != "control"]
+    return sorted(plain, key=lambda node: -node.median_us)[:TOP_NODES]

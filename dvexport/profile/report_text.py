@@ -1,0 +1,89 @@
+"""A profile as text for the terminal: headline, one row a gate, advice."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from dvexport.profile.advice import advise
+from dvexport.profile.result import GateStats, ProfileResult
+
+__all__ = ["gate_table", "headline", "number", "print_result", "result_table"]
+
+PIPED_WIDTH = 120
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """Return `value` with `digits` decimals, a dash where it is unknown."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def headline(result: ProfileResult) -> str:
+    """Return the lines above the table: what was measured, times, and the three figures."""
+    gated, dense, executed = result.gated, result.dense, result.executed_gmacs
+    lines = [
+        f"{result.model} on {result.target} ({result.backend}, {result.mode}), {result.clip.name}, "
+        f"{len(result.steps)} frames, {result.device.threads} thread(s)",
+        f"gated  median {gated.median:.2f} ms   P90 {gated.p90:.2f}   P99 {gated.p99:.2f}   "
+        f"GMACs per frame {executed.min:.3f} / {executed.mean:.3f} / {executed.max:.3f} (min / mean / max)",
+    ]
+    if dense:
+        lines.append(
+            f"dense  median {dense.median:.2f} ms   P90 {dense.p90:.2f}   P99 {dense.p99:.2f}   "
+            f"GMACs per frame {result.dense_gmacs:.3f}"
+        )
+    if result.forced:
+        lines.append("forced " + ", ".join(f"{name}={rate:g}" for name, rate in result.forced.items()))
+    lines.append(
+        f"speed-up {number(result.speedup)}   FLOP ratio {number(result.flop_ratio)}   "
+        f"realisation {number(result.realisation)}"
+    )
+    return "\n".join(lines)
+
+
+def gate_table(result: ProfileResult) -> Table:
+    """Return the table with one row a gate."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("gate", "lowering"):
+        table.add_column(column, no_wrap=True)
+    for column in ("GMACs min", "mean", "max", "dense", "ms", "dense ms", "FLOP ratio", "realisation"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for gate in result.gates:
+        table.add_row(*_row(gate))
+    return table
+
+
+def _row(gate: GateStats) -> list[str]:
+    executed = gate.executed_gmacs
+    gmacs = [executed.min, executed.mean, executed.max, gate.dense_gmacs]
+    rest = [gate.median_ms, gate.dense_median_ms, gate.flop_ratio, gate.realisation]
+    return [
+        escape(gate.gate),
+        escape(gate.lowering),
+        *(number(value, 3) for value in gmacs),
+        *(number(value) for value in rest),
+    ]
+
+
+def print_result(result: ProfileResult, console: Console | None = None) -> None:
+    """Print headline, table and advice; plain text when the output is no terminal."""
+    console = console or Console()
+    if not console.is_terminal:
+        console = Console(file=console.file, width=PIPED_WIDTH, color_system=None)
+    console.print(escape(headline(result)), highlight=False, soft_wrap=True)
+    console.print()
+    console.print(gate_table(result))
+    console.print()
+    for advice in advise(result):
+        where = f"{advice.gate}: " if advice.gate else ""
+        console.print(escape(f"{advice.severity}: {where}{advice.text}"), highlight=False, soft_wrap=True)
+
+
+def result_table(result: ProfileResult) -> str:
+    """Return what `print_result` prints, as plain text."""
+    text = io.StringIO()
+    print_result(result, Console(file=text))
+    return text.getvalue()
