@@ -19,11 +19,12 @@ SAMPLINGS = ("uniform",)
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How frames are taken from a video and normalised.
+    """How frames are taken from a video and normalised; by default ImageNet's statistics at 224.
 
     Attributes:
         size: (height, width) of the centre crop the model sees, in pixels.
-        resize: length the short side is resized to before the crop, in pixels.
+        resize: length the short side is resized to before the crop, in pixels; a frame that would
+            then be smaller than the crop is enlarged until it covers it.
         mean: per-channel mean in the 0..1 range, in the order of `colour_order`.
         std: per-channel standard deviation in the 0..1 range, in the order of `colour_order`.
         colour_order: `RGB` or `BGR`.
@@ -33,10 +34,10 @@ class Preprocess:
         frame_rate: frames a second in stream mode; None takes every frame of the video.
     """
 
-    size: tuple[int, int]
-    resize: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    size: tuple[int, int] = (224, 224)
+    resize: int = 256
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     colour_order: str = "RGB"
     frames: int = 8
     sampling: str = "uniform"
@@ -47,12 +48,17 @@ class Preprocess:
             object.__setattr__(self, name, tuple(getattr(self, name)))
             _require(len(getattr(self, name)) == length, name, f"needs {length} values")
         _require(min(self.size) > 0, "size", "must be positive")
-        _require(self.resize >= max(self.size), "resize", f"is smaller than the crop {self.size}")
+        _require(self.resize >= min(self.size), "resize", f"is smaller than the crop {self.size}")
         _require(min(self.std) > 0, "std", "must be positive")
         _require(self.colour_order in COLOUR_ORDERS, "colour_order", f"is none of {COLOUR_ORDERS}")
         _require(self.frames > 0, "frames", "must be positive")
         _require(self.sampling in SAMPLINGS, "sampling", f"is none of {SAMPLINGS}")
         _require(self.frame_rate is None or self.frame_rate > 0, "frame_rate", "must be positive")
+
+    @classmethod
+    def for_size(cls, size: tuple[int, int], frames: int) -> Preprocess:
+        """Return the usual preprocessing for a crop of `size`: 256/224 times its short side, ImageNet."""
+        return cls(size=size, resize=min(size) * 256 // 224, frames=frames)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values."""
