@@ -154,7 +154,7 @@ def histogram(gated: StepTimes, dense: StepTimes | None) -> Markup:
         for left, right, share in zip(edges[:-1], edges[1:], values, strict=True):
             if share > 0:
                 upto = f"to {right:.2f} ms" if right < edges[-1] else "ms and more"
-                title = f"{name}: {share:.1f} % of steps at {left:.2f} {upto}"
+                title = f"{name}: {share:.1f}% of steps at {left:.2f} {upto}"
                 y = plot.y(share)
                 marks.append(_rect(f"bar {name}", plot.x(left) + 0.5, y, width, plot.y(0) - y, title))
     return _svg(
