@@ -17,7 +17,7 @@ def imagenet_preprocess(size: tuple[int, int], frames: int) -> Preprocess:
     """Return the preprocessing of the official checkpoints: RGB, ImageNet's mean, 224 out of 256."""
     return Preprocess(
         size=size,
-        resize=max(size) * 256 // 224,
+        resize=min(size) * 256 // 224,
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),
         frames=frames,
