@@ -1,0 +1,40 @@
+"""`dv.FrameMean(X) -> Y`: consensus over the frames seen so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from dvexport.dialect.spec import Operator
+from dvexport.graph import Builder
+
+__all__ = ["FrameMean"]
+
+
+class FrameMean(Operator):
+    """`Y[n] = mean(X[0], ..., X[n])` along axis 0: the last row is the clip's consensus (TSN).
+
+    X, Y: `[N, K]`. In a stream the state is the sum and the count.
+    """
+
+    name = "FrameMean"
+    inputs = ("X",)
+    outputs = ("Y",)
+    attributes: Mapping[str, Any] = {"name": None}
+
+    def reference(
+        self, build: Builder, inputs: Mapping[str, ir.Value | None], attributes: Mapping[str, Any]
+    ) -> Sequence[ir.Value]:
+        """CumSum(X) / (1 .. N)."""
+        x = inputs["X"]
+        total = build.op("CumSum", x, build.const(0, np.int64))
+        frames = build.op("Squeeze", build.op("Shape", x, start=0, end=1))
+        count = build.op(
+            "Range", build.const(1, np.int64), build.op("Add", frames, build.const(1, np.int64)),
+            build.const(1, np.int64),
+        )  # fmt: skip
+        column = build.op("Unsqueeze", build.op("Cast", count, to=ir.DataType.FLOAT), build.ints(1))
+        return [build.op("Div", total, column)]

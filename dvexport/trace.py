@@ -1,0 +1,103 @@
+"""From a torch model to gate-level ONNX with a dynamic frame axis."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from dvexport.dialect import operator_of
+from dvexport.errors import TraceError
+from dvexport.graph import DV, FRAMES, OPSET, source_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["trace"]
+
+_EXAMPLE_FRAMES = 3  # any number that torch does not specialise on, as it does on 0 and 1
+
+
+def trace(model: nn.Module, size: tuple[int, int]) -> ir.Model:
+    """Trace `model` into gate-level ONNX.
+
+    Args:
+        model: takes `[frames, 3, height, width]`, returns `[frames, classes]`; put in eval mode.
+        size: height and width of a frame, in pixels.
+
+    Returns:
+        A model with input `frames`, output `logits`, the frame axis symbolic, batch norm folded,
+        and each gate a node of the `dv` domain with its shapes set.
+
+    Raises:
+        TraceError: torch can't trace the model, or a gate is illegal.
+    """
+    import torch
+
+    model = model.eval()
+    example = torch.zeros(_EXAMPLE_FRAMES, 3, *size)
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                model,
+                (example,),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[FRAMES],
+                output_names=["logits"],
+                dynamic_shapes=({0: torch.export.Dim(FRAMES)},),
+                verbose=False,
+            )
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise TraceError(
+            "the model can't be traced",
+            where=type(model).__name__,
+            why=str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__,
+            hint="gates must use dvexport.gates, and no Python branch may depend on a tensor's values",
+        ) from error
+    assert program is not None
+    traced = program.model
+    _fold_constants(traced)
+    _check(traced)
+    return traced
+
+
+def _fold_constants(model: ir.Model) -> None:
+    """Fold batch norm into gated weights, of any size (the exporter stops at small ones)."""
+    from onnxscript import optimizer
+
+    unlimited = 1 << 40
+    optimizer.optimize_ir(model, input_size_limit=unlimited, output_size_limit=unlimited)
+
+
+def _check(model: ir.Model) -> None:
+    """Check every gate right after tracing, while its place in the model is known."""
+    for node in model.graph:
+        operator = operator_of(node)
+        if node.domain == DV and operator is None:
+            raise TraceError(f"dv.{node.op_type} is not an operator of the dialect", where=source_of(node))
+        if operator is None:
+            continue
+        found = operator.problems(node)
+        if found:
+            raise TraceError(f"{source_of(node)} {found[0]}")
+        operator.infer(node)
+    model.graph.opset_imports.setdefault(DV, 1)
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Silence the exporter's progress and its notes on type promotion."""
+    level = logging.getLogger("torch.onnx").level
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.getLogger("torch.onnx").setLevel(level)

@@ -1,0 +1,77 @@
+"""Make the decisions of every gate visible: as extra outputs, or as inputs that replace them.
+
+Probes serve executed FLOPs, pictures and verification. Forced decisions serve measurement
+at chosen rates and tests over random decisions; the gates' own policies stay in the graph, as
+probes, so that their cost is still measured.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from dvexport.graph import DV, fresh_output, gate_name
+from dvexport.state import states_of
+
+__all__ = ["ExposeProbes", "ForceDecisions", "decision_values", "forced_name", "probe_name"]
+
+_KINDS = {"action": 3, "tiles": 4}
+"""Decision kind to its position among the inputs of `GatedConv`."""
+
+
+def probe_name(gate: str, kind: str) -> str:
+    """Name of the output that shows a decision; `kind` is `action` or `tiles`."""
+    return f"probe.{gate}.{kind}"
+
+
+def forced_name(gate: str, kind: str) -> str:
+    """Name of the input that replaces a decision."""
+    return f"force.{gate}.{kind}"
+
+
+def decision_values(model: ir.Model) -> dict[tuple[str, str], ir.Value]:
+    """Return each decision of a gate-level model by (gate, kind)."""
+    found: dict[tuple[str, str], ir.Value] = {}
+    for node in model.graph:
+        if node.domain != DV or node.op_type != "GatedConv":
+            continue
+        for kind, position in _KINDS.items():
+            value = node.inputs[position] if position < len(node.inputs) else None
+            if value is not None:
+                found.setdefault((gate_name(node), kind), value)
+    return found
+
+
+class ExposeProbes(ir.passes.InPlacePass):
+    """Add an output for every decision. Requires: the model is still at gate level."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Two gates that share a decision get an output each."""
+        found = decision_values(model)
+        for (gate, kind), value in found.items():
+            fresh_output(model.graph, probe_name(gate, kind), value)
+        return ir.passes.PassResult(model, bool(found))
+
+
+class ForceDecisions(ir.passes.InPlacePass):
+    """Replace every decision by an input. Requires: gate level, frames fixed.
+
+    The decisions the gates would have taken stay as probes (run `ExposeProbes` before).
+    """
+
+    def __init__(self, kinds: tuple[str, ...] = ("action", "tiles")) -> None:
+        super().__init__()
+        self.kinds = kinds
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Redirect every use of the decision but its own probe."""
+        kept = {state.output for state in states_of(model)} | {
+            v.name for v in model.graph.outputs if (v.name or "").startswith("probe.")
+        }
+        found = {key: v for key, v in decision_values(model).items() if key[1] in self.kinds}
+        for (gate, kind), value in found.items():
+            forced = ir.Value(name=forced_name(gate, kind), shape=value.shape, type=value.type)
+            model.graph.inputs.append(forced)
+            for user, position in value.uses():
+                if not (user.op_type == "Identity" and user.outputs[0].name in kept):
+                    user.replace_input_with(position, forced)
+        return ir.passes.PassResult(model, bool(found))

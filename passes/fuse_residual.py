@@ -1,0 +1,95 @@
+"""Fold the residual sum into the gated convolution before it.
+
+    relu(identity + S * conv)  =  relu(identity) with its active tiles replaced by relu(conv + identity)
+
+so only active tiles of the identity are read and written. Where the identity is known not to be negative
+(it left a ReLU), relu(identity) is the identity itself.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from dvexport.dialect.spec import operator_of
+from dvexport.graph import DV, Builder, replace_node
+
+__all__ = ["FuseResidual", "is_nonnegative"]
+
+
+class FuseResidual(ir.passes.InPlacePass):
+    """Match Relu(Add(identity, SparseConv)) where the convolution has no other user.
+
+    Requires: `split_paths` has run. Ensures: a matched sum is the `residual` of its convolution.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite every match."""
+        modified = False
+        for node in list(model.graph):
+            found = _match(node)
+            if found is not None:
+                _rewrite(*found)
+                modified = True
+        return ir.passes.PassResult(model, modified)
+
+
+def _match(relu: ir.Node) -> tuple[ir.Node, ir.Node, ir.Node, ir.Value] | None:
+    if relu.domain or relu.op_type != "Relu":
+        return None
+    add = relu.inputs[0].producer()  # type: ignore[union-attr]
+    if add is None or add.op_type != "Add" or len(add.outputs[0].uses()) != 1:
+        return None
+    for index in range(2):
+        conv_value, identity = add.inputs[index], add.inputs[1 - index]
+        assert conv_value is not None and identity is not None
+        conv = conv_value.producer()
+        if conv is not None and len(conv_value.uses()) == 1 and _is_plain(conv):
+            return conv, add, relu, identity
+    return None
+
+
+def _is_plain(node: ir.Node) -> bool:
+    """A SparseConv over tiles that adds to zeros and applies no activation of its own."""
+    operator = operator_of(node)
+    if operator is None or operator.name != "SparseConv":
+        return False
+    inputs = operator.bind(node)
+    given = {name for name, value in inputs.items() if value is not None}
+    return not given & {"rows", "residual", "base"} and operator.attributes_of(node)["activation"] == "none"
+
+
+def _rewrite(conv: ir.Node, add: ir.Node, relu: ir.Node, identity: ir.Value) -> None:
+    operator = operator_of(conv)
+    assert operator is not None
+    inputs = operator.bind(conv)
+    build = Builder(metadata=conv.metadata_props)
+    base = None
+    if inputs["tiles"] is not None:
+        base = identity if is_nonnegative(identity) else build.op("Relu", identity)
+        base.shape, base.type = identity.shape, identity.type
+    attributes = {name: attribute.value for name, attribute in conv.attributes.items()}
+    attributes["activation"] = "relu"
+    fused = build.op(
+        "SparseConv", inputs["X"], inputs["W"], inputs["B"], None, inputs["tiles"], inputs["active_in"],
+        identity, base, domain=DV, **attributes,
+    )  # fmt: skip
+    replace_node(relu, build, [fused])
+    assert add.graph is not None
+    add.graph.remove([add, conv], safe=True)
+
+
+def is_nonnegative(value: ir.Value, depth: int = 64) -> bool:
+    """Tell whether a value is known never to be negative."""
+    node = value.producer()
+    if node is None or depth == 0:
+        return False
+    if node.domain == "" and node.op_type in ("Relu", "Sigmoid", "Abs"):
+        return True
+    if node.domain == "" and node.op_type in ("MaxPool", "AveragePool", "Identity"):
+        return is_nonnegative(node.inputs[0], depth - 1)  # type: ignore[arg-type]
+    operator = operator_of(node)
+    if operator is None or operator.name != "SparseConv":
+        return False
+    base = operator.bind(node)["base"]
+    relu = operator.attributes_of(node)["activation"] == "relu"
+    return relu and (base is None or is_nonnegative(base, depth - 1))

@@ -1,0 +1,203 @@
+"""Keep values in pixel rows from one tile-lowered convolution to the next.
+
+Tile lowerings read and write pixel rows (`dvexport.dialect.rows`) between `ToRows` and `FromRows`. This pass
+carries rows forward through whatever works on them as well (activations, sums, pointwise
+convolutions, pooling, states), so that a network changes layout once, after its stem:
+
+    ToRows(FromRows(r))            = r
+    Relu(FromRows(r))              = FromRows(Relu(r))                  and the like
+    mean over the plane, pooling   = a constant matrix times r
+    1x1 convolution                = Gather(r, strided pixels) W + B
+
+Anything else reads the plane through `FromRows`, which stays correct and costs a transpose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from dvexport.dialect.conv import output_size, plane_size
+from dvexport.dialect.rows import rows_shape, zero_row
+from dvexport.graph import DV, Builder, array_of, replace_node, static_shape
+from dvexport.passes.pixel_tables import tile_pixels, windows
+from dvexport.state import add_state, remove_state, state_input, states_of
+
+__all__ = ["KeepRows"]
+
+
+class KeepRows(ir.passes.InPlacePass):
+    """Replace plane operators by their pixel-row form wherever their input is at hand as rows."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """One sweep over the nodes, then the states."""
+        before = _layout_changes(model)
+        for node in list(model.graph):
+            rule = _RULES.get((node.domain, node.op_type))
+            if rule is None or not any(v is not None and _rows_of(v) for v in node.inputs):
+                continue
+            build = Builder(metadata=node.metadata_props)
+            result = rule(build, node)
+            if result is not None:
+                replace_node(node, build, [result])
+        for state in states_of(model):
+            _keep_state(model, state.name)
+        return ir.passes.PassResult(model, _layout_changes(model) != before)
+
+
+def _layout_changes(model: ir.Model) -> int:
+    return sum(node.op_type in ("ToRows", "FromRows") for node in model.graph)
+
+
+def _rows_of(value: ir.Value) -> ir.Value | None:
+    """Return the rows of a plane, if a `FromRows` made it."""
+    node = value.producer()
+    if node is not None and node.domain == DV and node.op_type == "FromRows":
+        return node.inputs[0]
+    return None
+
+
+def _as_rows(build: Builder, value: ir.Value) -> ir.Value:
+    return _rows_of(value) or build.op(
+        "ToRows", value, domain=DV, shape=rows_shape(static_shape(value)), dtype=value.dtype
+    )
+
+
+def _plane(build: Builder, rows: ir.Value, node: ir.Node) -> ir.Value:
+    """Wrap the rows of a node's output."""
+    shape = static_shape(node.outputs[0])
+    rows.shape, rows.type = ir.Shape(rows_shape(shape)), node.outputs[0].type
+    return build.op("FromRows", rows, domain=DV, size=list(shape[2:]))
+
+
+def _cancel(build: Builder, node: ir.Node) -> ir.Value | None:
+    assert node.inputs[0] is not None
+    return _rows_of(node.inputs[0])
+
+
+def _elementwise(build: Builder, node: ir.Node) -> ir.Value | None:
+    """Relu keeps the zero row zero, and so does the sum of two planes of one shape."""
+    values = [v for v in node.inputs if v is not None]
+    if any(v.shape != node.outputs[0].shape for v in values):
+        return None
+    return _plane(build, build.op(node.op_type, *[_as_rows(build, v) for v in values]), node)
+
+
+def _pointwise(build: Builder, node: ir.Node) -> ir.Value | None:
+    """A 1x1 convolution without padding, any stride."""
+    x, weight = node.inputs[0], array_of(node.inputs[1])
+    group = node.attributes.get("group")
+    pads = node.attributes.get("pads")
+    plain = (group is None or group.as_int() == 1) and (pads is None or not any(pads.as_ints()))
+    if weight is None or weight.shape[2:] != (1, 1) or not plain:
+        return None
+    assert x is not None
+    frames, channels, height, width = static_shape(node.outputs[0])
+    strides = tuple(node.attributes["strides"].as_ints()) if "strides" in node.attributes else (1, 1)
+    pixels = tile_pixels((height, width), (1, 1))
+    reads = windows(pixels, plane_size(x), frames, (1, 1), (strides[0], strides[1])).reshape(-1)
+    y = build.op("Gather", _rows_of(x), build.const(reads), axis=0)
+    y = build.op("MatMul", y, build.const(np.ascontiguousarray(weight[:, :, 0, 0].T)))
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        y = build.op("Add", y, node.inputs[2])
+    return _plane(build, zero_row(build, y, channels), node)
+
+
+def _plane_mean(build: Builder, node: ir.Node) -> ir.Value | None:
+    """ReduceMean over height and width."""
+    axes = array_of(node.inputs[1]) if len(node.inputs) > 1 else None
+    x = node.inputs[0]
+    assert x is not None
+    if axes is None or sorted(int(a) % 4 for a in axes) != [2, 3]:
+        return None
+    frames, channels, height, width = static_shape(x)
+    weights = np.full((1, height * width), 1 / (height * width), np.float32)
+    mean = _combine(build, _rows_of(x), weights, frames, channels)
+    keep = "keepdims" not in node.attributes or node.attributes["keepdims"].as_int() == 1
+    return build.op("Reshape", mean, build.ints(frames, channels, *([1, 1] if keep else [])))
+
+
+def _global_pool(build: Builder, node: ir.Node) -> ir.Value | None:
+    x = node.inputs[0]
+    assert x is not None
+    frames, channels, height, width = static_shape(x)
+    weights = np.full((1, height * width), 1 / (height * width), np.float32)
+    mean = _combine(build, _rows_of(x), weights, frames, channels)
+    return build.op("Reshape", mean, build.ints(frames, channels, 1, 1))
+
+
+def _average_pool(build: Builder, node: ir.Node) -> ir.Value | None:
+    """AveragePool without padding, as a constant matrix `[cells, pixels]`."""
+    x = node.inputs[0]
+    assert x is not None
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    kernel = tuple(attributes["kernel_shape"])
+    strides, pads = tuple(attributes.get("strides", (1, 1))), attributes.get("pads", (0, 0, 0, 0))
+    if any(pads) or attributes.get("ceil_mode", 0) or any(d != 1 for d in attributes.get("dilations", (1, 1))):
+        return None
+    frames, channels, height, width = static_shape(x)
+    out = output_size((height, width), kernel, {"pads": (0,) * 4, "strides": strides, "dilations": (1, 1)})
+    reads = windows(tile_pixels(out, (1, 1)), (height, width), 1, kernel, strides)[0]
+    weights = np.zeros((len(reads), height * width), np.float32)
+    np.put_along_axis(weights, reads, np.float32(1 / np.prod(kernel)), axis=1)
+    pooled = _combine(build, _rows_of(x), weights, frames, channels)
+    moved = build.op("Transpose", pooled, perm=[0, 2, 1])
+    return build.op("Reshape", moved, build.ints(frames, channels, *out))
+
+
+def _combine(
+    build: Builder, rows: ir.Value | None, weights: np.ndarray, frames: int, channels: int
+) -> ir.Value:
+    """Return `[frames, len(weights), channels]`: weighted sums over each frame's pixels."""
+    if frames == 1:  # the zero row is given weight zero, which saves a copy
+        padded = np.concatenate([weights, np.zeros((len(weights), 1), np.float32)], axis=1)
+        return build.op("Unsqueeze", build.op("MatMul", build.const(padded), rows), build.ints(0))
+    pixels = weights.shape[1]
+    real = build.op("Slice", rows, build.ints(0), build.ints(frames * pixels), build.ints(0))
+    return build.op("MatMul", build.const(weights), build.op("Reshape", real, build.ints(frames, pixels, channels)))
+
+
+def _delay(build: Builder, node: ir.Node) -> ir.Value | None:
+    """A clip's Delay of a plane: rows shift by a frame, the first frame reads the zero row."""
+    x, init = node.inputs
+    assert x is not None
+    start = array_of(init)
+    if start is None or np.any(start) or x.shape is None or len(x.shape) != 4:
+        return None
+    frames, _, height, width = static_shape(x)
+    plane, total = height * width, frames * height * width
+    index = np.concatenate([np.full(plane, total), np.arange(total - plane), [total]])
+    return _plane(build, build.op("Gather", _rows_of(x), build.const(index), axis=0), node)
+
+
+_RULES: dict[tuple[str, str], Callable[[Builder, ir.Node], ir.Value | None]] = {
+    (DV, "ToRows"): _cancel,
+    (DV, "Delay"): _delay,
+    ("", "Relu"): _elementwise,
+    ("", "Add"): _elementwise,
+    ("", "Conv"): _pointwise,
+    ("", "ReduceMean"): _plane_mean,
+    ("", "GlobalAveragePool"): _global_pool,
+    ("", "AveragePool"): _average_pool,
+}
+
+
+def _keep_state(model: ir.Model, name: str) -> None:
+    """Store a state as rows if everything that reads it wants rows."""
+    (state,) = (s for s in states_of(model) if s.name == name)
+    read = next(v for v in model.graph.inputs if v.name == state.input)
+    users: Sequence[ir.Node] = read.consumers()
+    if len(state.shape) != 4 or not users or any(u.op_type != "ToRows" for u in users):
+        return
+    read, write = remove_state(model, name)
+    rows = state_input(model, name, users[0].outputs[0])
+    for user in users:
+        replace_node(user, Builder(), [rows])
+    source = _rows_of(write)
+    if source is None:
+        build = Builder()
+        source = _as_rows(build, write)
+        model.graph.extend(build.nodes)
+    add_state(model, name, rows, source)

@@ -1,0 +1,137 @@
+"""Fix the frame axis: T frames at once (clip), or one frame a step with explicit state (stream).
+
+A traced model has a symbolic frame axis and crosses frames only through `Delay`, `FrameMean` and
+the history of `GatedConv`. With one frame a step each of these becomes a state, and T steps
+from zero states compute what the clip computes. A model that mixes frames in any other way
+reads frames a stream has not seen yet, or no longer has; it is refused.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from dvexport.dialect.spec import operator_of
+from dvexport.errors import TraceError
+from dvexport.graph import FRAMES, Builder, array_of, replace_node, source_of
+from dvexport.state import add_state, state_input
+
+__all__ = ["SetClip", "SetStream"]
+
+
+class SetClip(ir.passes.InPlacePass):
+    """Fix the frame axis to `frames`."""
+
+    def __init__(self, frames: int) -> None:
+        super().__init__()
+        self.frames = frames
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Substitute the symbol in every shape."""
+        _substitute(model, self.frames)
+        return ir.passes.PassResult(model, modified=True)
+
+
+class SetStream(ir.passes.InPlacePass):
+    """Fix the frame axis to one frame a step, every memory a named state.
+
+    Raises:
+        TraceError: a node reads ahead or mixes frames; its place in the model is named.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Refuse non-causal models, then turn memories into states."""
+        for node in model.graph:
+            _refuse_mixing(node)
+        _substitute(model, 1)
+        for node in list(model.graph):
+            if operator_of(node) is None:
+                continue
+            if node.op_type == "Delay":
+                _stream_delay(model, node)
+            elif node.op_type == "FrameMean":
+                _stream_mean(model, node)
+            elif node.op_type == "GatedConv":
+                _stream_history(model, node)
+        return ir.passes.PassResult(model, modified=True)
+
+
+def _stream_delay(model: ir.Model, node: ir.Node) -> None:
+    x, init = node.inputs
+    assert x is not None
+    name = node.attributes["name"].as_string()
+    start = array_of(init)
+    if start is None or np.any(start):
+        raise TraceError("a stream's states start as zeros", where=f"{source_of(node)} has another init")
+    read = state_input(model, name, x)
+    replace_node(node, Builder(), [read])
+    add_state(model, name, read, x)
+
+
+def _stream_mean(model: ir.Model, node: ir.Node) -> None:
+    (x,) = node.inputs
+    assert x is not None
+    name = node.attributes["name"].as_string()
+    build = Builder(metadata=node.metadata_props)
+    one = build.const(np.float32(1).reshape(1, 1))
+    total_in, count_in = state_input(model, f"{name}.sum", x), state_input(model, f"{name}.count", one)
+    total, count = build.op("Add", total_in, x), build.op("Add", count_in, one)
+    replace_node(node, build, [build.op("Div", total, count)])
+    add_state(model, f"{name}.sum", total_in, total)
+    add_state(model, f"{name}.count", count_in, count)
+
+
+def _stream_history(model: ir.Model, node: ir.Node) -> None:
+    """Keep V of the previous frame; `split_paths` may replace it by something lazier."""
+    operator = operator_of(node)
+    assert operator is not None
+    inputs = operator.bind(node)
+    if inputs["action"] is None:
+        return
+    u = node.outputs[0]
+    name = f"{node.attributes['gate'].as_string()}.history"
+    read = state_input(model, name, u)
+    node.resize_inputs(len(operator.inputs))
+    node.replace_input_with(6, read)
+    node.resize_outputs(2)
+    add_state(model, name, read, node.outputs[1])
+
+
+def _refuse_mixing(node: ir.Node) -> None:
+    """Refuse a node that changes or drops the frame axis."""
+    if operator_of(node) is not None or node.op_type in ("Shape", "Size"):
+        return
+    reads_frames = any(v is not None and _frame_dims(v) for v in node.inputs)
+    if not reads_frames:
+        return
+    for value in node.outputs:
+        dims = _frame_dims(value)
+        if dims == [(0, FRAMES)]:
+            continue
+        ahead = node.op_type == "Slice" and np.any(array_of(node.inputs[1]) > 0)
+        verb = "reads the frame ahead" if ahead else "mixes frames"
+        raise TraceError(
+            f"the model can't run in stream mode: a node {verb}",
+            where=source_of(node),
+            why=f"its output has shape {value.shape}, where the frame axis must stay '{FRAMES}'",
+            hint="export with --mode clip, or use the online variant of the model"
+            if ahead
+            else "export with --mode clip, or use dvexport.gates.delay and frame_mean",
+        )
+
+
+def _frame_dims(value: ir.Value) -> list[tuple[int, str]]:
+    """Return the (axis, text) of the dimensions that speak of the frame symbol."""
+    if value.shape is None:
+        return []
+    texts = [(axis, str(dim)) for axis, dim in enumerate(value.shape) if not isinstance(dim, int)]
+    return [(axis, text) for axis, text in texts if FRAMES in text]
+
+
+def _substitute(model: ir.Model, frames: int) -> None:
+    values = list(model.graph.inputs)
+    for node in model.graph.all_nodes():
+        values += node.outputs
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape([frames if str(dim) == FRAMES else dim for dim in value.shape])
