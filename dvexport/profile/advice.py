@@ -9,7 +9,7 @@ import numpy as np
 
 from dvexport.profile.result import GateStats, GateStep, ProfileResult, StepTimes
 
-__all__ = ["Advice", "advise", "better_lowering", "overhead_share"]
+__all__ = ["Advice", "advise", "better_lowering", "decisions", "overhead_share"]
 
 WIDE_SPREAD = 0.15
 """Interquartile range over median above which a median is not trusted."""

@@ -30,6 +30,7 @@ WIDTH, HEIGHT = 540, 216
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 26, 36
 STRIP_WIDTH, STRIP_HEIGHT = 400, 26
 BINS = 36
+MAX_CELLS = 100
 
 
 def _join(parts: Iterable[Markup]) -> Markup:
@@ -217,42 +218,64 @@ def _strip(body: Markup, alt: str) -> Markup:
     ).format(STRIP_WIDTH, STRIP_HEIGHT, alt, body)
 
 
-def _cells(frames: int) -> tuple[float, float]:
-    """Return the distance between the cells of a strip, and a cell's width."""
-    pitch = STRIP_WIDTH / frames
-    return pitch, pitch - min(pitch * 0.12, 2.0)
+@dataclass
+class _Cell:
+    """One cell of a strip: the frames it stands for, summed, its place and its name."""
+
+    step: GateStep
+    x: float
+    width: float
+    frames: str
 
 
-def _action_cell(x: float, width: float, frame: int, step: GateStep) -> Markup:
-    """Return one frame's stack: compute below, then reuse, then skip."""
-    top, parts = float(STRIP_HEIGHT), []
-    for action, count in (("compute", step.compute), ("reuse", step.reuse), ("skip", step.skip)):
-        height = STRIP_HEIGHT * count / max(step.channels, 1)
-        top -= height
-        if height:
-            parts.append(_rect(action, x, top, width, height))
-    title = f"frame {frame}: compute {step.compute}, reuse {step.reuse}, skip {step.skip} channels"
-    return Markup("<g><title>{}</title>{}</g>").format(title, _join(parts))
+def _cells(decisions: Sequence[GateStep]) -> list[_Cell]:
+    """Return the cells of a strip: one a frame, or runs of frames where a clip has too many to see."""
+    pitch = STRIP_WIDTH / len(decisions)
+    cells = []
+    for run in np.array_split(np.arange(len(decisions)), min(len(decisions), MAX_CELLS)):
+        steps = [decisions[i] for i in run]
+        first, last = int(run[0]), int(run[-1])
+        total = GateStep(
+            sum(s.skip for s in steps),
+            sum(s.reuse for s in steps),
+            sum(s.compute for s in steps),
+            sum(s.tiles_active for s in steps),
+            sum(s.tiles_total for s in steps),
+        )
+        width = len(run) * pitch
+        name = f"frame {first}" if first == last else f"frames {first} to {last}"
+        cells.append(_Cell(total, first * pitch, width - min(width * 0.12, 2.0), name))
+    return cells
+
+
+def _stack(cell: _Cell, parts: Sequence[tuple[str, float]], title: str) -> Markup:
+    """Return one cell as a stack of (style, share) from the bottom up."""
+    top, drawn = float(STRIP_HEIGHT), []
+    for style, share in parts:
+        top -= STRIP_HEIGHT * share
+        if share:
+            drawn.append(_rect(style, cell.x, top, cell.width, STRIP_HEIGHT * share))
+    return Markup("<g><title>{}: {}</title>{}</g>").format(cell.frames, title, _join(drawn))
 
 
 def action_strip(decisions: Sequence[GateStep]) -> Markup:
-    """Return one gate's channel actions over time."""
-    pitch, width = _cells(len(decisions))
-    cells = [_action_cell(i * pitch, width, i, step) for i, step in enumerate(decisions)]
-    return _strip(_join(cells), "Channel actions over time")
+    """Return one gate's channel actions over time: compute below, then reuse, then skip."""
+    stacks = []
+    for cell in _cells(decisions):
+        step, channels = cell.step, max(cell.step.channels, 1)
+        parts = [(name, getattr(step, name) / channels) for name in ("compute", "reuse", "skip")]
+        title = ", ".join(f"{name} {share:.0%}" for name, share in parts) + " of the channels"
+        stacks.append(_stack(cell, parts, title))
+    return _strip(_join(stacks), "Channel actions over time")
 
 
 def tile_strip(decisions: Sequence[GateStep]) -> Markup:
-    """Return one gate's active tiles over time: the height of a bar is their share."""
-    pitch, width = _cells(len(decisions))
-    cells = []
-    for i, step in enumerate(decisions):
-        height = STRIP_HEIGHT * step.tile_share
-        title = f"frame {i}: {step.tiles_active} of {step.tiles_total} tiles active"
-        active = _rect("compute", i * pitch, STRIP_HEIGHT - height, width, height)
-        rest = _rect("skip", i * pitch, 0, width, STRIP_HEIGHT - height)
-        cells.append(Markup("<g><title>{}</title>{}{}</g>").format(title, rest, active))
-    return _strip(_join(cells), "Active tiles over time")
+    """Return one gate's share of active tiles over time."""
+    stacks = []
+    for cell in _cells(decisions):
+        share = cell.step.tile_share
+        stacks.append(_stack(cell, [("compute", share), ("skip", 1 - share)], f"{share:.0%} of tiles active"))
+    return _strip(_join(stacks), "Active tiles over time")
 
 
 def frame_axis(frames: int) -> Markup:

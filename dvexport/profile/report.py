@@ -19,10 +19,10 @@ from markupsafe import Markup
 import dvexport.profile.figures_svg as figures
 import dvexport.profile.masks_svg as masks
 from dvexport.errors import UsageError
+from dvexport.files import atomic_write
 from dvexport.profile.advice import advise, decisions
 from dvexport.profile.report_text import number
 from dvexport.profile.result import GateStats, NodeTime, ProfileResult
-from dvexport.profile.text_file import write_text
 
 __all__ = ["render_html", "write_html"]
 
@@ -80,7 +80,9 @@ def render_html(result: ProfileResult, frames: np.ndarray | None = None) -> str:
 
 def write_html(result: ProfileResult, path: str | Path, frames: np.ndarray | None = None) -> None:
     """Write `render_html`'s page; nothing half-written is left at `path`."""
-    write_text(path, render_html(result, frames))
+    page = render_html(result, frames)
+    with atomic_write(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
 
 
 @cache

@@ -13,7 +13,7 @@ from dvexport.profile.result import GateStats, ProfileResult
 
 __all__ = ["gate_table", "headline", "number", "print_result", "result_table"]
 
-PIPED_WIDTH = 120
+PIPED_WIDTH = 160
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -49,8 +49,8 @@ def gate_table(result: ProfileResult) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("gate", "lowering"):
         table.add_column(column, no_wrap=True)
-    for column in ("GMACs min", "mean", "max", "dense", "ms", "dense ms", "FLOP ratio", "realisation"):
-        table.add_column(column, justify="right", no_wrap=True)
+    for column in ("GMACs\nmin", "mean", "max", "dense", "ms", "dense\nms", "FLOP\nratio", "reali-\nsation"):
+        table.add_column(column, justify="right")
     for gate in result.gates:
         table.add_row(*_row(gate))
     return table

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from dvexport.errors import UsageError
+from dvexport.files import atomic_write
 from dvexport.profile.roles import node_role
 from dvexport.profile.samples import MinMeanMax, StepTimes, ratio
-from dvexport.profile.text_file import write_text
 
 __all__ = [
     "ClipInfo",
@@ -327,7 +327,9 @@ def _plain(value: Any) -> Any:
 
 def write_json(result: ProfileResult, path: str | Path) -> None:
     """Write the JSON form; nothing half-written is left at `path`."""
-    write_text(path, json.dumps(result.to_dict(), indent=1) + "\n")
+    text = json.dumps(result.to_dict(), indent=1) + "\n"
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(path: str | Path) -> ProfileResult:

@@ -11,8 +11,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from dvexport.files import atomic_write
 from dvexport.profile.result import NodeTime, ProfileResult
-from dvexport.profile.text_file import write_text
 
 __all__ = ["trace_events", "write_trace"]
 
@@ -34,7 +34,8 @@ def write_trace(result: ProfileResult, path: str | Path) -> None:
         "displayTimeUnit": "ms",
         "otherData": {"model": result.model, "target": result.target, "device": result.device.cpu},
     }
-    write_text(path, json.dumps(trace) + "\n")
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(trace) + "\n", encoding="utf-8")
 
 
 def _name(kind: str, name: str, process: int, track: int = 0) -> Event:
