@@ -1,0 +1,231 @@
+"""The device catalogue: what a lowering and a backend need to know of a device, by product name.
+
+One TOML file a device in `catalog/`; a path to such a file is accepted wherever a name is. See
+docs/adding-a-target.md for the keys.
+"""
+
+from __future__ import annotations
+
+import platform
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dvexport.errors import UsageError, unknown_name
+
+__all__ = [
+    "HOST",
+    "Cost",
+    "Cpu",
+    "Onnx",
+    "Quantity",
+    "Runtimes",
+    "Target",
+    "Tflite",
+    "Tvm",
+    "host_name",
+    "load",
+    "load_file",
+    "names",
+]
+
+HOST = "host"
+"""Stands for the catalogue entry that fits the machine dvexport runs on."""
+
+_CATALOG = Path(__file__).parent / "catalog"
+
+Positive = Annotated[int, Field(ge=1)]
+Version = Annotated[str, Field(pattern=r"^\d+(\.\d+)*$")]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class Cpu(_Table):
+    """The cores worth using: the big cluster where there are two kinds.
+
+    Attributes:
+        model: what its maker calls it.
+        triple: LLVM target triple.
+        mcpu: LLVM processor name.
+        features: LLVM features beyond those of `mcpu`, such as `+neon`.
+        lanes: float32 lanes of a vector register.
+        cores: number of these cores.
+        l1_kib, l2_kib, l3_kib: data caches in KiB; l1 and l2 as one core sees them, l3 of all, 0: none.
+    """
+
+    model: str
+    triple: Annotated[str, Field(pattern=r"^[a-z0-9_]+(-[a-z0-9_]+){1,3}$")]
+    mcpu: str
+    features: list[Annotated[str, Field(pattern=r"^[+-][a-z0-9_.-]+$")]] = []
+    lanes: Literal[1, 2, 4, 8, 16]
+    cores: Positive
+    l1_kib: Positive
+    l2_kib: Annotated[int, Field(ge=0)]
+    l3_kib: Annotated[int, Field(ge=0)] = 0
+
+
+class Quantity(_Table):
+    """A figure and where it is from; `estimated` unless someone measured it on the device."""
+
+    value: Annotated[float, Field(gt=0, allow_inf_nan=False, strict=False)]
+    source: Annotated[str, Field(min_length=1)]
+    estimated: bool
+
+
+class Onnx(_Table):
+    """ONNX Runtime: the opset to emit and the oldest version that may run it."""
+
+    opset: Annotated[int, Field(ge=13)]
+    min_version: Version
+
+
+class Tvm(_Table):
+    """Compiled kernels with a C runtime of our own: nothing needs to be installed on the device."""
+
+
+class Tflite(_Table):
+    """LiteRT, or tflite-runtime up to 2.14: the oldest version that may run it."""
+
+    min_version: Version
+
+
+class Runtimes(_Table):
+    """What can execute there; at least one."""
+
+    onnx: Onnx | None = None
+    tvm: Tvm | None = None
+    tflite: Tflite | None = None
+
+    @property
+    def available(self) -> list[str]:
+        """Names of the backends that this device takes."""
+        return [name for name in type(self).model_fields if getattr(self, name) is not None]
+
+
+class Cost(_Table):
+    """One measured point of the cost table that lowerings are chosen by.
+
+    Attributes:
+        kernel: the lowering measured.
+        size: its problem size, a text or numbers, as that lowering defines it.
+        ms: median milliseconds.
+        threads: threads it ran on.
+    """
+
+    kernel: str
+    size: str | list[int]
+    ms: Annotated[float, Field(gt=0, allow_inf_nan=False, strict=False)]
+    threads: Positive = 1
+
+
+class Target(_Table):
+    """A device.
+
+    Attributes:
+        name: how to ask for it.
+        title: product name.
+        memory_mib: memory of the device in MiB (the usual variant).
+        conditional: `lazy` where only the branch taken of an `If` runs, `eager` where both do.
+        dynamic_shapes: whether sizes may be known only at run time.
+        peak_gflops_per_core: float32, a multiply-accumulate counts two.
+        bandwidth_gb_per_s: of main memory, all cores, 1e9 bytes.
+        costs: measured points; empty: choose by the figures above.
+        costs_source: on what and when the costs were measured.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
+    title: str
+    memory_mib: Positive
+    conditional: Literal["lazy", "eager"]
+    dynamic_shapes: bool
+    cpu: Cpu
+    peak_gflops_per_core: Quantity
+    bandwidth_gb_per_s: Quantity
+    runtimes: Runtimes
+    costs: list[Cost] = []
+    costs_source: str | None = None
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Target:
+        if not self.runtimes.available:
+            raise ValueError("runtimes: name at least one of onnx, tvm, tflite")
+        if self.costs and not self.costs_source:
+            raise ValueError("costs_source: say on what the costs were measured")
+        return self
+
+
+def names() -> list[str]:
+    """Return the names of the catalogue, in order; `host` is accepted beside them."""
+    return sorted(path.stem for path in _CATALOG.glob("*.toml"))
+
+
+def load(name_or_path: str | Path) -> Target:
+    """Return the device of that name, of the machine itself for `host`, or of a TOML file.
+
+    Raises:
+        UsageError: an unknown name, a missing file, or a bad one, with file, key and reason.
+    """
+    text = str(name_or_path)
+    if text.endswith(".toml"):
+        return load_file(Path(name_or_path))
+    name = host_name() if text == HOST else text
+    known = names()
+    if name not in known:
+        raise unknown_name("target", name, [HOST, *known])
+    return load_file(_CATALOG / f"{name}.toml")
+
+
+def load_file(path: Path) -> Target:
+    """Return the device that the TOML file at `path` describes; UsageError as `load`."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError("there is no such target file", where=str(path)) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError("the target file can't be read", where=str(path), why=str(error)) from error
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError("the target file is no TOML", where=str(path), why=str(error)) from error
+    try:
+        return Target.model_validate(values)
+    except ValidationError as error:
+        raise _bad_key(path, error) from error
+
+
+def host_name() -> str:
+    """Return the catalogue name that fits this machine; UsageError on a processor without one."""
+    machine = platform.machine().lower()
+    if machine in ("x86_64", "amd64"):
+        return "x86-64-avx512" if "avx512f" in _cpu_flags() else "x86-64-avx2"
+    if machine in ("aarch64", "arm64"):
+        return "arm64"
+    raise UsageError(
+        f"no target of the catalogue fits this machine ({machine})", hint=f"name one of: {', '.join(names())}"
+    )
+
+
+def _cpu_flags() -> set[str]:
+    """Return the processor's features as Linux names them; empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return set()
+    return {flag for line in lines if line.startswith("flags") for flag in line.partition(":")[2].split()}
+
+
+def _bad_key(path: Path, error: ValidationError) -> UsageError:
+    """Name the first key at fault; where the table as a whole is, its validator's text does."""
+    fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    reason = fault["msg"].removeprefix("Value error, ")
+    key = ".".join(map(str, fault["loc"]))
+    if not key:
+        key, _, reason = reason.partition(": ")
+    return UsageError(
+        f"the target file has a bad key '{key}'",
+        where=str(path),
+        why=reason,
+        hint="docs/adding-a-target.md lists the keys",
+    )
