@@ -1,0 +1,51 @@
+# Everything here sets itself up: `.venv` in this checkout, then the package with its dev extras.
+# TORCH and PYTHON may be overridden, as in `make test PYTHON=/usr/bin/python3.12`.
+
+TORCH ?= torch==2.13.0
+MODEL ?= dstep_motion_d40
+CLIP ?= models/clips/move_left.mp4
+OUT ?= out
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+FIND_PYTHON := for p in $(PYTHON) python3.11 python3; do \
+	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$p; exit 0; fi; \
+	done; echo "needs Python 3.11 or newer; name one with PYTHON=..." >&2; exit 1
+
+# Two test processes of one thread each: more threads than that only contend on small machines.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-fast bench lint clean
+
+demo: $(READY)
+	mkdir -p $(OUT)
+	$(BIN)/dvexport export $(MODEL) --target host --backend onnx --mode stream --calibrate $(CLIP) -o $(OUT)/$(MODEL).dvx
+	$(BIN)/dvexport verify $(OUT)/$(MODEL).dvx --clip $(CLIP)
+	$(BIN)/dvexport run $(OUT)/$(MODEL).dvx --clip $(CLIP)
+	$(BIN)/dvexport profile $(OUT)/$(MODEL).dvx --clip $(CLIP) --html $(OUT)/report.html --json $(OUT)/profile.json
+	@echo "the page: $(abspath $(OUT)/report.html)"
+
+test: lint
+	$(BIN)/python -m pytest -n 2
+
+test-fast: $(READY)
+	$(BIN)/python -m pytest -n 2 -m 'not slow'
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+# torch first and pinned: it is by far the largest part, and what traces depend on.
+$(READY): pyproject.toml
+	python=$$($(FIND_PYTHON)) && $$python -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,bench]'
+	touch $@
