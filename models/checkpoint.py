@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -119,31 +120,22 @@ def _load_pickle(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         text = str(error)
-        if "Unsupported" in text or "GLOBAL" in text or "safe_globals" in text:
+        if any(word in text for word in ("Unsupported", "GLOBAL", "safe_globals", "unrecognized function")):
             raise _unsafe(path, text) from None
         raise _damaged(path, _first_line(text)) from None
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-        IndexError,
-        TypeError,
-        AttributeError,
-    ) as error:
+    except PermissionError as error:
+        raise CheckpointError("can't read the checkpoint", where=str(path), why=str(error)) from None
+    except Exception as error:
+        # Damaged bytes make an unpickler raise anything: struct.error, KeyError, UnicodeDecodeError...
         raise _damaged(path, _first_line(str(error)) or type(error).__name__) from None
 
 
 def _unsafe(path: Path, text: str) -> CheckpointError:
-    name = next((word.strip("`'\".,") for word in text.split() if "." in word.strip("`'\".,")), "")
-    marker = "GLOBAL "
-    if marker in text:
-        name = text.split(marker, 1)[1].split()[0].strip("`'\".,")
+    name = re.search(r"(?:GLOBAL|built-in function|function) ([\w.]+)", text)
     return CheckpointError(
         "refused to load the checkpoint: it is a pickle that would run code",
         where=str(path),
-        why=f"it asks for {name}, which is no tensor" if name else "it asks for more than tensors",
+        why=f"it asks for {name[1]}, which is no tensor" if name else "it asks for more than tensors",
         hint="save only the state_dict: torch.save(model.state_dict(), FILE), or use safetensors",
     )
 
