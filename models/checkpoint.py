@@ -13,6 +13,7 @@ import os
 import pickle
 import re
 import struct
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,8 @@ def _load_pickle(path: Path) -> Any:
     import torch
 
     try:
-        with _numpy_scalars_allowed():
+        with _numpy_scalars_allowed(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch warns of in a damaged file is an error here
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         text = str(error)

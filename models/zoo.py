@@ -11,7 +11,7 @@ import dataclasses
 import importlib
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,7 +150,13 @@ def describe(name: str) -> ModelInfo:
     )
 
 
-def create(name: str, checkpoint: str | Path | None = None, **settings: Any) -> VideoModel:
+def create(
+    name: str,
+    checkpoint: str | Path | None = None,
+    *,
+    labels: str | Path | Sequence[str] | None = None,
+    **settings: Any,
+) -> VideoModel:
     """Make a model, in evaluation mode.
 
     Args:
@@ -158,27 +164,41 @@ def create(name: str, checkpoint: str | Path | None = None, **settings: Any) -> 
         checkpoint: weights in any layout that `dvexport.models.importers` knows. Without them an
             architecture has random weights, a shipped model its own. What an import inferred and
             assumed is then in the model's `import_report`.
+        labels: class names, or a text file with one a line.
         settings: options as in `describe(name).options`; strings are parsed as in `--set key=value`.
 
     Raises:
-        UsageError: for an unknown model, an unknown or unfit option.
+        UsageError: for an unknown model, an unknown or unfit option, labels that don't fit.
         CheckpointError: for a checkpoint that is damaged, unsafe or of another model.
     """
     if ":" in name:
-        return _from_factory(name, checkpoint, settings)
-    info = describe(name)
+        model = _from_factory(name, checkpoint, settings)
+    else:
+        model = _from_zoo(describe(name), checkpoint, settings)
+    if labels is not None:
+        model.set_labels(_read_labels(labels) if isinstance(labels, (str, Path)) else list(labels))
+    return model.eval()
+
+
+def _read_labels(path: str | Path) -> list[str]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError("can't read the labels", where=str(path), why=str(error)) from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _from_zoo(info: ModelInfo, checkpoint: str | Path | None, settings: Mapping[str, Any]) -> VideoModel:
     if info.weights is not None and checkpoint is not None:
         raise UsageError(
-            f"'{name}' has weights of its own",
+            f"'{info.name}' has weights of its own",
             hint=f"give --checkpoint to its architecture, {info.architecture}",
         )
-    config_class = _FAMILIES[info.family][0]
-    parsed = parse_settings(config_class, settings)
-    if info.weights is not None:
-        return _from_file(info, info.weights, parsed)
-    if checkpoint is not None:
-        return _from_file(info, Path(checkpoint), parsed)
-    return _build(info, name, {**info.options, **parsed}).eval()
+    parsed = parse_settings(_FAMILIES[info.family][0], settings)
+    path = info.weights or checkpoint
+    if path is not None:
+        return _from_file(info, Path(path), parsed)
+    return _build(info, info.name, {**info.options, **parsed})
 
 
 def _build(info: ModelInfo, name: str, options: Mapping[str, Any]) -> VideoModel:
@@ -200,7 +220,7 @@ def _from_file(info: ModelInfo, path: Path, settings: Mapping[str, Any]) -> Vide
     if about:
         model.set_labels(about["labels"])
         model.preprocess = _trained_input(about["preprocess"], model.preprocess, settings)
-    return model.eval()
+    return model
 
 
 def _trained_input(trained: Mapping[str, Any], built: Preprocess, settings: Mapping[str, Any]) -> Preprocess:
@@ -238,7 +258,7 @@ def _from_factory(name: str, checkpoint: str | Path | None, settings: Mapping[st
         from dvexport.models.importers import load_weights
 
         load_weights(model, read_checkpoint(checkpoint).state, where=str(checkpoint))
-    return model.eval()
+    return model
 
 
 def _literal(value: Any) -> Any:

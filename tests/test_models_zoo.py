@@ -212,3 +212,13 @@ def test_labels_must_fit():
     model = zoo.create("tsn_resnet18", width=0.125, classes=3)
     with pytest.raises(UsageError, match="2 labels for a model of 3 classes"):
         model.set_labels(["a", "b"])
+
+
+def test_labels_from_a_file_or_a_list(tmp_path):
+    path = tmp_path / "labels.txt"
+    path.write_text("left\nright\n\nstill\n")
+    settings = {"width": 0.125, "classes": 3}
+    assert zoo.create("tsn_resnet18", labels=str(path), **settings).labels == ["left", "right", "still"]
+    assert zoo.create("tsn_resnet18", labels=["a", "b", "c"], **settings).labels == ["a", "b", "c"]
+    with pytest.raises(UsageError, match="can't read the labels"):
+        zoo.create("tsn_resnet18", labels=tmp_path / "absent.txt", **settings)
