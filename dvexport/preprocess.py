@@ -44,9 +44,7 @@ class Preprocess:
     frame_rate: float | None = None
 
     def __post_init__(self) -> None:
-        for name, length in (("size", 2), ("mean", 3), ("std", 3)):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-            _require(len(getattr(self, name)) == length, name, f"needs {length} values")
+        self._check_types()
         _require(min(self.size) > 0, "size", "must be positive")
         _require(self.resize >= min(self.size), "resize", f"is smaller than the crop {self.size}")
         _require(min(self.std) > 0, "std", "must be positive")
@@ -54,6 +52,18 @@ class Preprocess:
         _require(self.frames > 0, "frames", "must be positive")
         _require(self.sampling in SAMPLINGS, "sampling", f"is none of {SAMPLINGS}")
         _require(self.frame_rate is None or self.frame_rate > 0, "frame_rate", "must be positive")
+
+    def _check_types(self) -> None:
+        for name, length, kinds in (("size", 2, int), ("mean", 3, (int, float)), ("std", 3, (int, float))):
+            values = getattr(self, name)
+            _require(
+                isinstance(values, list | tuple) and len(values) == length, name, f"needs {length} values"
+            )
+            _require(all(isinstance(value, kinds) for value in values), name, "needs numbers")
+            object.__setattr__(self, name, tuple(values))
+        for name in ("resize", "frames"):
+            _require(isinstance(getattr(self, name), int), name, "needs a whole number")
+        _require(isinstance(self.frame_rate, int | float | None), "frame_rate", "needs a number")
 
     @classmethod
     def for_size(cls, size: tuple[int, int], frames: int) -> Preprocess:

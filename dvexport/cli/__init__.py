@@ -1,0 +1,78 @@
+"""The command line: one file a command, every heavy import inside the command that needs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from dvexport.cli.export import export
+from dvexport.cli.inspect import inspect
+from dvexport.cli.models import models
+from dvexport.cli.profile import profile
+from dvexport.cli.run import run
+from dvexport.cli.targets import targets
+from dvexport.cli.train import train
+from dvexport.cli.verify import verify
+from dvexport.errors import DvexportError, unknown_name
+
+__all__ = ["cli", "main"]
+
+_INTERRUPTED = 130
+"""What shells report for a program that was interrupted (128 + SIGINT)."""
+
+
+class _Group(click.Group):
+    """Keeps the commands in the order of the work, and suggests the nearest for an unknown one."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            raise unknown_name("command", args[0], self.commands)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="dvexport")
+def cli() -> None:
+    """Export trained dynamic video models so that the work their gates skip is really skipped.
+
+    Exit codes: 0 done, 1 a check failed, 2 wrong use or bad input, 3 device or environment.
+    """
+
+
+for _command in (models, targets, export, inspect, verify, run, profile, train):
+    cli.add_command(_command)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line and leave with its exit code; a user's mistake gives one message, no traceback."""
+    sys.exit(_exit_code(args))
+
+
+def _exit_code(args: list[str] | None) -> int:
+    try:
+        return int(cli.main(args=args, prog_name="dvexport", standalone_mode=False) or 0)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return error.exit_code
+    except click.ClickException as error:
+        return _report(error.format_message(), error.exit_code)
+    except DvexportError as error:
+        return _report(str(error), error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        return _report("interrupted", _INTERRUPTED)
+    except BrokenPipeError:
+        # The reader, such as `head`, has what it wants; nothing may be flushed to it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _report(message: str, exit_code: int) -> int:
+    click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True)
+    return exit_code

@@ -1,0 +1,72 @@
+"""`dvexport export`: from a model and a checkpoint to a bundle."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import click
+
+from dvexport.cli.options import BACKENDS, MODES, parse_choice, parse_pairs, path_option
+from dvexport.cli.output import checklist, file_size, print_lines
+
+__all__ = ["export"]
+
+
+@click.command()
+@click.argument("model")
+@path_option("--checkpoint", help="Weights of the model, in the layout of its authors or of dvexport.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Option of the model; repeatable."
+)
+@click.option(
+    "--target", default="host", show_default=True, help="Device, see `dvexport targets`, or a .toml file."
+)
+@parse_choice("backend", BACKENDS, default="onnx")
+@parse_choice("mode", MODES, default="stream")
+@click.option(
+    "--lowering", multiple=True, metavar="GATE=KIND", help="Overrule the lowering of one gate; repeatable."
+)
+@path_option("-o", "--output", help="Bundle to write.", required=True)
+def export(
+    model: str,
+    checkpoint: Path | None,
+    settings: tuple[str, ...],
+    target: str,
+    backend: str,
+    mode: str,
+    lowering: tuple[str, ...],
+    output: Path,
+) -> None:
+    """Export MODEL to a bundle.
+
+    MODEL is a name of the zoo (`dvexport models`), package.module:factory, or a saved folder.
+    """
+    options = parse_pairs("--set", settings)
+    overrides = parse_pairs("--lowering", lowering)
+    from dvexport.files import writable_output
+
+    writable_output(output)
+    with checklist() as progress:
+        from dvexport.export import export as run_export
+
+        bundle = run_export(
+            model,
+            checkpoint=checkpoint,
+            settings=options,
+            target=target,
+            backend=backend,
+            mode=mode,
+            output=output,
+            lowering=overrides,
+            progress=progress,
+        )
+    manifest = bundle.manifest
+    kinds = Counter(gate.lowering for gate in manifest.gates)
+    gates = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "none"
+    print_lines(
+        f"{output}: {manifest.model.name} for {manifest.target} ({manifest.backend}, {manifest.mode}), "
+        f"{file_size(bundle.path.stat().st_size)}",
+        f"gates: {gates}",
+        f"next: dvexport verify {output}",
+    )

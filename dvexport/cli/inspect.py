@@ -1,0 +1,83 @@
+"""`dvexport inspect`: what a bundle says of itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from dvexport.cli.options import bundle_argument, json_flag
+from dvexport.cli.output import file_size, print_fields, print_json, print_table
+
+if TYPE_CHECKING:
+    from dvexport.bundle_manifest import GateEntry, Manifest
+
+__all__ = ["inspect"]
+
+
+@click.command()
+@bundle_argument
+@json_flag
+def inspect(bundle: Path, as_json: bool) -> None:
+    """Show what is in a bundle: model, inputs, states, gates, files.
+
+    Every byte of it is checked against its digest first.
+    """
+    from dvexport.bundle import Bundle
+
+    manifest = Bundle.open(bundle).manifest
+    if as_json:
+        print_json(manifest.model_dump(mode="json"))
+        return
+    _summary(manifest)
+    if manifest.states:
+        click.echo()
+        print_table(
+            ("state", "type", "shape", "at first"),
+            [(s.name, s.dtype, _shape(s.shape), s.init) for s in manifest.states],
+        )
+    if manifest.gates:
+        click.echo()
+        print_table(
+            ("gate", "kind", "channels", "tiles", "lowering", "reason"),
+            [_gate(gate) for gate in manifest.gates],
+            right=("channels", "tiles"),
+        )
+    click.echo()
+    rows = [(name, file_size(entry.size)) for name, entry in sorted(manifest.files.items())]
+    print_table(("file", "size"), [*rows, ("bundle", file_size(bundle.stat().st_size))], right=("size",))
+
+
+def _summary(manifest: Manifest) -> None:
+    video = manifest.preprocess
+    settings = " ".join(f"{key}={value}" for key, value in sorted(manifest.model.settings.items()))
+    print_fields(
+        [
+            ("model", f"{manifest.model.name} {settings}".rstrip()),
+            ("target", manifest.target),
+            ("backend", manifest.backend),
+            ("mode", manifest.mode),
+            *(("input", f"{i.name} {i.dtype} {_shape(i.shape)}") for i in manifest.inputs),
+            *(("output", f"{o.name} {o.dtype} {_shape(o.shape)}") for o in manifest.outputs),
+            (
+                "video",
+                f"short side {video.resize}, crop {_shape(video.size)}, {video.colour_order}, "
+                f"{video.frames} frames {video.sampling}, "
+                + (f"{video.frame_rate:g} frames/s" if video.frame_rate else "any frame rate"),
+            ),
+            ("labels", str(len(manifest.labels))),
+            ("checkpoint", manifest.checkpoint or "none given"),
+            ("made with", " ".join(f"{name} {version}" for name, version in sorted(manifest.tools.items()))),
+        ]
+    )
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def _gate(gate: GateEntry) -> tuple[str, ...]:
+    reason = f"{gate.reason} (overruled)" if gate.overridden else gate.reason
+    grid = _shape(gate.grid) if gate.grid else "-"
+    return gate.name, gate.kind, str(gate.channels), grid, gate.lowering, reason

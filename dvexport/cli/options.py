@@ -1,0 +1,108 @@
+"""Option types that several commands share, with errors that quote what was given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dvexport.errors import UsageError, unknown_name
+
+__all__ = [
+    "BACKENDS",
+    "FORCEABLE",
+    "MODES",
+    "bundle_argument",
+    "json_flag",
+    "parse_choice",
+    "parse_force",
+    "parse_pairs",
+    "path_option",
+    "plain_path",
+    "threads_option",
+]
+
+BACKENDS = ("onnx", "tvm", "tflite")
+MODES = ("stream", "clip")
+FORCEABLE = ("channels", "tiles")
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+plain_path = click.Path(path_type=Path)
+"""A path; whether it exists is for the command to say, in dvexport's own words."""
+
+bundle_argument = click.argument("bundle", metavar="BUNDLE.dvx", type=plain_path)
+json_flag = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+threads_option = click.option(
+    "--threads", default=1, show_default=True, type=click.IntRange(min=1), help="Threads of the runtime."
+)
+
+
+def path_option(*names: str, help: str, required: bool = False) -> Decorator:
+    """Return an option that takes a path."""
+    return click.option(*names, type=plain_path, help=help, required=required)
+
+
+def parse_pairs(option: str, texts: Iterable[str]) -> dict[str, str]:
+    """Return `KEY=VALUE` texts as a dict.
+
+    Raises:
+        UsageError: one has no `=` or no key, or a key is given twice.
+    """
+    pairs: dict[str, str] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise UsageError(f"{option} takes KEY=VALUE", where=f"{option} {text}")
+        if key in pairs:
+            raise UsageError(f"{option} gives '{key}' twice", where=f"{pairs[key]} and {value.strip()}")
+        pairs[key] = value.strip()
+    return pairs
+
+
+def parse_force(text: str) -> dict[str, float]:
+    """Return rates such as `channels=0.5,tiles=0.25`, each from 0 to 1, as a dict.
+
+    Raises:
+        UsageError: an unknown kind, no number, or one outside 0..1.
+    """
+    rates = {}
+    for kind, value in parse_pairs("--force", filter(None, text.split(","))).items():
+        if kind not in FORCEABLE:
+            raise unknown_name("kind of decision", kind, FORCEABLE)
+        rates[kind] = _rate(kind, value)
+    if not rates:
+        raise UsageError("--force needs at least one rate", hint="--force channels=0.5,tiles=0.5")
+    return rates
+
+
+def _rate(kind: str, value: str) -> float:
+    try:
+        rate = float(value)
+    except ValueError:
+        rate = -1.0
+    if not 0 <= rate <= 1:
+        raise UsageError(f"--force takes rates from 0 to 1, not '{value}'", where=f"--force {kind}={value}")
+    return rate
+
+
+def parse_choice(kind: str, known: Iterable[str], default: str) -> Decorator:
+    """Return an option `--KIND` with one of the values `known`; another one raises, with the nearest."""
+    known = tuple(known)
+
+    def check(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
+        if value not in known:
+            raise unknown_name(kind, value, known)
+        return value
+
+    return click.option(
+        f"--{kind}",
+        default=default,
+        show_default=True,
+        metavar=f"[{'|'.join(known)}]",
+        callback=check,
+        help=f"{kind.capitalize()} to export for.",
+    )

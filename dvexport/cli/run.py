@@ -1,0 +1,32 @@
+"""`dvexport run`: predictions for a video."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from dvexport.cli.options import bundle_argument, json_flag, path_option, threads_option
+from dvexport.cli.output import print_json, print_table
+
+__all__ = ["run"]
+
+
+@click.command()
+@bundle_argument
+@path_option("--clip", help="Video to classify.", required=True)
+@threads_option
+@json_flag
+def run(bundle: Path, clip: Path, threads: int, as_json: bool) -> None:
+    """Classify a video, the most probable class first."""
+    from dvexport.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    from dvexport.run import run as run_clip
+
+    result = run_clip(opened, clip, threads)
+    if as_json:
+        print_json(result.to_dict())
+        return
+    rows = [(f"{probability:7.2%}", label) for label, probability in result.top]
+    print_table(("probability", "class"), rows, right=("probability",))

@@ -1,0 +1,53 @@
+"""`dvexport verify`: whether the artifact computes what the model does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dvexport.cli.options import bundle_argument, json_flag, path_option
+from dvexport.cli.output import checklist, print_json, print_table
+
+__all__ = ["verify"]
+
+
+@click.command()
+@bundle_argument
+@path_option("--clip", help="Compare on this video too.")
+@path_option("--checkpoint", help="Rebuild the model from these weights and compare with PyTorch.")
+@json_flag
+def verify(bundle: Path, clip: Path | None, checkpoint: Path | None, as_json: bool) -> None:
+    """Compare a bundle with the PyTorch model.
+
+    Compares numbers and gate decisions, on the golden data in the bundle and on a video.
+    Exits with 1 if a comparison does not hold.
+    """
+    from dvexport.bundle import Bundle
+    from dvexport.errors import CheckFailed
+
+    with checklist() as progress:
+        progress("check the bundle's files")
+        opened = Bundle.open(bundle)
+        progress("run the artifact and compare")
+        from dvexport.verify import verify as run_verify
+
+        report = run_verify(opened, clip=clip, checkpoint=checkpoint)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        rows = [
+            (name, _text(value), _text(limit), "ok" if ok else "FAILED")
+            for name, value, limit, ok in report.rows
+        ]
+        print_table(("check", "value", "limit", ""), rows, right=("value", "limit"))
+    if not report.ok:
+        failed = [name for name, _, _, ok in report.rows if not ok]
+        raise CheckFailed(f"{len(failed)} of {len(report.rows)} checks failed", where=", ".join(failed))
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
