@@ -16,6 +16,7 @@ __all__ = [
     "OPSET",
     "Builder",
     "array_of",
+    "branch",
     "fresh_input",
     "fresh_output",
     "gate_name",
@@ -38,7 +39,7 @@ class Builder:
     def __init__(self, prefix: str = "dv", metadata: Mapping[str, str] | None = None) -> None:
         self.nodes: list[ir.Node] = []
         self._prefix = prefix
-        self._metadata = dict(metadata or {})
+        self.metadata = dict(metadata or {})
         self._constants: dict[tuple[Any, ...], ir.Value] = {}
 
     def op(
@@ -67,7 +68,7 @@ class Builder:
         """Add a node with several outputs; `shape` and `dtype` are those of the first."""
         attrs = ir.convenience.convert_attributes({k: v for k, v in attributes.items() if v is not None})
         node = ir.Node(
-            domain, op_type, list(inputs), attrs, num_outputs=outputs, metadata_props=dict(self._metadata)
+            domain, op_type, list(inputs), attrs, num_outputs=outputs, metadata_props=dict(self.metadata)
         )
         first = node.outputs[0]
         if shape is not None:
@@ -92,6 +93,13 @@ class Builder:
     def ints(self, *values: int) -> ir.Value:
         """Return a 1-D int64 constant."""
         return self.const(np.array(values, np.int64))
+
+
+def branch(builder: Builder, output: ir.Value, name: str) -> ir.Graph:
+    """Close the nodes of `builder` into a branch of a conditional that yields `output`."""
+    if not any(output in node.outputs for node in builder.nodes):
+        output = builder.op("Identity", output)  # a branch must produce its output itself
+    return ir.Graph([], [output], nodes=builder.nodes, opset_imports={"": OPSET}, name=name)
 
 
 def replace_node(node: ir.Node, builder: Builder, outputs: Sequence[ir.Value | None]) -> None:

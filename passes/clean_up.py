@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
@@ -18,9 +19,10 @@ class CleanUp(ir.passes.InPlacePass):
         common.RemoveUnusedNodesPass()(model)
         while _drop_dead_state(model):
             common.RemoveUnusedNodesPass()(model)
+        common.TopologicalSortPass()(model)
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        _make_contiguous(model)
         for step in (
-            common.TopologicalSortPass(),
-            common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
             common.DeduplicateHashedInitializersPass(size_limit=1 << 40),
             common.CommonSubexpressionEliminationPass(),
             common.RemoveUnusedNodesPass(),
@@ -29,7 +31,17 @@ class CleanUp(ir.passes.InPlacePass):
             common.NameFixPass(),
         ):
             step(model)
+        _name_branches(model)
         return ir.passes.PassResult(model, modified=True)
+
+
+def _make_contiguous(model: ir.Model) -> None:
+    """Store folded constants in C order, which comparing their bytes needs."""
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for value in graph.initializers.values():
+            array = value.const_value.numpy() if value.const_value is not None else None
+            if array is not None and not array.flags.c_contiguous:
+                value.const_value = ir.tensor(np.ascontiguousarray(array), name=value.name)
 
 
 def _drop_dead_state(model: ir.Model) -> bool:
@@ -40,3 +52,13 @@ def _drop_dead_state(model: ir.Model) -> bool:
             remove_state(model, state.name)
             return True
     return False
+
+
+def _name_branches(model: ir.Model) -> None:
+    """Give values inside conditionals names of their own: each branch is built apart from the graph."""
+    for index, graph in enumerate(model.graph.subgraphs()):
+        values = [value for node in graph for value in node.outputs] + list(graph.initializers.values())
+        for position, value in enumerate(values):
+            value.name = f"branch{index}.{position}"
+        for position, node in enumerate(graph):
+            node.name = f"branch{index}.{node.op_type}{position}"

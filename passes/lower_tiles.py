@@ -27,14 +27,11 @@ from dvexport.dialect.rows import rows_shape
 from dvexport.dialect.spec import operator_of
 from dvexport.errors import PassError
 from dvexport.graph import DV, Builder, array_of, replace_node, static_shape
-from dvexport.passes.choose_lowering import lowering_of
-from dvexport.passes.pixel_tables import even_tile, tile_pixels, windows, winograd_tiles
-from dvexport.passes.winograd import transforms, winograd_weight
+from dvexport.passes.choose_lowering import BY_TILE, lowering_of
+from dvexport.passes.pixel_tables import tile_pixels, windows, winograd_tiles
+from dvexport.passes.winograd import WINOGRAD_STEPS, transforms, winograd_applies, winograd_weight
 
-__all__ = ["WINOGRAD_STEPS", "LowerTiles", "winograd_applies"]
-
-WINOGRAD_STEPS = {"winograd4": 4, "winograd2": 2}
-"""Lowering name to m of F(m x m, 3 x 3)."""
+__all__ = ["LowerTiles"]
 
 
 class LowerTiles(ir.passes.InPlacePass):
@@ -48,7 +45,7 @@ class LowerTiles(ir.passes.InPlacePass):
         modified = False
         for node in list(model.graph):
             choice = lowering_of(node)
-            if choice not in ("tiles", *WINOGRAD_STEPS) or node.domain != DV:
+            if choice not in BY_TILE or node.domain != DV:
                 continue
             if node.op_type == "SparseConv":
                 _lower_conv(node, choice)
@@ -58,22 +55,6 @@ class LowerTiles(ir.passes.InPlacePass):
                 continue
             modified = True
         return ir.passes.PassResult(model, modified)
-
-
-def winograd_applies(
-    weight: ir.Value, attributes: Mapping[str, Any], size: tuple[int, int], grid: tuple[int, int], m: int
-) -> bool:
-    """Tell whether F(m, 3) fits a convolution and its tiles."""
-    tile = even_tile(size, grid)
-    return (
-        plane_size(weight) == (3, 3)
-        and tuple(attributes["strides"]) == (1, 1)
-        and tuple(attributes["dilations"]) == (1, 1)
-        and tuple(attributes["pads"]) == (1, 1, 1, 1)
-        and tile is not None
-        and tile[0] % m == 0
-        and tile[1] % m == 0
-    )
 
 
 @dataclass(frozen=True)
@@ -124,7 +105,7 @@ def _lower_conv(node: ir.Node, choice: str) -> None:
     step = WINOGRAD_STEPS.get(choice)
     weight = inputs["W"]
     assert weight is not None
-    if step and winograd_applies(weight, attributes, place.size, place.grid, step):
+    if step and winograd_applies(plane_size(weight), attributes, place.size, place.grid, step):
         pixels, y = _winograd(build, inputs, place, active, step)
     else:
         pixels, y = _product(build, inputs, attributes, place, active)

@@ -11,9 +11,17 @@ accurate than the usual 0, +-1, +-2.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
-__all__ = ["transforms", "winograd_weight"]
+from dvexport.passes.pixel_tables import even_tile
+
+__all__ = ["WINOGRAD_STEPS", "transforms", "winograd_applies", "winograd_weight"]
+
+WINOGRAD_STEPS = {"winograd4": 4, "winograd2": 2}
+"""Lowering name to m of F(m x m, 3 x 3)."""
 
 _POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5))}
 
@@ -41,3 +49,23 @@ def winograd_weight(weight: np.ndarray, m: int) -> np.ndarray:
     """Transform a weight `[Cout, Cin, 3, 3]` to `[(m+2)^2, Cin, Cout]`, float32."""
     flat = weight.reshape(*weight.shape[:2], 9).astype(np.float64)
     return np.einsum("pk,oik->pio", transforms(m)[1], flat).astype(np.float32)
+
+
+def winograd_applies(
+    kernel: tuple[int, int],
+    attributes: Mapping[str, Any],
+    size: tuple[int, int],
+    grid: tuple[int, int],
+    m: int,
+) -> bool:
+    """Tell whether F(m, 3) fits a convolution to an output plane and its tile grid."""
+    tile = even_tile(size, grid)
+    return (
+        kernel == (3, 3)
+        and tuple(attributes["strides"]) == (1, 1)
+        and tuple(attributes["dilations"]) == (1, 1)
+        and tuple(attributes["pads"]) == (1, 1, 1, 1)
+        and tile is not None
+        and tile[0] % m == 0
+        and tile[1] % m == 0
+    )

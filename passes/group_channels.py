@@ -1,0 +1,138 @@
+"""Order a gate's channels so that those computed together lie together.
+
+Permuting the output channels of a gated convolution, its bias, its decisions and the input channels of the
+convolutions that read it, all alike, leaves the network's function as it is. From decisions seen in calibration,
+channels are sorted by how often and with which others they are active; those always computed come
+first and those never computed last, each in groups of their own, so that a conditional over a group
+(`lower_groups`) follows the decisions closely.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from dvexport.dialect.spec import operator_of
+from dvexport.graph import DV, Builder, array_of, gate_name
+from dvexport.passes.choose_lowering import lowering_of
+
+__all__ = ["ChannelStatistics", "GroupChannels", "group_order", "groups_of"]
+
+_KEY = "dv.groups"
+_DEFAULT_GROUPS = 4
+_SMALLEST = 16
+"""Channels below which a convolution of its own is slower than its share of a larger one."""
+
+
+@dataclass(frozen=True)
+class ChannelStatistics:
+    """Actions of a gate seen in calibration, int `[frames, C]`."""
+
+    actions: np.ndarray
+
+
+def groups_of(node: ir.Node, channels: int) -> list[tuple[int, int]]:
+    """Return the (first, last + 1) channels of each group of a node's gate."""
+    text = node.metadata_props.get(_KEY)
+    edges = json.loads(text) if text else _even(0, channels)
+    return list(zip(edges[:-1], edges[1:], strict=True))
+
+
+def group_order(actions: np.ndarray) -> tuple[np.ndarray, list[int]]:
+    """Return a permutation of the channels and the edges of its groups.
+
+    Args:
+        actions: `[frames, C]` of 0, 1, 2.
+    """
+    active = actions != 0
+    rate = active.mean(axis=0)
+    always, never = rate == 1, rate == 0
+    mixed = np.flatnonzero(~always & ~never)
+    if len(mixed):
+        # Along the leading direction of their joint activity, channels active together are near.
+        centred = active[:, mixed] - rate[mixed]
+        leading = np.linalg.svd(centred, full_matrices=False)[2][0] if len(active) > 1 else rate[mixed]
+        mixed = mixed[np.lexsort((rate[mixed], leading))]
+    order = np.concatenate([np.flatnonzero(always), mixed, np.flatnonzero(never)])
+    first, last = int(always.sum()), int(always.sum()) + len(mixed)
+    edges = sorted({0, first, last, len(order), *_even(first, last)})
+    return order.astype(np.int64), _without_slivers(edges)
+
+
+def _even(first: int, last: int) -> list[int]:
+    count = max(1, min(_DEFAULT_GROUPS, (last - first) // _SMALLEST))
+    return [first + (last - first) * i // count for i in range(count + 1)]
+
+
+def _without_slivers(edges: list[int]) -> list[int]:
+    """Drop inner edges that leave a group too small to be worth a conditional."""
+    kept = [edges[0]]
+    for edge in edges[1:-1]:
+        if edge - kept[-1] >= _SMALLEST and edges[-1] - edge >= _SMALLEST:
+            kept.append(edge)
+    return [*kept, edges[-1]]
+
+
+class GroupChannels(ir.passes.InPlacePass):
+    """Permute the channels of gates lowered as `groups` for which there are statistics.
+
+    Requires: gate level, lowerings chosen. Probes keep the model's own order.
+    """
+
+    def __init__(self, statistics: Mapping[str, ChannelStatistics]) -> None:
+        super().__init__()
+        self.statistics = statistics
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Permute each gate's producer together with its consumers."""
+        modified = False
+        for node in list(model.graph):
+            if node.domain != DV or node.op_type != "GatedConv" or lowering_of(node) != "groups":
+                continue
+            operator = operator_of(node)
+            assert operator is not None
+            seen = self.statistics.get(gate_name(node))
+            readers = [user for user, position in node.outputs[0].uses() if position == 0]
+            private = all(user.op_type == "GatedConv" and user.domain == DV for user in readers)
+            if seen is None or operator.bind(node)["action"] is None or not private:
+                continue
+            order, edges = group_order(seen.actions)
+            _permute(model, node, readers, order, edges)
+            modified = True
+        return ir.passes.PassResult(model, modified)
+
+
+def _permute(model: ir.Model, node: ir.Node, readers: list[ir.Node], order: np.ndarray, edges: list[int]) -> None:
+    graph = node.graph
+    assert graph is not None
+    build = Builder(metadata=node.metadata_props)
+    for position, axis in ((1, 0), (2, 0)):
+        _permute_constant(build, node, position, axis, order)
+    _permute_decision(build, node, 3, order)
+    graph.insert_before(node, build.nodes)
+    node.metadata_props[_KEY] = json.dumps(edges)
+    for reader in readers:
+        build = Builder(metadata=reader.metadata_props)
+        _permute_constant(build, reader, 1, 1, order)
+        _permute_decision(build, reader, 5, order)
+        graph.insert_before(reader, build.nodes)
+        reader.metadata_props[_KEY] = json.dumps(edges)
+
+
+def _permute_constant(build: Builder, node: ir.Node, position: int, axis: int, order: np.ndarray) -> None:
+    value = node.inputs[position] if position < len(node.inputs) else None
+    array = array_of(value)
+    if array is not None:
+        node.replace_input_with(position, build.const(np.take(array, order, axis=axis)))
+
+
+def _permute_decision(build: Builder, node: ir.Node, position: int, order: np.ndarray) -> None:
+    value = node.inputs[position] if position < len(node.inputs) else None
+    if value is not None:
+        moved = build.op("Gather", value, build.const(order), axis=1)
+        moved.shape, moved.type = value.shape, value.type
+        node.replace_input_with(position, moved)

@@ -1,0 +1,53 @@
+"""Simplify a gate-level model with onnxscript's optimizer, and compare the numbers after.
+
+Constant folding, dead code and algebraic rules are not this project's business; the comparison is, because
+an optimizer that breaks a model must not do so silently.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from dvexport.dialect.spec import attach_references
+from dvexport.errors import PassError
+from dvexport.graph import FRAMES
+
+__all__ = ["Simplify"]
+
+_TOLERANCE = 1e-4  # of the largest output: batch norms are folded in another order
+_FOLD_LIMIT = 1 << 40  # weights of any size
+
+
+class Simplify(ir.passes.InPlacePass):
+    """Run the optimizer. Requires: gate level, dynamic frame axis. Raises PassError on other numbers."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Optimize in place; compare on three frames of noise through the references."""
+        from onnxscript import optimizer
+
+        before = _outputs(model)
+        count = model.graph.num_nodes()
+        optimizer.optimize_ir(model, input_size_limit=_FOLD_LIMIT, output_size_limit=_FOLD_LIMIT)
+        for name, value in _outputs(model).items():
+            difference = float(np.max(np.abs(value - before[name]), initial=0))
+            scale = float(np.max(np.abs(before[name]), initial=1e-12))
+            if not difference <= _TOLERANCE * scale:
+                raise PassError("simplifying changed the model's numbers", where=name,
+                                why=f"they differ by {difference:.2g}, where {scale:.2g} is the largest")  # fmt: skip
+        return ir.passes.PassResult(model, model.graph.num_nodes() != count)
+
+
+def _outputs(model: ir.Model) -> dict[str, np.ndarray]:
+    """Run a copy of the model on three frames of noise."""
+    import onnxruntime
+
+    copy = attach_references(model.clone())
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(ir.to_proto(copy).SerializeToString(), options)
+    (frames,) = session.get_inputs()
+    shape = [3 if dim == FRAMES else int(dim) for dim in frames.shape]
+    noise = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, {frames.name: noise}), strict=True))
