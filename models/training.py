@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from dvexport.models import losses, zoo
 from dvexport.models.base import VideoModel
-from dvexport.models.config import Preprocess
 from dvexport.models.evaluate import Evaluation, decisions_of, evaluate, normalised
 from dvexport.models.motion import MotionDataset
 from dvexport.models.policies import ChannelPolicy, TileMask
@@ -37,6 +36,7 @@ from torch import Tensor, nn
 
 from dvexport import gates
 from dvexport.errors import UsageError
+from dvexport.preprocess import Preprocess
 
 __all__ = ["Trained", "train"]
 
