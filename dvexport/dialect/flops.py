@@ -1,0 +1,215 @@
+"""Executed FLOPs: the multiply-accumulates (MACs) that an input's decisions ask for.
+
+For a `GatedConv` with V computed on k x k windows of Cin channels, frame t executes, per output pixel of its
+active tiles and per channel, as D-STEP Eq. 2 with its lookahead moved to the frame that reuses:
+
+    compute now        keep_t x S_t
+    owed by the past   (reuse_t and not keep_{t-1}) x S_t   and   (reuse_t and keep_{t-1}) x (S_t and not S_{t-1})
+
+(nothing is owed at the first frame, whose history is zero), and its consumer pays for the channels
+that are not skipped, `(a_t != 0) x S_t`. Decisions themselves (policies, masks) are counted apart from
+the rest of the network, which always runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from dvexport.dialect.masks import tile_index
+from dvexport.dialect.spec import operator_of
+from dvexport.graph import gate_name
+
+__all__ = ["Decisions", "ExecutedFlops", "FlopTable", "GatedMacs", "flop_table"]
+
+Decisions = Mapping[tuple[str, str], np.ndarray]
+"""One frame's decisions by (gate, `action` or `tiles`): int `[C]` and bool `[gh, gw]`; a leading 1 is allowed."""
+
+
+@dataclass(frozen=True)
+class GatedMacs:
+    """One gated convolution.
+
+    Attributes:
+        gate, node: its gate and its name.
+        cin, cout, taps: channels and kernel area.
+        size: output plane, pixels.
+        acts: its outputs follow the gate's actions.
+        reads: it reads only channels that the gate's actions did not skip.
+        tiled: it computes only active tiles.
+    """
+
+    gate: str
+    node: str
+    cin: int
+    cout: int
+    taps: int
+    size: tuple[int, int]
+    acts: bool
+    reads: bool
+    tiled: bool
+
+    @property
+    def dense(self) -> int:
+        """MACs of the whole convolution on one frame."""
+        return self.cin * self.cout * self.taps * prod(self.size)
+
+    def executed(self, now: Decisions, before: Decisions | None) -> int:
+        """Return the MACs of one frame; `before` is the previous frame's, None for the first."""
+        action, tiles = self._action(now), self._tiles(now)
+        pixels = self._pixels(tiles)
+        if not self.acts:
+            cin = int((action != 0).sum()) if self.reads else self.cin
+            return cin * self.cout * self.taps * pixels
+        outputs = int((action == 2).sum()) * pixels
+        if before is not None:
+            was_kept = self._action(before) == 2
+            stale = tiles & ~self._tiles(before)
+            outputs += int(((action == 1) & ~was_kept).sum()) * pixels
+            outputs += int(((action == 1) & was_kept).sum()) * self._pixels(stale)
+        return outputs * self.cin * self.taps
+
+    def _action(self, decisions: Decisions) -> np.ndarray:
+        channels = self.cout if self.acts else self.cin
+        if not (self.acts or self.reads):
+            return np.full(channels, 2)
+        return np.asarray(decisions[self.gate, "action"]).reshape(-1)
+
+    def _tiles(self, decisions: Decisions) -> np.ndarray:
+        if not self.tiled:
+            return np.ones((1, 1), bool)
+        tiles = np.asarray(decisions[self.gate, "tiles"]).astype(bool)
+        return tiles.reshape(tiles.shape[-2:])
+
+    def _pixels(self, tiles: np.ndarray) -> int:
+        rows = np.bincount(tile_index(self.size[0], tiles.shape[0]), minlength=tiles.shape[0])
+        columns = np.bincount(tile_index(self.size[1], tiles.shape[1]), minlength=tiles.shape[1])
+        return int(rows @ tiles @ columns)
+
+
+@dataclass(frozen=True)
+class ExecutedFlops:
+    """MACs executed: `frames` in total a frame, `gates` those of each gate's convolutions a frame."""
+
+    frames: list[int]
+    gates: dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class FlopTable:
+    """MACs of a model, per frame.
+
+    Attributes:
+        fixed: what always runs and the dense model has too (stem, downsamples, head).
+        decisions: what takes the decisions (policies, masks); the dense model has none.
+        gated: the gated convolutions.
+    """
+
+    fixed: int
+    decisions: int
+    gated: list[GatedMacs] = field(default_factory=list)
+
+    @property
+    def dense(self) -> int:
+        """MACs of the dense model on one frame."""
+        return self.fixed + sum(conv.dense for conv in self.gated)
+
+    @property
+    def gates(self) -> list[str]:
+        """Gate names in network order."""
+        return list(dict.fromkeys(conv.gate for conv in self.gated))
+
+    def dense_of(self, gate: str) -> int:
+        """Dense MACs of one gate's convolutions on one frame."""
+        return sum(conv.dense for conv in self.gated if conv.gate == gate)
+
+    def executed(self, decisions: Sequence[Decisions]) -> ExecutedFlops:
+        """Count a clip or stream from reset, frame by frame."""
+        gates: dict[str, list[int]] = {gate: [0] * len(decisions) for gate in self.gates}
+        for t, now in enumerate(decisions):
+            for conv in self.gated:
+                gates[conv.gate][t] += conv.executed(now, decisions[t - 1] if t else None)
+        always = self.fixed + self.decisions
+        frames = [always + sum(gates[gate][t] for gate in gates) for t in range(len(decisions))]
+        return ExecutedFlops(frames, gates)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `from_dict` reads, for a manifest."""
+        return {"fixed": self.fixed, "decisions": self.decisions, "gated": [asdict(c) for c in self.gated]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> FlopTable:
+        """Read what `to_dict` wrote."""
+        gated = [GatedMacs(**{**row, "size": tuple(row["size"])}) for row in values["gated"]]
+        return cls(values["fixed"], values["decisions"], gated)
+
+
+def flop_table(model: ir.Model) -> FlopTable:
+    """Count a gate-level model, one frame; symbolic dimensions count as one."""
+    in_dense = _dense_nodes(model)
+    fixed = decisions = 0
+    gated = []
+    for node in model.graph:
+        if operator_of(node) is not None:
+            if node.op_type == "GatedConv":
+                gated.append(_gated(node))
+        elif node in in_dense:
+            fixed += _macs(node)
+        else:
+            decisions += _macs(node)
+    return FlopTable(fixed, decisions, gated)
+
+
+def _dense_nodes(model: ir.Model) -> set[ir.Node]:
+    """Nodes the logits depend on when every gate computes everything."""
+    found: set[ir.Node] = set()
+    waiting = [value.producer() for value in model.graph.outputs if not (value.name or "").startswith("probe.")]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in found:
+            continue
+        found.add(node)
+        inputs = node.inputs[:3] if operator_of(node) is not None else node.inputs
+        waiting += [value.producer() for value in inputs if value is not None]
+    return found
+
+
+def _gated(node: ir.Node) -> GatedMacs:
+    operator = operator_of(node)
+    assert operator is not None
+    inputs = operator.bind(node)
+    cout, cin, *kernel = _shape(inputs["W"])
+    size = _shape(node.outputs[0])[2:]
+    return GatedMacs(
+        gate=gate_name(node),
+        node=node.name or "",
+        cin=cin,
+        cout=cout,
+        taps=prod(kernel),
+        size=(size[0], size[1]),
+        acts=inputs["action"] is not None,
+        reads=inputs["active_in"] is not None,
+        tiled=inputs["tiles"] is not None,
+    )
+
+
+def _macs(node: ir.Node) -> int:
+    """MACs of a standard node; anything but convolutions and matrix products counts nothing."""
+    if node.op_type == "Conv":
+        return prod(_shape(node.inputs[1])[1:]) * prod(_shape(node.outputs[0]))
+    if node.op_type in ("Gemm", "MatMul"):
+        left = _shape(node.inputs[0])
+        depth = left[0 if "transA" in node.attributes and node.attributes["transA"].as_int() else -1]
+        return depth * prod(_shape(node.outputs[0]))
+    return 0
+
+
+def _shape(value: ir.Value | None) -> list[int]:
+    if value is None or value.shape is None:
+        return []
+    return [dim if isinstance(dim, int) else 1 for dim in value.shape]
