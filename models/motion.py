@@ -100,7 +100,7 @@ class MotionDataset:
 
     labels = CLASSES
 
-    def __init__(self, split: str, size: int = 112, frames: int = 8, seed: int = 0) -> None:
+    def __init__(self, split: str, size: int = 160, frames: int = 8, seed: int = 0) -> None:
         if split not in SPLITS:
             raise unknown_name("split", split, SPLITS)
         if size < 16 or frames < 3:
@@ -270,8 +270,10 @@ def write_sample_clips(
         size, frames, rate: of the video; the scenes are those of the data set at its own size.
 
     Raises:
-        UsageError: an index whose clip is of another class.
+        UsageError: an index whose clip is of another class, or a folder that can't be written.
     """
+    from dvexport.video import write_clip
+
     dataset = MotionDataset("test", size=size, frames=frames)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -280,24 +282,6 @@ def write_sample_clips(
         if found != label:
             raise UsageError(f"test clip chosen for '{name}' is of class '{CLASSES[found]}'")
         path = folder / f"{name}.mp4"
-        _write_video(path, clip, rate)
+        write_clip(path, clip.permute(0, 2, 3, 1).numpy(), rate)
         written.append(path)
     return written
-
-
-def _write_video(path: Path, clip: Tensor, rate: int) -> None:
-    """Encode uint8 RGB `[T, 3, H, W]` under a temporary name, then rename."""
-    import av
-
-    part = path.with_name(f".{path.stem}.part.mp4")
-    try:
-        with av.open(str(part), "w", options={"movflags": "+faststart"}) as container:
-            stream = container.add_stream("libx264", rate=rate, options={"crf": "20", "preset": "slow"})
-            stream.height, stream.width = clip.shape[2:]
-            stream.pix_fmt = "yuv420p"
-            for image in clip.permute(0, 2, 3, 1).numpy():
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-            container.mux(stream.encode())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

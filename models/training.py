@@ -30,12 +30,12 @@ from dvexport.models.training_state import (
     half_precision_weights,
     load_state,
     save_state,
-    write_atomically,
 )
 from torch import Tensor, nn
 
 from dvexport import gates
 from dvexport.errors import UsageError
+from dvexport.files import atomic_write
 from dvexport.preprocess import Preprocess
 
 __all__ = ["Trained", "train"]
@@ -71,12 +71,12 @@ def train(
 
     Raises:
         UsageError: a recipe that does not fit, or a state that another recipe left.
-        DeviceError: the disk is full or not writable (the last saved epoch stays).
+        UsageError: also if the disk is full or the folder not writable (the last saved epoch stays).
     """
     plan = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if epochs is not None:
         plan = plan.with_epochs(epochs)
-    files = Files(Path(output), plan.name)
+    files = Files(_made(Path(output)), plan.name)
     run = _Run(plan, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     state = load_state(files, plan.digest) if resume else None
     if state is not None:
@@ -87,6 +87,15 @@ def train(
         save_state(files, run.state())
         progress(_line(plan, record))
     return _finish(run, files, progress)
+
+
+def _made(folder: Path) -> Path:
+    """Return `folder`, created when missing; UsageError if that can't be done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError("can't make the output folder", where=str(folder), why=error.strerror) from None
+    return folder
 
 
 class _Run:
@@ -277,7 +286,7 @@ def _finish(run: _Run, files: Files, progress: Callable[[str], None]) -> Trained
 
     recipe = run.recipe
     tensors = half_precision_weights(run.model)
-    run.model.load_state_dict(tensors)
+    run.model.load_state_dict(tensors, strict=False)  # a shared layer is there once
     data = MotionDataset("validation", recipe.data.size, recipe.data.frames, recipe.data.seed)
     found = evaluate(run.model, data)
     about = {
@@ -290,7 +299,8 @@ def _finish(run: _Run, files: Files, progress: Callable[[str], None]) -> Trained
         "executed_gmacs": found.executed_gmacs,
         "seed": recipe.seed,
     }
-    write_atomically(files.weights, save(tensors, metadata={"dvexport": json.dumps(about, sort_keys=True)}))
+    with atomic_write(files.weights) as path:
+        path.write_bytes(save(tensors, metadata={"dvexport": json.dumps(about, sort_keys=True)}))
     progress(
         f"{recipe.name}: accuracy {found.accuracy:.4f} on {len(found.labels)} validation clips,"
         f" {found.executed_gmacs * 1e3:.1f} of {found.dense_gmacs * 1e3:.1f} MMACs/frame -> {files.weights}"

@@ -1,14 +1,13 @@
 """What a training leaves on disk: the state it resumes from, its curves, and the trained weights.
 
-Each file is written under a temporary name and then renamed, so that a kill or a full disk leaves
-the file of the epoch before.
+Each file is written whole or not at all, so that a kill or a full disk leaves the file of the epoch
+before.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dvexport.errors import CheckpointError, DeviceError, UsageError
+from dvexport.errors import CheckpointError, UsageError
+from dvexport.files import atomic_write
 
-__all__ = ["Files", "TrainingState", "half_precision_weights", "load_state", "save_state", "write_atomically"]
+__all__ = ["Files", "TrainingState", "half_precision_weights", "load_state", "save_state"]
 
 
 @dataclass(frozen=True)
@@ -65,33 +65,15 @@ class TrainingState:
     curves: list[dict[str, Any]] = field(default_factory=list)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to `path` whole or not at all; DeviceError if the disk refuses."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise DeviceError(
-            f"'{path.name}' can't be written",
-            where=str(path.parent),
-            why=error.strerror or str(error),
-            hint="free space or choose another folder; what was saved before is still there",
-        ) from None
-
-
 def save_state(files: Files, state: TrainingState) -> None:
-    """Write the state and the curves of a training."""
+    """Write the state and the curves of a training; UsageError if the disk refuses."""
+    # Through memory: torch reports a full disk as an error of its own, not as the system's.
     buffer = io.BytesIO()
     torch.save(vars(state), buffer)
-    write_atomically(files.state, buffer.getvalue())
-    lines = "".join(json.dumps(record) + "\n" for record in state.curves)
-    write_atomically(files.curves, lines.encode())
+    with atomic_write(files.state) as path:
+        path.write_bytes(buffer.getvalue())
+    with atomic_write(files.curves) as path:
+        path.write_text("".join(json.dumps(record) + "\n" for record in state.curves), encoding="utf-8")
 
 
 def load_state(files: Files, recipe: str) -> TrainingState | None:
@@ -125,8 +107,11 @@ def half_precision_weights(model: nn.Module) -> dict[str, Tensor]:
     """Return the model's tensors on the CPU, weights of two or more axes in half precision.
 
     They hold nearly all the bytes. Biases and batch norm statistics stay in single precision.
+    Layers that several blocks share are there once, under their first name.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    live = model.state_dict(keep_vars=True)
+    first_names = {id(tensor): name for name, tensor in reversed(live.items())}
+    tensors = {name: live[name].detach().cpu().contiguous() for name in sorted(first_names.values())}
     return {
         name: tensor.half() if tensor.is_floating_point() and tensor.ndim >= 2 else tensor
         for name, tensor in tensors.items()
