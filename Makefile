@@ -40,8 +40,8 @@ bench: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf $(TYPED) && mkdir -p $(TYPED)
-	ln -s $(addprefix ../../../,$(wildcard dvexport/[!_]* dvexport/__init__.py models passes targets)) $(TYPED)
+	@rm -rf $(TYPED) && mkdir -p $(TYPED)
+	@ln -s $(addprefix ../../../,$(wildcard dvexport/[!_]* dvexport/__init__.py models passes targets)) $(TYPED)
 	cd $(TYPED)/.. && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ..
 
 clean:
@@ -49,7 +49,8 @@ clean:
 
 # torch first and pinned: it is by far the largest part, and what traces depend on.
 $(READY): pyproject.toml
-	python=$$($(FIND_PYTHON)) && $$python -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet '$(TORCH)'
-	$(BIN)/python -m pip install --quiet --editable '.[dev,bench]'
-	touch $@
+	@echo "setting up $(VENV), once: this takes a few minutes"
+	@python=$$($(FIND_PYTHON)) && $$python -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --progress-bar on '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --progress-bar on --editable '.[dev,bench]'
+	@touch $@
