@@ -1,0 +1,55 @@
+"""Export trained dynamic video models so that the work their gates skip is really skipped.
+
+    bundle = dvexport.export("dstep_resnet18", checkpoint="best.pth", output="model.dvx")
+    session = dvexport.Bundle.open("model.dvx").session()
+
+Everything is imported on first use: importing dvexport costs nothing, and running a bundle needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dvexport.bundle import Bundle
+    from dvexport.errors import DvexportError
+    from dvexport.export import export
+    from dvexport.run import run
+    from dvexport.session import Session, open_session
+    from dvexport.verify import verify
+
+__all__ = ["Bundle", "DvexportError", "Session", "export", "open_session", "run", "verify"]
+
+_HOMES = {
+    "Bundle": "dvexport.bundle",
+    "DvexportError": "dvexport.errors",
+    "Session": "dvexport.session",
+    "export": "dvexport.export",
+    "open_session": "dvexport.session",
+    "run": "dvexport.run",
+    "verify": "dvexport.verify",
+}
+
+
+class _Package(ModuleType):
+    """Keeps `dvexport.export` the function where importing the module of that name would hide it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dvexport' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,345 @@
+"""From a model to a verified bundle: trace, lower, compare with PyTorch, write.
+
+A bundle is only written once its artifact has given PyTorch's logits and decisions on the golden clip.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from dvexport.bundle import GOLDEN, Bundle, write_bundle
+from dvexport.bundle_manifest import (
+    GateEntry,
+    InputEntry,
+    Manifest,
+    ModelEntry,
+    OutputEntry,
+    PassEntry,
+    StateEntry,
+)
+from dvexport.calibrate import gate_rates, gate_statistics
+from dvexport.compare import Row, compare, first_difference
+from dvexport.dialect.flops import flop_table
+from dvexport.errors import CheckFailed, CheckpointError, UsageError, unknown_name
+from dvexport.files import writable_output
+from dvexport.golden import moving_texture, pack, sample_clip, torch_steps
+from dvexport.graph import DV, gate_name, static_shape
+from dvexport.passes.choose_lowering import Abilities, CostTable
+from dvexport.passes.expose_probes import decision_values
+from dvexport.passes.pipeline import Lowered, Plan, lower
+from dvexport.session import GATE_LEVEL, Session, Step
+from dvexport.state import states_of
+from dvexport.targets import devices
+from dvexport.targets.onnx.backend import ARTIFACT, emit, model_bytes
+from dvexport.targets.onnx.runtime import OrtSession
+from dvexport.trace import trace
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["BACKENDS", "MODES", "build_model", "export", "file_digest"]
+
+BACKENDS = ("onnx",)
+LATER_BACKENDS = ("tvm", "tflite")
+MODES = ("stream", "clip")
+
+_TOOLS = ("dvexport", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "onnxsim", "torch")
+
+Progress = Callable[[str], None]
+
+
+def export(
+    model: str | nn.Module,
+    *,
+    output: str | Path,
+    checkpoint: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    target: str = devices.HOST,
+    backend: str = "onnx",
+    mode: str = "stream",
+    lowering: Mapping[str, str] | None = None,
+    calibrate: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Export a model to a bundle at `output`.
+
+    Args:
+        model: a name of the zoo, `package.module:factory`, or a `VideoModel`.
+        output: written whole or not at all; the same export gives the same bytes.
+        checkpoint, settings: weights and options, see `dvexport.models.zoo.create`.
+        target: name in the device catalogue, `host`, or a TOML file.
+        backend: `onnx`.
+        mode: `stream` (a frame a step, explicit state) or `clip` (all frames at once).
+        lowering: lowering by gate, or by `*` for every gate that allows it; overrules the choice.
+        calibrate: a video; the rates of its decisions decide the lowerings. By default the shipped
+            clip of the model's labels, if there is one; otherwise half of everything is assumed.
+        progress: called with the name of each step as it begins.
+
+    Raises:
+        UsageError: an unknown name, an option that does not fit, an output that can't be written.
+        CheckpointError: weights that are damaged, unsafe or not finite.
+        ClipError: a calibration video that can't be read.
+        TraceError: a model that can't be traced, or mixes frames in stream mode.
+        CheckFailed: the artifact does not compute what PyTorch does. Nothing is written.
+        DeviceError: ONNX Runtime is missing or fails.
+    """
+    tell = progress or (lambda _: None)
+    device = _check_request(backend, mode, target)
+    writable_output(output)
+    tell("load the model")
+    source = build_model(model, checkpoint, settings or {})
+    net = source.model
+    preprocess = net.preprocess
+    clip = sample_clip(net.labels) if calibrate is None else None
+    golden_frames = _golden_frames(clip, preprocess)
+    tell("trace")
+    traced = trace(net, preprocess.size)
+    calibration = _calibration(traced, calibrate, golden_frames if clip else None, preprocess)
+    tell("lower the gates")
+    lowered = lower(traced, _plan(mode, preprocess.frames, device, calibration, lowering or {}))
+    artifact = emit(lowered.model, opset=device.runtimes.onnx.opset)  # type: ignore[union-attr]
+    tell("compare with PyTorch")
+    runtime = OrtSession(artifact, states_of(lowered.model))
+    golden = _verified(Session(runtime, mode=mode), net, golden_frames)
+    tell("write the bundle")
+    manifest = Manifest(
+        model=ModelEntry(name=source.name, settings=source.settings),
+        target=device.name,
+        backend=backend,
+        mode="clip" if mode == "clip" else "stream",
+        inputs=[_input(lowered, preprocess)],
+        outputs=_outputs(lowered),
+        labels=list(net.labels),
+        states=[
+            StateEntry(name=s.name, input=s.input, output=s.output, shape=s.shape, dtype=s.dtype)  # type: ignore[arg-type]
+            for s in states_of(lowered.model)
+        ],
+        gates=_gates(traced, lowered),
+        flops=flop_table(traced).to_dict(),
+        checkpoint=source.digest,
+        tools={name: version(name) for name in _TOOLS},
+        passes=[
+            PassEntry(
+                name=record.name,
+                modified=record.nodes_before != record.nodes_after,
+                detail=f"{record.nodes_before} -> {record.nodes_after} nodes",
+            )
+            for record in lowered.log
+        ],
+    )
+    files: dict[str, bytes | Path] = {
+        ARTIFACT: artifact,
+        GATE_LEVEL: model_bytes(traced),
+        GOLDEN: pack(golden_frames, golden),
+    }
+    return write_bundle(output, manifest, files)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model and how a bundle tells which one it is.
+
+    Attributes:
+        settings: the options given, as JSON values.
+        digest: SHA-256 of the weights given; None where name and settings alone rebuild the model.
+    """
+
+    model: Any
+    name: str
+    settings: dict[str, Any]
+    digest: str | None
+
+
+def build_model(model: str | nn.Module, checkpoint: str | Path | None, settings: Mapping[str, Any]) -> Source:
+    """Return the model to export, in evaluation mode.
+
+    Without a checkpoint an architecture of the zoo gets random weights, the same every time.
+
+    Raises:
+        UsageError: an unknown model or option, or a module that is no `VideoModel`.
+        CheckpointError: weights that are missing, damaged, unsafe or not finite.
+    """
+    if not isinstance(model, str):
+        source = _given(model, checkpoint, settings)
+    else:
+        import torch
+
+        from dvexport.models import zoo
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            net = zoo.create(model, checkpoint, **settings)
+        digest = None if checkpoint is None else file_digest(checkpoint)
+        source = Source(net, model, _json_values(settings), digest)
+    _check_weights(source.model)
+    return source
+
+
+def file_digest(path: str | Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal; CheckpointError if it can't be read."""
+    try:
+        with open(path, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(
+            "the checkpoint can't be read", where=str(path), why=error.strerror or str(error)
+        ) from error
+
+
+def _given(model: nn.Module, checkpoint: str | Path | None, settings: Mapping[str, Any]) -> Source:
+    from dvexport.models.base import VideoModel
+
+    if checkpoint is not None or settings:
+        raise UsageError(
+            "a model object has its weights and options already", hint="leave out checkpoint and settings"
+        )
+    if not isinstance(model, VideoModel):
+        raise UsageError(
+            f"a {type(model).__name__} is no VideoModel",
+            hint="subclass dvexport.models.base.VideoModel, see docs/adding-a-model.md",
+        )
+    return Source(model.eval(), model.name, {}, _weights_digest(model))
+
+
+def _weights_digest(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check_weights(model: nn.Module) -> None:
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise CheckpointError("the model has NaN or infinite weights", where=name)
+
+
+def _json_values(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+
+
+def _check_request(backend: str, mode: str, target: str) -> devices.Target:
+    if backend in LATER_BACKENDS:
+        raise UsageError(f"backend '{backend}' is not in this release", hint="--backend onnx")
+    if backend not in BACKENDS:
+        raise unknown_name("backend", backend, BACKENDS)
+    if mode not in MODES:
+        raise unknown_name("mode", mode, MODES)
+    device = devices.load(target)
+    if device.runtimes.onnx is None:
+        raise UsageError(
+            f"target '{device.name}' does not run ONNX Runtime",
+            why=f"its runtimes are: {', '.join(device.runtimes.available)}",
+        )
+    return device
+
+
+def _golden_frames(clip: Path | None, preprocess: Any) -> np.ndarray:
+    if clip is None:
+        return moving_texture(preprocess, preprocess.frames)
+    from dvexport.video import read_clip
+
+    return read_clip(clip, preprocess).frames
+
+
+def _calibration(
+    traced: ir.Model, clip: str | Path | None, sample: np.ndarray | None, preprocess: Any
+) -> list[Step]:
+    """Return the decisions on the calibration video, or the sample clip; none without either."""
+    from dvexport.oracle import Oracle
+    from dvexport.video import read_clip
+
+    frames = sample if clip is None else read_clip(clip, preprocess).frames
+    if frames is None or not decision_values(traced):
+        return []
+    return Oracle(traced).run_clip(frames)
+
+
+def _plan(
+    mode: str, frames: int, device: devices.Target, calibration: Sequence[Step], overrides: Mapping[str, str]
+) -> Plan:
+    return Plan(
+        mode=mode,
+        frames=frames,
+        abilities=Abilities(device.conditional, device.dynamic_shapes),
+        costs=CostTable(device.costs, device.costs_source or "") if device.costs else None,
+        rates=gate_rates(calibration),
+        overrides=overrides,
+        statistics=gate_statistics(calibration),
+    )
+
+
+def _verified(session: Session, net: Any, frames: np.ndarray) -> list[Step]:
+    """Return what PyTorch gives on the golden clip, once the artifact gave the same.
+
+    Decisions that the model does not tell are taken from the artifact.
+    """
+    want, got = torch_steps(net, frames), session.run_clip(frames)
+    failed = [row for row in compare("artifact against PyTorch", got, want) if not row.ok]
+    if failed:
+        raise _not_equal(failed[0], first_difference(got, want))
+    return [Step(w.logits, {**g.decisions, **w.decisions}) for g, w in zip(got, want, strict=True)]
+
+
+def _not_equal(row: Row, difference: object) -> CheckFailed:
+    return CheckFailed(
+        "the artifact does not compute what the model does; no bundle was written",
+        where=str(difference) if difference else row.name,
+        why=f"{row.name}: {row.value:.3g}, at most {row.limit:.3g} is allowed",
+        hint="try --lowering '*=masked'; if that passes, please report the lowering that fails",
+    )
+
+
+def _input(lowered: Lowered, preprocess: Any) -> InputEntry:
+    (frames,) = (value for value in lowered.model.graph.inputs if value.name == "frames")
+    return InputEntry(name="frames", shape=static_shape(frames), dtype="float32", preprocess=preprocess)
+
+
+def _outputs(lowered: Lowered) -> list[OutputEntry]:
+    """Return the outputs but the states, the logits first."""
+    states = {state.output for state in states_of(lowered.model)}
+    return [
+        OutputEntry(name=value.name, shape=static_shape(value), dtype=str(value.dtype.numpy()))  # type: ignore[arg-type,union-attr]
+        for value in lowered.model.graph.outputs
+        if value.name not in states
+    ]
+
+
+def _gates(traced: ir.Model, lowered: Lowered) -> list[GateEntry]:
+    """Describe every gate by its decisions and its choice."""
+    decided = decision_values(traced)
+    widths: dict[str, int] = {}
+    for node in traced.graph:
+        if node.domain == DV and node.op_type == "GatedConv":
+            widths.setdefault(gate_name(node), static_shape(node.inputs[1])[0])  # type: ignore[arg-type]
+    entries = []
+    for choice in lowered.choices:
+        names = [
+            name
+            for name, kind in (("channels", "action"), ("tiles", "tiles"))
+            if (choice.gate, kind) in decided
+        ]
+        tiles = decided.get((choice.gate, "tiles"))
+        assert tiles is None or tiles.shape is not None
+        grid = None if tiles is None else (int(tiles.shape[1]), int(tiles.shape[2]))  # type: ignore[index,arg-type]
+        entries.append(
+            GateEntry(
+                name=choice.gate,
+                kind="+".join(names) or "none",
+                channels=widths[choice.gate],
+                grid=grid,
+                lowering=choice.lowering,
+                reason=choice.reason,
+                overridden=choice.overridden,
+            )
+        )
+    return entries

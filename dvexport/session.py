@@ -1,0 +1,281 @@
+"""Run a bundle: one frame a step (stream), or all frames of a clip at once.
+
+Three variants of the same weights can be opened. `gated` is the artifact that ships. `dense` has no
+gates at all: what realisation is measured against. `forced` takes the decisions as inputs, lowered as
+the artifact is: for measuring at chosen rates. The last two are made from the gate-level model in the
+bundle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dvexport.errors import BundleError, UsageError, unknown_name
+from dvexport.targets.onnx.backend import ARTIFACT, emit
+from dvexport.targets.onnx.runtime import OrtSession, StateSpec
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from dvexport.bundle import Bundle
+    from dvexport.bundle_manifest import Manifest
+    from dvexport.passes.pipeline import Plan
+
+__all__ = [
+    "GATE_LEVEL",
+    "VARIANTS",
+    "Decisions",
+    "Session",
+    "Step",
+    "open_session",
+    "plan_of",
+    "read_gate_level",
+    "session_of",
+    "steps_of",
+]
+
+GATE_LEVEL = "gate_level.onnx"
+"""Name of the traced model inside a bundle: the oracle, and the source of the other variants."""
+
+VARIANTS = ("gated", "dense", "forced")
+
+_PROBE, _FORCE = "probe.", "force."
+
+Decisions = dict[tuple[str, str], np.ndarray]
+"""By gate and kind: `action` int64 `[C]` of 0 skip, 1 reuse, 2 compute; `tiles` bool `[gh, gw]`."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one frame gave.
+
+    Attributes:
+        logits: float32 `[classes]`: the consensus over this frame and all before it.
+        decisions: those that were applied; empty for the dense variant.
+        seconds: time inside the runtime; in clip mode the frame's share of it.
+    """
+
+    logits: np.ndarray
+    decisions: Decisions = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class Session:
+    """A bundle ready to run; use `open_session`.
+
+    Attributes:
+        mode: `stream` or `clip`.
+        frames: frames of one run: 1 in stream mode, T in clip mode.
+        labels: class names in the order of the logits.
+        decisions: shape of every decision of one frame, by (gate, kind).
+    """
+
+    def __init__(self, runtime: OrtSession, *, mode: str, labels: Sequence[str] = ()) -> None:
+        self.runtime = runtime
+        self.mode = mode
+        self.labels = list(labels)
+        self._input_shape = runtime.inputs["frames"].shape
+        self.frames = int(self._input_shape[0])
+        self._forced = {_key(name, _FORCE): name for name in runtime.inputs if name.startswith(_FORCE)}
+        self.decisions = {
+            _key(name, _PROBE): tuple(int(size) for size in port.shape[1:])
+            for name, port in runtime.outputs.items()
+            if name.startswith(_PROBE)
+        }
+
+    def reset(self) -> None:
+        """Forget all frames before: the next step is the first of a stream."""
+        self.runtime.reset()
+
+    def step(self, frame: np.ndarray, forced: Mapping[tuple[str, str], np.ndarray] | None = None) -> Step:
+        """Run one frame of a stream.
+
+        Args:
+            frame: float32 `[1, 3, H, W]`, normalised as the bundle's preprocessing says.
+            forced: every decision of the frame, for the `forced` variant only.
+
+        Raises:
+            UsageError: a clip-mode bundle; a wrong shape, type or value; decisions that do not fit.
+            DeviceError: the runtime fails.
+        """
+        if self.mode != "stream":
+            raise UsageError(
+                "a clip-mode bundle runs whole clips", hint="use run_clip, or export in stream mode"
+            )
+        return self._run(frame, None if forced is None else [forced])[0]
+
+    def run_clip(
+        self, frames: np.ndarray, forced: Sequence[Mapping[tuple[str, str], np.ndarray]] | None = None
+    ) -> list[Step]:
+        """Run a clip from its first frame: as a fresh stream, or at once in clip mode.
+
+        Args:
+            frames: float32 `[T, 3, H, W]`; in clip mode T must be the bundle's.
+            forced: every decision of every frame, for the `forced` variant only.
+
+        Raises:
+            UsageError, DeviceError: as `step`.
+        """
+        if self.mode == "clip":
+            return self._run(frames, forced)
+        if getattr(frames, "ndim", 0) != 4 or len(frames) == 0:
+            raise UsageError("a clip is float32 [T, 3, H, W]", why=f"this is {_described(frames)}")
+        if forced is not None and len(forced) != len(frames):
+            raise UsageError(f"{len(forced)} decisions were given for {len(frames)} frames")
+        self.reset()
+        return [self.step(frames[i : i + 1], forced[i] if forced else None) for i in range(len(frames))]
+
+    def _run(
+        self, frames: np.ndarray, forced: Sequence[Mapping[tuple[str, str], np.ndarray]] | None
+    ) -> list[Step]:
+        self._check_frames(frames)
+        feeds = {"frames": frames, **self._forced_feeds(forced)}
+        steps = steps_of(self.runtime.run(feeds), self.runtime.seconds)
+        if not forced:
+            return steps
+        return [
+            Step(step.logits, dict(given), step.seconds) for step, given in zip(steps, forced, strict=True)
+        ]
+
+    def _check_frames(self, frames: np.ndarray) -> None:
+        shape = list(self._input_shape)
+        if not isinstance(frames, np.ndarray) or list(frames.shape) != shape or frames.dtype != np.float32:
+            raise UsageError(
+                f"the input must be float32 of shape {shape}",
+                why=f"it is {_described(frames)}",
+                hint="dvexport.video.stream_frames and read_clip prepare frames as the model expects",
+            )
+        if not np.isfinite(frames).all():
+            raise UsageError("the input has NaN or infinite values", hint="check the frame's normalisation")
+
+    def _forced_feeds(
+        self, forced: Sequence[Mapping[tuple[str, str], np.ndarray]] | None
+    ) -> dict[str, np.ndarray]:
+        if not self._forced:
+            if forced is not None:
+                raise UsageError(
+                    "only the forced variant takes decisions", hint="open_session(variant='forced')"
+                )
+            return {}
+        if forced is None:
+            raise UsageError("the forced variant needs the decisions of every frame")
+        if len(forced) != self.frames:
+            raise UsageError(f"{len(forced)} decisions were given for {self.frames} frames")
+        return {name: self._stacked(name, key, forced) for key, name in self._forced.items()}
+
+    def _stacked(
+        self, name: str, key: tuple[str, str], forced: Sequence[Mapping[tuple[str, str], np.ndarray]]
+    ) -> np.ndarray:
+        port = self.runtime.inputs[name]
+        where = f"gate '{key[0]}', {key[1]}"
+        if any(key not in decisions for decisions in forced):
+            raise UsageError("a forced decision is missing", where=where)
+        stacked = np.stack([decisions[key] for decisions in forced])
+        if stacked.shape != port.shape or stacked.dtype != port.dtype:
+            raise UsageError(
+                f"a forced decision must be {port.dtype} of shape {list(port.shape[1:])}",
+                where=where,
+                why=f"it is {stacked.dtype} of shape {list(stacked.shape[1:])}",
+            )
+        if key[1] == "action" and (stacked.min() < 0 or stacked.max() > 2):
+            raise UsageError("an action is 0 skip, 1 reuse or 2 compute", where=where)
+        return stacked
+
+
+def open_session(
+    bundle: Bundle, *, threads: int = 1, variant: str = "gated", profile: bool = False
+) -> Session:
+    """Open a bundle for running on this machine, at the first frame of a stream.
+
+    Args:
+        threads: of the runtime.
+        variant: `gated` (what ships), `dense` or `forced`.
+        profile: record the time of every node (`Session.runtime.end_profile`); slower.
+
+    Raises:
+        UsageError: an unknown variant, or a backend that can't run here.
+        BundleError: the bundle changed meanwhile, or lacks the model.
+        DeviceError: ONNX Runtime is missing or can't load the artifact.
+    """
+    manifest = bundle.manifest
+    if manifest.backend != "onnx":
+        raise UsageError(
+            f"this release can't run bundles of backend '{manifest.backend}'", where=str(bundle.path)
+        )
+    if variant not in VARIANTS:
+        raise unknown_name("variant", variant, VARIANTS)
+    states: Sequence[StateSpec]
+    if variant == "gated":
+        model, states = bundle.read(ARTIFACT), manifest.states
+    else:
+        plan = plan_of(manifest, variant)
+        model, states = _lowered(read_gate_level(bundle), plan)
+    runtime = OrtSession(model, states, threads=threads, profile=profile)
+    return Session(runtime, mode=manifest.mode, labels=manifest.labels)
+
+
+def session_of(gate_level: ir.Model, plan: Plan, *, threads: int = 1) -> Session:
+    """Lower a gate-level model as `plan` says and open it; errors as `open_session` and `lower`."""
+    model, states = _lowered(gate_level, plan)
+    return Session(OrtSession(model, states, threads=threads), mode=plan.mode)
+
+
+def plan_of(manifest: Manifest, variant: str) -> Plan:
+    """Return the plan that makes a variant of a bundle, every gate lowered as in its artifact."""
+    from dvexport.passes.pipeline import Plan
+
+    return Plan(
+        mode=manifest.mode,
+        frames=manifest.inputs[0].shape[0],
+        variant="dense" if variant == "dense" else "gated",
+        forced=variant == "forced",
+        overrides={gate.name: gate.lowering for gate in manifest.gates},
+    )
+
+
+def read_gate_level(bundle: Bundle) -> ir.Model:
+    """Return the traced model of a bundle; BundleError if there is none or it can't be read."""
+    import onnx
+    import onnx_ir as ir
+    from google.protobuf.message import DecodeError
+
+    data = bundle.read(GATE_LEVEL)
+    try:
+        return ir.from_proto(onnx.load_model_from_string(data))
+    except (DecodeError, ValueError) as error:
+        raise BundleError("the gate-level model can't be read", where=f"{bundle.path}, {GATE_LEVEL}",
+                          why=str(error)) from error  # fmt: skip
+
+
+def steps_of(outputs: Mapping[str, np.ndarray], seconds: float) -> list[Step]:
+    """Cut the outputs of one run into one `Step` a frame."""
+    logits = outputs["logits"]
+    probes = {_key(name, _PROBE): value for name, value in outputs.items() if name.startswith(_PROBE)}
+    share = seconds / len(logits)
+    return [
+        Step(logits[i], {key: value[i] for key, value in probes.items()}, share) for i in range(len(logits))
+    ]
+
+
+def _lowered(gate_level: ir.Model, plan: Plan) -> tuple[bytes, Sequence[StateSpec]]:
+    from dvexport.passes.pipeline import lower
+    from dvexport.state import states_of
+
+    lowered = lower(gate_level, plan)
+    return emit(lowered.model), states_of(lowered.model)
+
+
+def _key(name: str, prefix: str) -> tuple[str, str]:
+    """Return (gate, kind) of a probe's or a forced decision's name."""
+    gate, _, kind = name.removeprefix(prefix).rpartition(".")
+    return gate, kind
+
+
+def _described(value: object) -> str:
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} of shape {list(value.shape)}"
+    return f"a {type(value).__name__}"

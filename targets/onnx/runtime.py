@@ -1,0 +1,177 @@
+"""An ONNX Runtime session that keeps the states of a stream between steps.
+
+Every state has two buffers. A step reads one and writes the other, the next step the other way round
+(two I/O bindings, made once), so states are never copied and a step allocates nothing for them.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from dvexport.errors import DeviceError
+
+__all__ = ["OrtSession", "Port", "StateSpec"]
+
+_DTYPES: dict[str, np.dtype] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+    "tensor(double)": np.dtype(np.float64),
+    "tensor(int64)": np.dtype(np.int64),
+    "tensor(int32)": np.dtype(np.int32),
+    "tensor(int8)": np.dtype(np.int8),
+    "tensor(uint8)": np.dtype(np.uint8),
+    "tensor(bool)": np.dtype(np.bool_),
+}
+
+_ERRORS_ONLY = 3
+
+
+class StateSpec(Protocol):
+    """What is needed to know of a state: `dvexport.state.State` and the manifest's entry both fit."""
+
+    @property
+    def input(self) -> str:
+        """Name of the graph input."""
+
+    @property
+    def output(self) -> str:
+        """Name of the graph output that is the next step's input."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes."""
+
+    @property
+    def dtype(self) -> str:
+        """NumPy's name of its type."""
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output: its type, and its shape with a name where a size is open."""
+
+    shape: tuple[int | str, ...]
+    dtype: np.dtype
+
+
+class OrtSession:
+    """A model in ONNX Runtime on the CPU, its states at zero.
+
+    Args:
+        model: the ONNX file.
+        states: the states of a stream; none for a clip.
+        threads: threads inside an operator; operators run one after another.
+        profile: record the time of every node, for `end_profile`; slows every step down.
+
+    Attributes:
+        inputs, outputs: what is fed and returned, states left out.
+        seconds: duration of the last `run` inside the runtime.
+
+    Raises:
+        DeviceError: ONNX Runtime is missing, or can't load the model.
+    """
+
+    def __init__(
+        self, model: bytes, states: Sequence[StateSpec] = (), *, threads: int = 1, profile: bool = False
+    ) -> None:
+        self._profile_folder = tempfile.TemporaryDirectory(prefix="dvexport-") if profile else None
+        self._session = self._load(model, threads)
+        state_inputs, state_outputs = {s.input for s in states}, {s.output for s in states}
+        self.inputs = {
+            port.name: _port(port) for port in self._session.get_inputs() if port.name not in state_inputs
+        }
+        self.outputs = {
+            port.name: _port(port) for port in self._session.get_outputs() if port.name not in state_outputs
+        }
+        self.seconds = 0.0
+        self._turn = 0
+        # An OrtValue made from an array shares its memory, so filling the array resets the state.
+        self._buffers = [{s.input: np.zeros(s.shape, s.dtype) for s in states} for _ in range(2)]
+        self._bindings = [self._bind(states, i) for i in range(2)]
+
+    def reset(self) -> None:
+        """Set every state to zero."""
+        for buffer in self._buffers[self._turn].values():
+            buffer.fill(0)
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run one step over `feeds` (every input, of its shape and type) and return the outputs.
+
+        Raises:
+            DeviceError: the runtime fails.
+        """
+        binding = self._bindings[self._turn]
+        try:
+            arrays = [np.ascontiguousarray(array) for array in feeds.values()]  # alive until the run ends
+            for name, array in zip(feeds, arrays, strict=True):
+                binding.bind_cpu_input(name, array)
+            start = time.perf_counter()
+            self._session.run_with_iobinding(binding)
+            self.seconds = time.perf_counter() - start
+        except Exception as error:  # the runtime's exceptions share no base but this
+            raise DeviceError("ONNX Runtime failed in a step", why=_first_line(error)) from error
+        self._turn = 1 - self._turn
+        values = binding.get_outputs()[-len(self.outputs) :]
+        return {name: np.array(value.numpy()) for name, value in zip(self.outputs, values, strict=True)}
+
+    def end_profile(self) -> list[dict[str, Any]]:
+        """Return the runtime's trace events of all steps so far; recording ends."""
+        assert self._profile_folder is not None, "the session was not made with profile=True"
+        path = Path(self._session.end_profiling())
+        events = json.loads(path.read_text(encoding="utf-8"))
+        self._profile_folder.cleanup()
+        return events
+
+    def _load(self, model: bytes, threads: int) -> Any:
+        try:
+            import onnxruntime as ort
+        except ImportError as error:
+            raise DeviceError(
+                "ONNX Runtime is not installed", why=str(error), hint="pip install onnxruntime"
+            ) from error
+        options = ort.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+        options.log_severity_level = _ERRORS_ONLY
+        # Two sessions are measured in turn: idle threads of one must not take the other's cores.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        if self._profile_folder is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(self._profile_folder.name) / "nodes")
+        try:
+            return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # as above
+            raise DeviceError(
+                "ONNX Runtime can't load the model",
+                why=_first_line(error),
+                hint=f"this is onnxruntime {ort.__version__}; a newer one may know the model's operators",
+            ) from error
+
+    def _bind(self, states: Sequence[StateSpec], turn: int) -> Any:
+        """Return the binding that reads buffer `turn` and writes the other."""
+        import onnxruntime as ort
+
+        binding = self._session.io_binding()
+        for state in states:
+            read, write = (self._buffers[i][state.input] for i in (turn, 1 - turn))
+            binding.bind_ortvalue_input(state.input, ort.OrtValue.ortvalue_from_numpy(read))
+            binding.bind_ortvalue_output(state.output, ort.OrtValue.ortvalue_from_numpy(write))
+        for name in self.outputs:
+            binding.bind_output(name)
+        return binding
+
+
+def _port(port: Any) -> Port:
+    return Port(tuple(port.shape), _DTYPES[port.type])
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
