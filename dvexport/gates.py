@@ -89,7 +89,8 @@ def upsample_tiles(tiles: Tensor, size: tuple[int, int]) -> Tensor:
     """Upsample a tile mask `[N, gh, gw]` to `[N, 1, *size]`: pixel y reads cell floor(y*gh/height)."""
     rows = torch.arange(size[0], device=tiles.device) * tiles.shape[1] // size[0]
     columns = torch.arange(size[1], device=tiles.device) * tiles.shape[2] // size[1]
-    return tiles[:, rows][:, :, columns].unsqueeze(1)
+    # Traced, this is a Gather along each axis; indexing by brackets would move the frame axis meanwhile.
+    return tiles.index_select(1, rows).index_select(2, columns).unsqueeze(1)
 
 
 def fold_batch_norm(conv: nn.Conv2d, bn: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor | None]:
