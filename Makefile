@@ -42,7 +42,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	@rm -rf $(TYPED) && mkdir -p $(TYPED)
 	@ln -s $(addprefix ../../../,$(wildcard dvexport/[!_]* dvexport/__init__.py models passes targets)) $(TYPED)
-	cd $(TYPED)/.. && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ..
+	cd $(TYPED)/.. && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../typed
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
