@@ -43,7 +43,7 @@ class DataOptions:
     """
 
     name: str = "motion"
-    size: int = 112
+    size: int = 160
     frames: int = 8
     frame_rate: float = 4.0
     seed: int = 0

@@ -76,8 +76,8 @@ def train(
     plan = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if epochs is not None:
         plan = plan.with_epochs(epochs)
-    files = Files(_made(Path(output)), plan.name)
     run = _Run(plan, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    files = Files(_made(Path(output)), plan.name)
     state = load_state(files, plan.digest) if resume else None
     if state is not None:
         run.restore(state)

@@ -1,0 +1,305 @@
+"""Training: the losses against hand computation, recipes, and a training that survives a kill."""
+
+import dataclasses
+import errno
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from dvexport.models import losses, zoo
+from dvexport.models.checkpoint import read_metadata
+from dvexport.models.evaluate import dense_macs, evaluate
+from dvexport.models.motion import CLASSES, SPLITS, MotionDataset
+from dvexport.models.policies import ChannelPolicy, Decision, TileMask, executed_macs, randomize_gates
+from dvexport.models.recipe import Recipe, load_recipe, recipe_names
+from dvexport.models.training import train
+from dvexport.models.training_state import Files, half_precision_weights, load_state
+from safetensors.torch import load_file
+
+from dvexport import gates
+from dvexport.errors import CheckpointError, UsageError
+
+SKIP, REUSE, COMPUTE = 0, 1, 2
+
+TINY = """
+name = "tiny"
+model = "dstep_paper_resnet18"
+settings = { width = 0.125, hidden = 8, shared_policies = false, dropout = 0.2 }
+[data]
+size = 32
+frames = 4
+clips_per_epoch = 24
+validation_clips = 12
+[optimiser]
+epochs = 2
+batch = 12
+[gates]
+target = 0.5
+warmup_epochs = 0.5
+alpha = 1.0
+beta = 0.5
+relax_epochs = 1.5
+noise_until = 1.5
+"""
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums depend on the number of threads in their last bits; comparisons to the bit fix it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def short_validation(monkeypatch):
+    monkeypatch.setitem(SPLITS, "validation", 24)
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY)
+    return path
+
+
+def decision(actions, tiles):
+    """Two convolutions of a block over 2 x 2 tiles of 4 x 4 pixels: 1000 MACs, then 600."""
+    hot = torch.nn.functional.one_hot(torch.tensor(actions), 3).float().requires_grad_()
+    mask = torch.tensor(tiles, dtype=torch.float32).requires_grad_()
+    return Decision("layer1.0", hot, mask, ((4, 4), (4, 4)), (1000, 600))
+
+
+def test_executed_fraction_counts_the_reuse_of_the_next_frame():
+    """Equation 2 by hand, one clip of two frames, two channels, all tiles on."""
+    ones = [[[1, 1], [1, 1]]] * 2
+    block = decision([[COMPUTE, SKIP], [SKIP, REUSE]], ones)
+    # Frame 0: channel 0 computed here, channel 1 for frame 1: all of conv1; conv2 reads one of two.
+    # Frame 1: nothing of conv1; conv2 reads channel 1.
+    assert executed_macs(block).tolist() == [1000 + 300, 0 + 300]
+    fraction = losses.executed_fraction([block])
+    assert fraction.item() == pytest.approx((1300 + 300) / 2 / 1600)
+    assert losses.sparsity_loss(fraction, 0.6).item() == pytest.approx((0.5 - 0.6) ** 2, abs=1e-7)
+
+
+def test_executed_fraction_counts_active_tiles_and_passes_gradients():
+    block = decision([[COMPUTE, COMPUTE]], [[[1, 0], [0, 0]]])
+    fraction = losses.executed_fraction([block])
+    assert fraction.item() == pytest.approx(0.25)
+    losses.sparsity_loss(fraction, 0.1).backward()
+    assert block.tiles.grad.abs().sum() > 0
+    assert block.action.grad.abs().sum() > 0
+
+
+def test_reuse_never_reaches_into_the_clip_before():
+    ones = [[[1, 1], [1, 1]]] * 2
+    block = decision([[SKIP, SKIP], [REUSE, REUSE]], ones)
+    with gates.frames_per_clip(1):
+        assert executed_macs(block).tolist() == [0, 600]
+    assert executed_macs(block).tolist() == [1000, 600]
+
+
+def test_sparsity_weight_is_zero_then_grows():
+    schedule = {"warmup": 3, "alpha": 2.0, "beta": 0.1}
+    assert losses.sparsity_weight(2.9, **schedule) == 0
+    assert losses.sparsity_weight(3, **schedule) == pytest.approx(2 * math.exp(0.3))
+    assert losses.sparsity_weight(10, **schedule) == pytest.approx(2 * math.e)
+
+
+def test_mask_bounds_relax_from_tight_to_loose():
+    assert losses.mask_bounds(0, density=0.7, floor=0.2, ceiling=0.9) == pytest.approx((0.7, 0.7))
+    assert losses.mask_bounds(0.5, density=0.7, floor=0.2, ceiling=0.9) == pytest.approx((0.45, 0.8))
+    assert losses.mask_bounds(1, density=0.7, floor=0.2, ceiling=0.9) == pytest.approx((0.2, 0.9))
+    assert losses.mask_bounds(7, density=0.7) == pytest.approx((0, 1))
+
+
+def test_bound_loss_is_the_squared_distance_to_the_bounds():
+    quarter = decision([[COMPUTE, SKIP]], [[[1, 0], [0, 0]]])
+    full = decision([[COMPUTE, SKIP]], [[[1, 1], [1, 1]]])
+    found = losses.bound_loss([quarter, full], (0.4, 0.8))
+    assert found.item() == pytest.approx((0.15**2 + 0.2**2) / 2)
+    assert losses.bound_loss([quarter, full], (0.25, 1.0)).item() == 0
+    assert losses.bound_loss([dataclasses.replace(full, tiles=None)], (0.4, 0.8)).item() == 0
+
+
+def test_without_noise_training_decides_as_evaluation():
+    model = zoo.create("dstep_paper_resnet18", width=0.125, size=32, classes=12, frames=4)
+    randomize_gates(model)
+    policy, mask = model.layer2[0].gates.policy, model.layer2[0].gates.mask
+    assert isinstance(policy, ChannelPolicy)
+    assert isinstance(mask, TileMask)
+    x = torch.randn(8, mask.conv.in_channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    evaluated = policy(x), mask(x, (8, 8))
+    policy.noise_scale = mask.noise_scale = 0.0
+    policy.training = mask.training = True  # the batch norm within stays in evaluation mode
+    trained = policy(x), mask(x, (8, 8))
+    assert torch.equal(trained[0].argmax(2), evaluated[0])
+    assert torch.equal(trained[1] > 0.5, evaluated[1])
+    assert 0 < evaluated[1].float().mean() < 1
+
+
+def test_dense_macs_are_those_of_the_layers():
+    model = zoo.create("tsn_resnet18", width=1.0, size=224, classes=174)
+    assert dense_macs(model, (224, 224)) * 8 / 1e9 == pytest.approx(14.51, abs=0.01)
+
+
+def test_training_resumes_after_a_kill_with_the_same_weights(tiny, tmp_path, short_validation):
+    whole = train(tiny, output=tmp_path / "whole", device="cpu", progress=lambda line: None)
+    script = (
+        "from pathlib import Path; from dvexport.models.motion import SPLITS; SPLITS['validation'] = 24\n"
+        "import torch; torch.set_num_threads(1)\n"
+        "from dvexport.models.training import train\n"
+        f"train({str(tiny)!r}, output=Path({str(tmp_path / 'killed')!r}), device='cpu',"
+        " progress=lambda line: print(line, flush=True))"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        assert "epoch 1/2" in process.stdout.readline()
+        process.kill()
+    assert not (tmp_path / "killed" / "tiny.safetensors").exists()
+    lines = []
+    resumed = train(tiny, output=tmp_path / "killed", device="cpu", progress=lines.append)
+    assert "resumed after epoch 1 of 2" in lines[0]
+    assert resumed.weights.read_bytes() == whole.weights.read_bytes()
+    records = [json.loads(line) for line in resumed.curves.read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [1, 2]
+    assert {"loss", "task", "sparsity", "bound", "train_fraction", "accuracy", "executed"} <= set(records[0])
+
+
+def test_an_interrupted_epoch_is_done_again(tiny, tmp_path, short_validation, monkeypatch):
+    from dvexport.models import training
+
+    whole = train(tiny, output=tmp_path / "whole", device="cpu", progress=lambda line: None)
+    steps = []
+    take_step = training._Run._step
+
+    def interrupted(run, indices, epoch):
+        steps.append(epoch)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return take_step(run, indices, epoch)
+
+    monkeypatch.setattr(training._Run, "_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny, output=tmp_path / "cut", device="cpu", progress=lambda line: None)
+    assert steps == [0.0, 0.5, 1.0, 1.5]
+    resumed = train(tiny, output=tmp_path / "cut", device="cpu", progress=lambda line: None)
+    assert resumed.weights.read_bytes() == whole.weights.read_bytes()
+
+
+def test_a_full_disk_loses_nothing(tiny, tmp_path, short_validation, monkeypatch):
+    from pathlib import Path
+
+    train(tiny, output=tmp_path / "out", device="cpu", epochs=2, progress=lambda line: None)
+    files = Files(tmp_path / "out", "tiny")
+    before = files.state.read_bytes()
+    files.weights.unlink()
+
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UsageError, match="disk is full"):
+        train(tiny, output=tmp_path / "out", device="cpu", epochs=2, progress=lambda line: None)
+    assert files.state.read_bytes() == before
+    assert sorted(p.name for p in files.folder.iterdir()) == ["tiny.jsonl", "tiny.state.pt"]
+
+
+def test_trained_weights_rebuild_the_model(tiny, tmp_path, short_validation):
+    trained = train(tiny, output=tmp_path, device="cpu", epochs=1, progress=lambda line: None)
+    about = read_metadata(trained.weights)
+    assert about["labels"] == list(CLASSES)
+    assert about["accuracy"] == trained.evaluation.accuracy
+    assert about["executed_gmacs"] == trained.evaluation.executed_gmacs < trained.evaluation.dense_gmacs
+    assert about["recipe"]["gates"]["target"] == 0.5
+    model = zoo.create("dstep_paper_resnet18", trained.weights)
+    assert model.preprocess.size == (32, 32)
+    assert model.preprocess.frames == 4
+    found = evaluate(model, MotionDataset("validation", 32, 4), batch=7)
+    assert found.predictions == trained.evaluation.predictions
+    assert found.gates.keys() == {f"layer{s}.{b}" for s in (1, 2, 3, 4) for b in (0, 1)}
+    shares = found.gates["layer1.0"]
+    assert shares.skip + shares.reuse + shares.compute == pytest.approx(1)
+
+
+def test_shared_layers_are_stored_once():
+    model = zoo.create("dstep_paper_resnet18", width=0.125, hidden=8, size=32, frames=4)
+    tensors = half_precision_weights(model)
+    assert len({tensor.data_ptr() for tensor in tensors.values()}) == len(tensors)
+    assert tensors["conv1.weight"].dtype == torch.float16
+    assert tensors["bn1.running_var"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("name = ", "nom = "), "unknown option 'nom'"),
+        (("epochs = 2", ""), "optimiser: 'epochs' is missing"),
+        (("[optimiser]", "[optimizer]"), "did you mean optimiser"),
+        (("batch = 12", 'batch = "twelve"'), "option batch can't be 'twelve'"),
+        (("batch = 12", "batch = 25"), "from 1 to clips_per_epoch, 24"),
+        (("target = 0.5", "target = 1.5"), "target = 1.5"),
+        (("target = 0.5", ""), "gates: 'target' is missing"),
+        (("size = 32", 'name = "kinetics"'), "no data set 'kinetics'"),
+        (("width", "breadth"), "unknown option 'breadth'"),
+        (("dstep_paper_resnet18", "tsn_resnet18"), "unknown|no gates"),
+        (("[data]", "[data"), "can't be read"),
+    ],
+)
+def test_a_bad_recipe_is_one_clear_error(tiny, tmp_path, change, message):
+    tiny.write_text(TINY.replace(*change))
+    with pytest.raises(UsageError, match=message):
+        train(tiny, output=tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_use_is_one_clear_error(tiny, tmp_path, short_validation):
+    with pytest.raises(UsageError, match="no recipe 'nothing'"):
+        load_recipe("nothing")
+    with pytest.raises(UsageError, match="0 epochs"):
+        train(tiny, output=tmp_path, epochs=0)
+    train(tiny, output=tmp_path, device="cpu", epochs=1, progress=lambda line: None)
+    with pytest.raises(UsageError, match="another recipe"):
+        train(tiny, output=tmp_path, device="cpu", epochs=2)
+    state = Files(tmp_path, "tiny").state
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_state(Files(tmp_path, "tiny"), "any")
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_shipped_weights_are_what_their_recipe_makes(name):
+    recipe = load_recipe(name)
+    about = read_metadata(zoo.weights_folder() / f"{name}.safetensors")
+    assert isinstance(recipe, Recipe)
+    assert about["recipe"] == json.loads(json.dumps(recipe.to_dict()))
+    assert about["labels"] == list(CLASSES)
+    tensors = load_file(zoo.weights_folder() / f"{name}.safetensors")
+    assert all(torch.isfinite(tensor.float()).all() for tensor in tensors.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "least", "most"),
+    [("dstep_motion_d60", 0.95, 1), ("dstep_motion_d40", 0.95, 1), ("tsm_motion", 0.95, 1),
+     ("tsn_motion", 0, 0.25)],
+)  # fmt: skip
+def test_shipped_weights_do_as_they_say(name, least, most):
+    model = zoo.create(name)
+    found = evaluate(
+        model, MotionDataset("validation", *model.preprocess.size[:1]), indices=range(48), batch=12
+    )
+    assert least <= found.accuracy <= most
+    recipe = load_recipe(name)
+    if recipe.gates is None:
+        assert found.executed_gmacs == found.dense_gmacs
+        return
+    executed = sum(s.executed for s in found.gates.values()) / len(found.gates)
+    assert executed == pytest.approx(recipe.gates.target, abs=0.06)
+    for gate, shares in found.gates.items():
+        # Every gate is alive: it takes all three actions, and masks some tiles but not all.
+        assert min(shares.skip, shares.reuse, shares.compute) > 0.03, gate
+        assert 0.1 < shares.tiles < 0.95, gate
