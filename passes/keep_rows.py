@@ -108,24 +108,24 @@ def _pointwise(build: Builder, node: ir.Node) -> ir.Value | None:
 def _plane_mean(build: Builder, node: ir.Node) -> ir.Value | None:
     """ReduceMean over height and width."""
     axes = array_of(node.inputs[1]) if len(node.inputs) > 1 else None
-    x = node.inputs[0]
-    assert x is not None
     if axes is None or sorted(int(a) % 4 for a in axes) != [2, 3]:
         return None
-    frames, channels, height, width = static_shape(x)
-    weights = np.full((1, height * width), 1 / (height * width), np.float32)
-    mean = _combine(build, _rows_of(x), weights, frames, channels)
     keep = "keepdims" not in node.attributes or node.attributes["keepdims"].as_int() == 1
-    return build.op("Reshape", mean, build.ints(frames, channels, *([1, 1] if keep else [])))
+    return _mean(build, node, [1, 1] if keep else [])
 
 
 def _global_pool(build: Builder, node: ir.Node) -> ir.Value | None:
+    return _mean(build, node, [1, 1])
+
+
+def _mean(build: Builder, node: ir.Node, tail: list[int]) -> ir.Value:
+    """Mean over each frame's pixels, `[frames, C, *tail]`."""
     x = node.inputs[0]
     assert x is not None
+    rows = _rows_of(x)
     frames, channels, height, width = static_shape(x)
     weights = np.full((1, height * width), 1 / (height * width), np.float32)
-    mean = _combine(build, _rows_of(x), weights, frames, channels)
-    return build.op("Reshape", mean, build.ints(frames, channels, 1, 1))
+    return build.op("Reshape", _combine(build, rows, weights, frames, channels), build.ints(frames, channels, *tail))
 
 
 def _average_pool(build: Builder, node: ir.Node) -> ir.Value | None:
@@ -143,17 +143,17 @@ def _average_pool(build: Builder, node: ir.Node) -> ir.Value | None:
     weights = np.zeros((len(reads), height * width), np.float32)
     np.put_along_axis(weights, reads, np.float32(1 / np.prod(kernel)), axis=1)
     pooled = _combine(build, _rows_of(x), weights, frames, channels)
-    moved = build.op("Transpose", pooled, perm=[0, 2, 1])
+    moved = build.op("Transpose", pooled, perm=[1, 0] if frames == 1 else [0, 2, 1])
     return build.op("Reshape", moved, build.ints(frames, channels, *out))
 
 
 def _combine(
     build: Builder, rows: ir.Value | None, weights: np.ndarray, frames: int, channels: int
 ) -> ir.Value:
-    """Return `[frames, len(weights), channels]`: weighted sums over each frame's pixels."""
+    """Weighted sums over each frame's pixels, `[frames, len(weights), channels]` (frames left out when one)."""
     if frames == 1:  # the zero row is given weight zero, which saves a copy
         padded = np.concatenate([weights, np.zeros((len(weights), 1), np.float32)], axis=1)
-        return build.op("Unsqueeze", build.op("MatMul", build.const(padded), rows), build.ints(0))
+        return build.op("MatMul", build.const(padded), rows)
     pixels = weights.shape[1]
     real = build.op("Slice", rows, build.ints(0), build.ints(frames * pixels), build.ints(0))
     return build.op("MatMul", build.const(weights), build.op("Reshape", real, build.ints(frames, pixels, channels)))

@@ -9,6 +9,10 @@ contiguous rows. For even tiles of stride-1 3x3 convolutions the product can be 
 (`dvexport.passes.winograd`), which gathers 2.25 (F(4,3)) or 4 (F(2,3)) instead of 9 rows a pixel and
 multiplies 4 or 2.25 times less.
 
+Between the two convolutions of a gate the merged activation stays compact: only its active pixels exist,
+after a zero row at index 0, and the second convolution finds them through a map from pixel to
+compact row. No plane is zeroed, copied or scattered for it.
+
 The lowering of a node is read from its gate's choice (`dvexport.passes.choose_lowering`):
 `tiles`, `winograd4` or `winograd2`.
 """
@@ -17,10 +21,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnx_ir.passes.common as common
 
 from dvexport.dialect.conv import activate, plane_size
 from dvexport.dialect.rows import rows_shape
@@ -33,6 +39,9 @@ from dvexport.passes.winograd import WINOGRAD_STEPS, transforms, winograd_applie
 
 __all__ = ["LowerTiles"]
 
+_COMPACT_FROM = 1 << 16
+"""Plane size, in values, from which copying it costs more than the lists that avoid it."""
+
 
 class LowerTiles(ir.passes.InPlacePass):
     """Lower `SparseConv` and `Merge` nodes of gates whose choice computes active tiles only.
@@ -41,20 +50,45 @@ class LowerTiles(ir.passes.InPlacePass):
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Lower each node on its own; equal tables and lists are shared afterwards."""
+        """Lower in graph order; equal tables and lists are shared afterwards."""
+        compact: dict[ir.Value, _Compact] = {}
+        overlays: dict[ir.Value, _Overlay] = {}
         modified = False
         for node in list(model.graph):
             choice = lowering_of(node)
             if choice not in BY_TILE or node.domain != DV:
                 continue
-            if node.op_type == "SparseConv":
-                _lower_conv(node, choice)
+            output = node.outputs[0]
+            if node.op_type == "SparseConv" and _only_history(node):
+                overlays[output] = _lower_history(node, choice)
+            elif node.op_type == "SparseConv":
+                _lower_conv(node, choice, compact)
+            elif node.op_type == "Merge" and _stays_compact(node):
+                compact[output] = _lower_merge(node, overlays)
             elif node.op_type == "Merge":
-                _lower_merge(node)
+                _lower_merge_to_plane(node)
             else:
                 continue
             modified = True
+        common.RemoveUnusedNodesPass()(model)  # merges and histories that stayed compact
         return ir.passes.PassResult(model, modified)
+
+
+@dataclass(frozen=True)
+class _Compact:
+    """A merged activation: `rows` `[1 + n, C]`, a zero row first; `index` maps a pixel to its row, or to 0."""
+
+    rows: ir.Value
+    index: ir.Value
+
+
+@dataclass(frozen=True)
+class _Overlay:
+    """A history that was not scattered: `base` rows with `values` at `pixels`."""
+
+    base: ir.Value
+    pixels: ir.Value
+    values: ir.Value
 
 
 @dataclass(frozen=True)
@@ -79,10 +113,19 @@ class _Place:
     def rows(self) -> tuple[int, int]:
         return rows_shape((self.frames, self.channels, *self.size))
 
+    @property
+    def cells(self) -> np.ndarray:
+        """Output pixels (y, x) of each cell."""
+        return tile_pixels(self.size, self.grid)
+
     def active(self, build: Builder) -> ir.Value:
-        """The list of active cells, over all frames."""
-        flat = build.op("Reshape", self.tiles, build.ints(-1))
-        return build.op("Squeeze", build.op("NonZero", flat), build.ints(0))
+        """The active cells over all frames, `[1, n]` as NonZero lists them."""
+        return build.op("NonZero", build.op("Reshape", self.tiles, build.ints(-1)))
+
+    def pixels(self, build: Builder, active: ir.Value) -> ir.Value:
+        """The pixels of the active cells as rows of the output plane, `[1, n, k, 1]`."""
+        table = windows(self.cells, self.size, self.frames, (1, 1))
+        return build.op("Gather", build.const(table), active, axis=0)
 
 
 def to_rows(build: Builder, value: ir.Value) -> ir.Value:
@@ -95,25 +138,69 @@ def from_rows(build: Builder, rows: ir.Value, size: tuple[int, int]) -> ir.Value
     return build.op("FromRows", rows, domain=DV, size=list(size))
 
 
-def _lower_conv(node: ir.Node, choice: str) -> None:
+def _only_history(node: ir.Node) -> bool:
+    """A SparseConv read as the history of one compact Merge, on tiles that are among the Merge's."""
+    uses = list(node.outputs[0].uses())
+    if len(uses) != 1 or node.outputs[0].is_graph_output():
+        return False
+    (user, position) = uses[0]
+    inputs = _inputs(node)
+    return (
+        user.op_type == "Merge"
+        and user.domain == DV
+        and position == 1
+        and inputs["base"] is not None
+        and inputs["rows"] is None
+        and _stays_compact(user)
+        and _implies(inputs["tiles"], _inputs(user)["tiles"])
+    )
+
+
+def _stays_compact(merge: ir.Node) -> bool:
+    """The plane is worth saving, and every reader is a tile-lowered convolution over the same tiles."""
+    tiles = _inputs(merge)["tiles"]
+    small = prod(static_shape(merge.outputs[0])) < _COMPACT_FROM
+    return not small and not merge.outputs[0].is_graph_output() and all(
+        user.op_type == "SparseConv"
+        and user.domain == DV
+        and position == 0
+        and lowering_of(user) in BY_TILE
+        and _inputs(user)["tiles"] is tiles
+        for user, position in merge.outputs[0].uses()
+    )
+
+
+def _implies(tiles: ir.Value | None, wanted: ir.Value | None) -> bool:
+    """Tell whether a mask is `wanted`, or a conjunction with it."""
+    if tiles is wanted:
+        return True
+    node = tiles.producer() if tiles is not None else None
+    return node is not None and node.op_type == "And" and any(_implies(v, wanted) for v in node.inputs)
+
+
+def _inputs(node: ir.Node) -> Mapping[str, ir.Value | None]:
     operator = operator_of(node)
     assert operator is not None
-    inputs, attributes = operator.bind(node), operator.attributes_of(node)
+    return operator.bind(node)
+
+
+def _lower_history(node: ir.Node, choice: str) -> _Overlay:
+    """Compute what is owed, and leave it to the Merge to lay it over the old plane."""
+    inputs = _inputs(node)
+    build = Builder(metadata=node.metadata_props)
+    pixels, y = _convolve(build, node, choice, {})
+    base = inputs["base"]
+    assert base is not None and node.graph is not None
+    overlay = _Overlay(to_rows(build, base), pixels, y)
+    node.graph.insert_before(node, build.nodes)
+    return overlay
+
+
+def _lower_conv(node: ir.Node, choice: str, compact: Mapping[ir.Value, _Compact]) -> None:
+    inputs = _inputs(node)
     place = _Place.of(node, inputs["tiles"])
     build = Builder(metadata=node.metadata_props)
-    active = place.active(build)
-    step = WINOGRAD_STEPS.get(choice)
-    weight = inputs["W"]
-    assert weight is not None
-    if step and winograd_applies(plane_size(weight), attributes, place.size, place.grid, step):
-        pixels, y = _winograd(build, inputs, place, active, step)
-    else:
-        pixels, y = _product(build, inputs, attributes, place, active)
-    if inputs["B"] is not None:
-        y = build.op("Add", y, inputs["B"])
-    if inputs["residual"] is not None:
-        y = build.op("Add", y, build.op("Gather", to_rows(build, inputs["residual"]), pixels, axis=0))
-    y = activate(build, y, attributes["activation"])
+    pixels, y = _convolve(build, node, choice, compact)
     base = None if inputs["base"] is None else to_rows(build, inputs["base"])
     if inputs["rows"] is not None:
         y = _keep_rows(build, inputs["rows"], y, base, pixels, place)
@@ -121,91 +208,160 @@ def _lower_conv(node: ir.Node, choice: str) -> None:
     replace_node(node, build, [from_rows(build, result, place.size)])
 
 
-def _product(
-    build: Builder, inputs: Mapping[str, ir.Value | None], attributes: Mapping[str, Any], place: _Place, active: ir.Value
+def _convolve(
+    build: Builder, node: ir.Node, choice: str, compact: Mapping[ir.Value, _Compact]
 ) -> tuple[ir.Value, ir.Value]:
-    """Return the active pixels `[n]` and their values `[n, Cout]` by one product over windows."""
-    x, weight = inputs["X"], array_of(inputs["W"])
-    assert x is not None and weight is not None
-    kernel = weight.shape[2:]
-    cells = tile_pixels(place.size, place.grid)
-    reads = windows(
-        cells, plane_size(x), place.frames, kernel,
-        attributes["strides"], attributes["pads"], attributes["dilations"],
-    )  # fmt: skip
-    taps = kernel[0] * kernel[1]
-    chosen = build.op("Reshape", build.op("Gather", build.const(reads), active, axis=0), build.ints(-1, taps))
-    gathered = build.op("Gather", to_rows(build, x), chosen, axis=0)
-    patches = build.op("Reshape", gathered, build.ints(-1, taps * weight.shape[1]))
-    matrix = np.ascontiguousarray(weight.transpose(2, 3, 1, 0).reshape(-1, weight.shape[0]))
-    writes = windows(cells, place.size, place.frames, (1, 1))[..., 0]
-    pixels = build.op("Reshape", build.op("Gather", build.const(writes), active, axis=0), build.ints(-1))
-    return pixels, build.op("MatMul", patches, build.const(matrix))
-
-
-def _winograd(
-    build: Builder, inputs: Mapping[str, ir.Value | None], place: _Place, active: ir.Value, m: int
-) -> tuple[ir.Value, ir.Value]:
-    """Return the active pixels `[m*m, n]` and their values `[m*m, n, Cout]` by F(m, 3)."""
-    x, weight = inputs["X"], array_of(inputs["W"])
-    assert x is not None and weight is not None
-    points, channels = (m + 2) ** 2, weight.shape[1]
-    to_points, _, from_points = transforms(m)
-    corners = winograd_tiles(place.size, place.grid, m)
-    reads = windows(corners, plane_size(x), place.frames, (m + 2, m + 2), pads=(1, 1)).transpose(2, 0, 1)
-    writes = windows(corners, place.size, place.frames, (m, m)).transpose(2, 0, 1)
-
-    def listed(table: np.ndarray) -> ir.Value:
-        chosen = build.op("Gather", build.const(np.ascontiguousarray(table)), active, axis=1)
-        return build.op("Reshape", chosen, build.ints(table.shape[0], -1))
-
-    def transformed(matrix: np.ndarray, value: ir.Value, width: int) -> ir.Value:
-        flat = build.op("Reshape", value, build.ints(points, -1))
-        mixed = build.op("MatMul", build.const(matrix.astype(np.float32)), flat)
-        return build.op("Reshape", mixed, build.ints(matrix.shape[0], -1, width))
-
-    gathered = build.op("Gather", to_rows(build, x), listed(reads), axis=0)
-    mixed = transformed(to_points, gathered, channels)
-    products = build.op("MatMul", mixed, build.const(winograd_weight(weight, m)))
-    return listed(writes), transformed(from_points, products, weight.shape[0])
-
-
-def _lower_merge(node: ir.Node) -> None:
+    """Return the active pixels `[..., 1]` and their activated values `[..., Cout]`."""
     operator = operator_of(node)
     assert operator is not None
-    inputs = operator.bind(node)
+    inputs, attributes = operator.bind(node), operator.attributes_of(node)
+    x, weight = inputs["X"], array_of(inputs["W"])
+    assert x is not None and weight is not None
+    place = _Place.of(node, inputs["tiles"])
+    active = place.active(build)
+    source = compact.get(x)
+    rows = source.rows if source else to_rows(build, x)
+    step = WINOGRAD_STEPS.get(choice)
+    if step and winograd_applies(weight.shape[2:], attributes, place.size, place.grid, step):
+        pixels, reads = _winograd_lists(build, place, active, step)
+        patches = place.cells.shape[1] // step**2
+        y = _winograd(build, rows, _through(build, source, reads), weight, step, patches)
+    else:
+        pixels, reads = _window_lists(build, place, active, weight.shape[2:], attributes, plane_size(x))
+        y = _product(build, rows, _through(build, source, reads), weight, place.cells.shape[1])
+    if inputs["B"] is not None:
+        y = build.op("Add", y, inputs["B"])
+    if inputs["residual"] is not None:
+        y = build.op("Add", y, build.op("GatherND", to_rows(build, inputs["residual"]), pixels))
+    return pixels, activate(build, y, attributes["activation"])
+
+
+def _through(build: Builder, source: _Compact | None, reads: ir.Value) -> ir.Value:
+    """Turn rows of a plane into rows of its compact form."""
+    return reads if source is None else build.op("Gather", source.index, reads, axis=0)
+
+
+def _window_lists(
+    build: Builder,
+    place: _Place,
+    active: ir.Value,
+    kernel: tuple[int, ...],
+    attributes: Mapping[str, Any],
+    input_size: tuple[int, int],
+) -> tuple[ir.Value, ir.Value]:
+    """Return the active pixels `[1, n, k, 1]` and the rows their windows read `[1, n, k, kh*kw]`."""
+    table = windows(
+        place.cells, input_size, place.frames, (kernel[0], kernel[1]),
+        attributes["strides"], attributes["pads"], attributes["dilations"],
+    )  # fmt: skip
+    return place.pixels(build, active), build.op("Gather", build.const(table), active, axis=0)
+
+
+def _product(build: Builder, rows: ir.Value, reads: ir.Value, weight: np.ndarray, pixels: int) -> ir.Value:
+    """One product over windows: `[1, n, k, Cout]`."""
+    cout, cin, height, width = weight.shape
+    shape = build.ints(1, -1, pixels, height * width * cin)
+    patches = build.op("Reshape", build.op("Gather", rows, reads, axis=0), shape)
+    return build.op("MatMul", patches, build.const(weight.transpose(2, 3, 1, 0).reshape(-1, cout)))
+
+
+def _winograd_lists(build: Builder, place: _Place, active: ir.Value, m: int) -> tuple[ir.Value, ir.Value]:
+    """Return the active pixels `[m*m, 1, n, p, 1]` and the rows their p patches read `[(m+2)^2, 1, n, p]`."""
+    corners = winograd_tiles(place.size, place.grid, m)
+
+    def listed(kernel: int, pad: int, *last: int) -> ir.Value:
+        table = windows(corners, place.size, place.frames, (kernel, kernel), pads=(pad, pad)).transpose(2, 0, 1)
+        return build.op("Gather", build.const(table.reshape(*table.shape, *last)), active, axis=1)
+
+    return listed(m, 0, 1), listed(m + 2, 1)
+
+
+def _winograd(build: Builder, rows: ir.Value, reads: ir.Value, weight: np.ndarray, m: int, patches: int) -> ir.Value:
+    """F(m, 3): transform the patches, multiply at every point, transform back: `[m*m, 1, n, p, Cout]`."""
+    points, (cout, cin) = (m + 2) ** 2, weight.shape[:2]
+    to_points, _, from_points = transforms(m)
+
+    def transformed(matrix: np.ndarray, value: ir.Value, *shape: int) -> ir.Value:
+        flat = build.op("Reshape", value, build.ints(points, -1))
+        mixed = build.op("MatMul", build.const(matrix.astype(np.float32)), flat)
+        return build.op("Reshape", mixed, build.ints(matrix.shape[0], *shape))
+
+    mixed = transformed(to_points, build.op("Gather", rows, reads, axis=0), -1, cin)
+    products = build.op("MatMul", mixed, build.const(winograd_weight(weight, m)))
+    return transformed(from_points, products, 1, -1, patches, cout)
+
+
+def _lower_merge(node: ir.Node, overlays: Mapping[ir.Value, _Overlay]) -> _Compact:
+    """Merge the active pixels only, after a zero row."""
+    inputs = _inputs(node)
     place = _Place.of(node, inputs["tiles"])
     build = Builder(metadata=node.metadata_props)
-    writes = windows(tile_pixels(place.size, place.grid), place.size, place.frames, (1, 1))[..., 0]
-    chosen = build.op("Gather", build.const(writes), place.active(build), axis=0)
-    pixels = build.op("Reshape", chosen, build.ints(-1))
+    flat = build.op("Reshape", place.pixels(build, place.active(build)), build.ints(-1))
+    zero = place.rows[0] - 1
+    one = build.const(1, np.int64)
+    listed = build.op("Concat", build.ints(zero), flat, axis=0)
+    places = build.op("Range", one, build.op("Size", listed), one)
+    index = build.op("ScatterElements", build.const(np.zeros(zero + 1, np.int64)), flat, places, axis=0)
+    listed = build.op("Unsqueeze", listed, build.ints(-1))
+    rows = _merged(build, inputs, place, listed, overlays, index)
+    assert node.graph is not None
+    node.graph.insert_before(node, build.nodes)
+    return _Compact(rows, index)
+
+
+def _lower_merge_to_plane(node: ir.Node) -> None:
+    inputs = _inputs(node)
+    place = _Place.of(node, inputs["tiles"])
+    build = Builder(metadata=node.metadata_props)
+    pixels = place.pixels(build, place.active(build))
+    rows = _merged(build, inputs, place, pixels, {}, None)
+    replace_node(node, build, [from_rows(build, _scatter(build, None, pixels, rows, place), place.size)])
+
+
+def _merged(
+    build: Builder,
+    inputs: Mapping[str, ir.Value | None],
+    place: _Place,
+    pixels: ir.Value,
+    overlays: Mapping[ir.Value, _Overlay],
+    index: ir.Value | None,
+) -> ir.Value:
+    """The merge of D-STEP Eq. 1 at chosen pixels `[..., 1]`: `[..., C]`."""
     v, history, action = inputs["V"], inputs["H"], inputs["action"]
     assert v is not None
-    u = build.op("Gather", to_rows(build, v), pixels, axis=0)
-    if action is not None:
-        assert history is not None
-        zero = build.const(np.float32(0))
-        keep = _by_pixel(build, build.op("Equal", action, build.const(2, np.int64)), pixels, place)
-        reuse = _by_pixel(build, build.op("Equal", action, build.const(1, np.int64)), pixels, place)
-        old = u if history is v else build.op("Gather", to_rows(build, history), pixels, axis=0)
-        u = build.op("Where", keep, u, build.op("Where", reuse, old, zero))
-    replace_node(node, build, [from_rows(build, _scatter(build, None, pixels, u, place), place.size)])
+    u = build.op("GatherND", to_rows(build, v), pixels)
+    if action is None:
+        return u
+    assert history is not None
+    overlay = overlays.get(history)
+    if overlay is not None:
+        assert index is not None
+        old = build.op("GatherND", overlay.base, pixels)
+        where = build.op("Gather", index, overlay.pixels, axis=0)
+        old = build.op("ScatterND", old, where, overlay.values)
+    else:
+        old = u if history is v else build.op("GatherND", to_rows(build, history), pixels)
+    keep = _by_pixel(build, build.op("Equal", action, build.const(2, np.int64)), pixels, place)
+    reuse = _by_pixel(build, build.op("Equal", action, build.const(1, np.int64)), pixels, place)
+    return build.op("Where", keep, u, build.op("Where", reuse, old, build.const(np.float32(0))))
 
 
 def _keep_rows(
     build: Builder, rows: ir.Value, y: ir.Value, base: ir.Value | None, pixels: ir.Value, place: _Place
 ) -> ir.Value:
     """Keep only the channels asked for; the others stay as in `base`."""
-    old = build.const(np.float32(0)) if base is None else build.op("Gather", base, pixels, axis=0)
+    old = build.const(np.float32(0)) if base is None else build.op("GatherND", base, pixels)
     return build.op("Where", _by_pixel(build, rows, pixels, place), y, old)
 
 
 def _by_pixel(build: Builder, mask: ir.Value, pixels: ir.Value, place: _Place) -> ir.Value:
-    """Spread a channel mask `[N, C]` over the pixels of its frames."""
+    """Spread a channel mask `[N, C]` over pixels `[..., 1]` of its frames: `[..., C]`."""
     if place.frames == 1:
         return mask
     plane = build.const(place.size[0] * place.size[1], np.int64)
-    return build.op("Gather", mask, build.op("Div", pixels, plane), axis=0)
+    frame = build.op("Div", pixels, plane)  # the zero row has a frame past the last: any will do
+    last = build.const(place.frames - 1, np.int64)
+    return build.op("GatherND", mask, build.op("Min", frame, last))
 
 
 def _scatter(
@@ -213,5 +369,4 @@ def _scatter(
 ) -> ir.Value:
     if base is None:
         base = build.const(np.zeros(place.rows, np.float32))
-    index = build.op("Unsqueeze", pixels, build.ints(-1))
-    return build.op("ScatterND", base, index, y, shape=place.rows, dtype=ir.DataType.FLOAT)
+    return build.op("ScatterND", base, pixels, y, shape=place.rows, dtype=ir.DataType.FLOAT)
