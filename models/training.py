@@ -40,6 +40,8 @@ from dvexport.preprocess import Preprocess
 
 __all__ = ["Trained", "train"]
 
+_SECONDS_BETWEEN_LINES = 30
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -76,17 +78,30 @@ def train(
     plan = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if epochs is not None:
         plan = plan.with_epochs(epochs)
-    run = _Run(plan, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    run = _Run(plan, _device(device))
     files = Files(_made(Path(output)), plan.name)
     state = load_state(files, plan.digest) if resume else None
     if state is not None:
         run.restore(state)
         progress(f"{plan.name}: resumed after epoch {state.epoch} of {plan.optimiser.epochs}")
     while run.epoch < plan.optimiser.epochs:
-        record = run.train_epoch()
+        record = run.train_epoch(progress)
         save_state(files, run.state())
         progress(_line(plan, record))
     return _finish(run, files, progress)
+
+
+def _device(name: str | None) -> torch.device:
+    """Return the device called `name`, a GPU if there is one by default; UsageError if it isn't there."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros((), device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = str(error).splitlines()[0]
+        raise UsageError(
+            f"no device '{name}' here", why=why, hint="cpu, or cuda where there is one"
+        ) from None
+    return device
 
 
 def _made(folder: Path) -> Path:
@@ -121,9 +136,13 @@ class _Run:
             self.recipe.digest, self.epoch, self.model.state_dict(), self.optimiser.state_dict(), self.curves
         )
 
-    def train_epoch(self) -> dict[str, Any]:
-        """Train one epoch, score it on some validation clips, and return its record."""
-        began = time.monotonic()
+    def train_epoch(self, progress: Callable[[str], None]) -> dict[str, Any]:
+        """Train one epoch, score it on some validation clips, and return its record.
+
+        Args:
+            progress: gets a line now and then while a slow epoch runs.
+        """
+        began = told = time.monotonic()
         data, batch = self.recipe.data, self.recipe.optimiser.batch
         steps = data.clips_per_epoch // batch
         sums: dict[str, Tensor] = {}
@@ -137,6 +156,10 @@ class _Run:
                 indices = torch.arange(first, first + batch) % len(self.data)
                 for name, value in self._step(indices, self.epoch + step / steps).items():
                     sums[name] = sums.get(name, torch.zeros((), device=self.device)) + value.detach()
+                if time.monotonic() - told > _SECONDS_BETWEEN_LINES:
+                    told, loss = time.monotonic(), float(sums["loss"]) / (step + 1)
+                    name = f"{self.recipe.name}: epoch {self.epoch + 1}"
+                    progress(f"{name}, step {step + 1}/{steps}  loss {loss:.3f}")
         self.epoch += 1
         means = {name: float(total) / steps for name, total in sums.items()}
         if not all(math.isfinite(value) for value in means.values()):

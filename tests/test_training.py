@@ -190,6 +190,17 @@ def test_an_interrupted_epoch_is_done_again(tiny, tmp_path, short_validation, mo
     assert resumed.weights.read_bytes() == whole.weights.read_bytes()
 
 
+def test_a_slow_epoch_tells_how_far_it_is(tiny, tmp_path, short_validation, monkeypatch):
+    from dvexport.models import training
+
+    monkeypatch.setattr(training, "_SECONDS_BETWEEN_LINES", 0)
+    lines = []
+    train(tiny, output=tmp_path, device="cpu", epochs=1, progress=lines.append)
+    assert "tiny: epoch 1, step 1/2  loss" in lines[0]
+    assert "tiny: epoch 1, step 2/2  loss" in lines[1]
+    assert "epoch 1/1" in lines[2]
+
+
 def test_a_full_disk_loses_nothing(tiny, tmp_path, short_validation, monkeypatch):
     from pathlib import Path
 
@@ -259,6 +270,8 @@ def test_a_bad_recipe_is_one_clear_error(tiny, tmp_path, change, message):
 def test_wrong_use_is_one_clear_error(tiny, tmp_path, short_validation):
     with pytest.raises(UsageError, match="no recipe 'nothing'"):
         load_recipe("nothing")
+    with pytest.raises(UsageError, match="no device 'abacus' here"):
+        train(tiny, output=tmp_path, device="abacus")
     with pytest.raises(UsageError, match="0 epochs"):
         train(tiny, output=tmp_path, epochs=0)
     train(tiny, output=tmp_path, device="cpu", epochs=1, progress=lambda line: None)
