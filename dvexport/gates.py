@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -158,19 +159,16 @@ def _traced_gated_conv(
 ) -> Tensor:
     """Emit the `dv.GatedConv` node."""
     weight, bias = fold_batch_norm(conv, bn)
-    size = [
-        (x.shape[2 + i] + 2 * int(conv.padding[i]) - conv.kernel_size[i]) // conv.stride[i] + 1
-        for i in range(2)
-    ]
+    size = [(x.shape[2 + i] + 2 * int(conv.padding[i]) - conv.kernel_size[i]) // conv.stride[i] + 1 for i in range(2)]
     inputs = (
         x,
         weight,
         bias,
         action,
-        None if tiles is None else tiles != 0,
-        None if active_in is None else active_in != 0,
+        None if tiles is None else _as_bool(tiles),
+        None if active_in is None else _as_bool(active_in),
     )
-    attrs = {
+    attrs: dict[str, Any] = {
         "strides": list(conv.stride),
         "pads": [int(p) for p in conv.padding] * 2,
         "activation": activation,
@@ -184,3 +182,7 @@ def _traced_gated_conv(
         shape=(x.shape[0], conv.out_channels, *size),
         version=1,
     )
+
+
+def _as_bool(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask != 0

@@ -47,7 +47,7 @@ class Builder:
         op_type: str,
         *inputs: ir.Value | None,
         domain: str = "",
-        shape: Sequence[int | str] | None = None,
+        shape: Sequence[int | str | ir.SymbolicDim] | None = None,
         dtype: ir.DataType | None = None,
         **attributes: Any,
     ) -> ir.Value:
@@ -61,15 +61,13 @@ class Builder:
         outputs: int,
         *,
         domain: str = "",
-        shape: Sequence[int | str] | None = None,
+        shape: Sequence[int | str | ir.SymbolicDim] | None = None,
         dtype: ir.DataType | None = None,
         **attributes: Any,
     ) -> tuple[ir.Value, ...]:
         """Add a node with several outputs; `shape` and `dtype` are those of the first."""
         attrs = ir.convenience.convert_attributes({k: v for k, v in attributes.items() if v is not None})
-        node = ir.Node(
-            domain, op_type, list(inputs), attrs, num_outputs=outputs, metadata_props=dict(self.metadata)
-        )
+        node = ir.Node(domain, op_type, list(inputs), attrs, num_outputs=outputs, metadata_props=dict(self.metadata))
         first = node.outputs[0]
         if shape is not None:
             first.shape = ir.Shape(shape)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import onnx_ir as ir
@@ -39,7 +40,7 @@ def groups_of(node: ir.Node, channels: int) -> list[tuple[int, int]]:
     """Return the (first, last + 1) channels of each group of a node's gate."""
     text = node.metadata_props.get(_KEY)
     edges = json.loads(text) if text else _even(0, channels)
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(edges))
 
 
 def group_order(actions: np.ndarray) -> tuple[np.ndarray, list[int]]:

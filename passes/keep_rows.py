@@ -147,9 +147,7 @@ def _average_pool(build: Builder, node: ir.Node) -> ir.Value | None:
     return build.op("Reshape", moved, build.ints(frames, channels, *out))
 
 
-def _combine(
-    build: Builder, rows: ir.Value | None, weights: np.ndarray, frames: int, channels: int
-) -> ir.Value:
+def _combine(build: Builder, rows: ir.Value | None, weights: np.ndarray, frames: int, channels: int) -> ir.Value:
     """Weighted sums over each frame's pixels, `[frames, len(weights), channels]` (frames left out when one)."""
     if frames == 1:  # the zero row is given weight zero, which saves a copy
         padded = np.concatenate([weights, np.zeros((len(weights), 1), np.float32)], axis=1)

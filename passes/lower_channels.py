@@ -74,9 +74,7 @@ def _chosen_rows(
     )
 
 
-def _active_inputs(
-    build: Builder, inputs: Mapping[str, ir.Value | None], attributes: Mapping[str, Any]
-) -> ir.Value:
+def _active_inputs(build: Builder, inputs: Mapping[str, ir.Value | None], attributes: Mapping[str, Any]) -> ir.Value:
     """Reduce over the active input channels only."""
     active, x = inputs["active_in"], inputs["X"]
     assert active is not None and x is not None

@@ -106,6 +106,4 @@ def _range(build: Builder, mask: ir.Value, first: int, last: int) -> ir.Value:
 def _either(
     build: Builder, condition: ir.Value, taken: Builder, yes: ir.Value, left: Builder, no: ir.Value
 ) -> ir.Value:
-    return build.op(
-        "If", condition, then_branch=branch(taken, yes, "some"), else_branch=branch(left, no, "none")
-    )
+    return build.op("If", condition, then_branch=branch(taken, yes, "some"), else_branch=branch(left, no, "none"))

@@ -160,13 +160,17 @@ def _stays_compact(merge: ir.Node) -> bool:
     """The plane is worth saving, and every reader is a tile-lowered convolution over the same tiles."""
     tiles = _inputs(merge)["tiles"]
     small = prod(static_shape(merge.outputs[0])) < _COMPACT_FROM
-    return not small and not merge.outputs[0].is_graph_output() and all(
-        user.op_type == "SparseConv"
-        and user.domain == DV
-        and position == 0
-        and lowering_of(user) in BY_TILE
-        and _inputs(user)["tiles"] is tiles
-        for user, position in merge.outputs[0].uses()
+    return (
+        not small
+        and not merge.outputs[0].is_graph_output()
+        and all(
+            user.op_type == "SparseConv"
+            and user.domain == DV
+            and position == 0
+            and lowering_of(user) in BY_TILE
+            and _inputs(user)["tiles"] is tiles
+            for user, position in merge.outputs[0].uses()
+        )
     )
 
 
@@ -364,9 +368,7 @@ def _by_pixel(build: Builder, mask: ir.Value, pixels: ir.Value, place: _Place) -
     return build.op("GatherND", mask, build.op("Min", frame, last))
 
 
-def _scatter(
-    build: Builder, base: ir.Value | None, pixels: ir.Value, y: ir.Value, place: _Place
-) -> ir.Value:
+def _scatter(build: Builder, base: ir.Value | None, pixels: ir.Value, y: ir.Value, place: _Place) -> ir.Value:
     if base is None:
         base = build.const(np.zeros(place.rows, np.float32))
     return build.op("ScatterND", base, pixels, y, shape=place.rows, dtype=ir.DataType.FLOAT)

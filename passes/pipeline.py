@@ -23,6 +23,7 @@ from dvexport.passes.lower_masked import LowerMasked
 from dvexport.passes.lower_tiles import LowerTiles
 from dvexport.passes.propagate_inactive import PropagateInactive
 from dvexport.passes.set_frames import SetClip, SetStream
+from dvexport.passes.share_pooling import SharePooling
 from dvexport.passes.simplify import Simplify
 from dvexport.passes.split_paths import SplitPaths
 
@@ -101,7 +102,7 @@ def lower(traced: ir.Model, plan: Plan, *, check: bool = False) -> Lowered:
 def _table(plan: Plan, chooser: ChooseLowering) -> list[ir.passes.PassBase]:
     """Return the passes of a plan, in order."""
     frames = SetStream() if plan.mode == "stream" else SetClip(plan.frames)
-    head: list[ir.passes.PassBase] = [Simplify(), PropagateInactive(), frames]
+    head: list[ir.passes.PassBase] = [Simplify(), PropagateInactive(), SharePooling(), frames]
     if plan.variant == "dense":
         return [*head, DropGates(), LowerMasked(), CleanUp()]
     head.append(ExposeProbes())

@@ -59,9 +59,7 @@ def _promise(reader: ir.Node, producer: ir.Node, action: ir.Value) -> bool:
     if reader.op_type == "Conv" and not _can_be_gated(reader):
         return False
     build = Builder(metadata=reader.metadata_props)
-    active = build.op(
-        "Not", build.op("Equal", action, build.const(0, np.int64)), dtype=ir.DataType.BOOL
-    )
+    active = build.op("Not", build.op("Equal", action, build.const(0, np.int64)), dtype=ir.DataType.BOOL)
     active.shape = action.shape
     if reader.op_type == "GatedConv":
         graph.insert_before(reader, build.nodes)

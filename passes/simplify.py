@@ -33,8 +33,8 @@ class Simplify(ir.passes.InPlacePass):
             difference = float(np.max(np.abs(value - before[name]), initial=0))
             scale = float(np.max(np.abs(before[name]), initial=1e-12))
             if not difference <= _TOLERANCE * scale:
-                raise PassError("simplifying changed the model's numbers", where=name,
-                                why=f"they differ by {difference:.2g}, where {scale:.2g} is the largest")  # fmt: skip
+                why = f"they differ by {difference:.2g}, where {scale:.2g} is the largest"
+                raise PassError("simplifying changed the model's numbers", where=name, why=why)
         return ir.passes.PassResult(model, model.graph.num_nodes() != count)
 
 

@@ -96,9 +96,7 @@ class _Split:
 
     def merge(self, v: ir.Value, history: ir.Value) -> ir.Value:
         """Write the `Merge` of this node's decisions."""
-        out = self.build.op(
-            "Merge", v, history, self.inputs["action"], self.tiles, domain=DV, gate=self.gate
-        )
+        out = self.build.op("Merge", v, history, self.inputs["action"], self.tiles, domain=DV, gate=self.gate)
         out.shape, out.type = self.node.outputs[0].shape, self.node.outputs[0].type
         return out
 
@@ -188,9 +186,7 @@ def _stream_channels(split: _Split) -> None:
     if tiles is not None:
         stale_tiles = state_input(model, f"{split.gate}.stale_tiles", tiles)
         owed = split.both(tiles, stale_tiles)
-        history = split.sparse(
-            read_x, rows=split.both(reuse, split.negated(stale)), tiles=owed, base=history
-        )
+        history = split.sparse(read_x, rows=split.both(reuse, split.negated(stale)), tiles=owed, base=history)
     v = split.sparse(x, rows=keep, tiles=tiles, base=history)
     now_stale = split.negated(keep)
     now_stale_tiles = None if tiles is None else split.negated(tiles)

@@ -34,14 +34,11 @@ CONV_ATTRIBUTES: Mapping[str, Any] = {
 """`pads` is ONNX's (top, left, bottom, right); `activation` one of `ACTIVATIONS`."""
 
 
-def output_size(
-    size: tuple[int, int], kernel: tuple[int, int], attributes: Mapping[str, Any]
-) -> tuple[int, int]:
+def output_size(size: tuple[int, int], kernel: tuple[int, int], attributes: Mapping[str, Any]) -> tuple[int, int]:
     """Return the output plane of a convolution (ONNX Conv, explicit pads)."""
     pads, strides, dilations = attributes["pads"], attributes["strides"], attributes["dilations"]
     height, width = (
-        (size[i] + pads[i] + pads[i + 2] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1
-        for i in range(2)
+        (size[i] + pads[i] + pads[i + 2] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1 for i in range(2)
     )
     return height, width
 

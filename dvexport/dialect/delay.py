@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import onnx_ir as ir
 
@@ -24,7 +24,7 @@ class Delay(Operator):
     name = "Delay"
     inputs = ("X", "init")
     outputs = ("Y",)
-    attributes: Mapping[str, Any] = {"name": None}
+    attributes: ClassVar[Mapping[str, Any]] = {"name": None}
 
     def reference(
         self, build: Builder, inputs: Mapping[str, ir.Value | None], attributes: Mapping[str, Any]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -23,7 +23,7 @@ class FrameMean(Operator):
     name = "FrameMean"
     inputs = ("X",)
     outputs = ("Y",)
-    attributes: Mapping[str, Any] = {"name": None}
+    attributes: ClassVar[Mapping[str, Any]] = {"name": None}
 
     def reference(
         self, build: Builder, inputs: Mapping[str, ir.Value | None], attributes: Mapping[str, Any]

@@ -59,4 +59,3 @@ class GatedConv(Operator):
         if inputs["init_history"] is not None and inputs["action"] is None:
             found.append("has a history but no action")
         return found
-

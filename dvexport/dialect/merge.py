@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -41,7 +41,7 @@ class Merge(Operator):
     name = "Merge"
     inputs = ("V", "H?", "action?", "tiles?")
     outputs = ("U",)
-    attributes: Mapping[str, Any] = {"gate": None}
+    attributes: ClassVar[Mapping[str, Any]] = {"gate": None}
 
     def reference(
         self, build: Builder, inputs: Mapping[str, ir.Value | None], attributes: Mapping[str, Any]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -52,9 +52,7 @@ class ToRows(Operator):
         x = inputs["X"]
         assert x is not None
         channels = static_shape(x)[1]
-        flat = build.op(
-            "Reshape", build.op("Transpose", x, perm=[0, 2, 3, 1]), build.ints(-1, channels)
-        )
+        flat = build.op("Reshape", build.op("Transpose", x, perm=[0, 2, 3, 1]), build.ints(-1, channels))
         return [zero_row(build, flat, channels)]
 
 
@@ -64,7 +62,7 @@ class FromRows(Operator):
     name = "FromRows"
     inputs = ("R",)
     outputs = ("X",)
-    attributes: Mapping[str, Any] = {"size": None}
+    attributes: ClassVar[Mapping[str, Any]] = {"size": None}
 
     def infer(self, node: ir.Node) -> None:
         """X is `[N, C, H, W]`."""

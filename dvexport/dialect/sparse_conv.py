@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from dvexport.dialect.conv import CONV_ATTRIBUTES, activate, conv_problems, conv_shape, dense_conv, infer_conv, plane_size
+from dvexport.dialect.conv import (
+    CONV_ATTRIBUTES,
+    activate,
+    conv_problems,
+    conv_shape,
+    dense_conv,
+    infer_conv,
+    plane_size,
+)
 from dvexport.dialect.masks import channel_mask, upsample
 from dvexport.dialect.spec import Operator
 from dvexport.graph import Builder
