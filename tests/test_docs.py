@@ -75,6 +75,18 @@ def test_links_and_files_named_exist(path):
     assert not missing
 
 
+def test_results_of_the_readme_are_those_of_the_training_document():
+    text = (DOCS / "training.md").read_text(encoding="utf-8")
+    rows, lines = re.findall(r"^\| `(\w+_motion\w*)` \|", text, re.MULTILINE), text.splitlines()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(rows) == 4
+    for name in rows:
+        measured = next(line for line in lines if line.startswith(f"| `{name}` |")).split(" | ")
+        stated = next(line for line in readme if line.startswith(f"| `{name}`")).strip("| ").split(" | ")
+        assert stated[1].removesuffix(" (chance)") == measured[2]
+        assert stated[2:] == measured[3:5]
+
+
 def test_every_pass_of_the_pipeline_is_in_the_design():
     """A pass nobody described is a pass nobody can find."""
     text = (DOCS / "design.md").read_text(encoding="utf-8")

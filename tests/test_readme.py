@@ -15,11 +15,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [
-    line
-    for language, block in BLOCKS
-    if not language
-    for line in block.splitlines()
-    if line.startswith("dvexport ")
+    line for language, block in BLOCKS if not language for line in block.splitlines() if line.startswith("dvexport ")
 ]
 LISTINGS = [line for line in COMMANDS if re.match(r"dvexport (models|targets)\b", line)]
 SHIPPED = "dstep_motion_d40"
@@ -30,6 +26,7 @@ CLIPS = sorted((ROOT / "models" / "clips").glob("*.mp4"))
 def folder(tmp_path_factory) -> Path:
     """A folder with what the README calls the reader's own: a checkpoint in the official layout, a clip."""
     import torch
+
     from dvexport.models import zoo
 
     place = tmp_path_factory.mktemp("readme")

@@ -89,9 +89,7 @@ def test_a_module_says_what_it_is_and_what_it_offers(path):
     if path.name == "__init__.py" and not tree.body:
         return
     assert ast.get_docstring(tree), "no docstring"
-    assigned = {
-        t.id for n in tree.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)
-    }
+    assigned = {t.id for n in tree.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
     assert path.name in ("__init__.py", "__main__.py") or "__all__" in assigned, "no __all__"
     assert len(path.read_text(encoding="utf-8").splitlines()) < MOST_LINES, "look for the second idea in it"
 
