@@ -193,13 +193,14 @@ def test_export_hands_on_its_options(call, provide, bundle, tmp_path):
     code, out, _ = call(
         *("export", "dstep_resnet18", "--checkpoint", "w.pt", "--set", "frames=16", "--set", "shift=none"),
         *("--target", "rk3588", "--mode", "clip", "--lowering", "layer1.0=tiles", "-o", tmp_path / "o.dvx"),
+        *("--calibrate", "v.mp4"),
     )
     assert code == 0
     ((args, kwargs),) = calls
     assert args == ("dstep_resnet18",)
     assert callable(kwargs.pop("progress"))
     assert {
-        key: str(value) if key in ("checkpoint", "output") else value for key, value in kwargs.items()
+        key: str(value) if key in ("checkpoint", "calibrate", "output") else value for key, value in kwargs.items()
     } == {
         "checkpoint": "w.pt",
         "settings": {"frames": "16", "shift": "none"},
@@ -207,6 +208,7 @@ def test_export_hands_on_its_options(call, provide, bundle, tmp_path):
         "backend": "onnx",
         "mode": "clip",
         "lowering": {"layer1.0": "tiles"},
+        "calibrate": "v.mp4",
         "output": str(tmp_path / "o.dvx"),
     }
     assert "gates: 1 tiles" in out

@@ -27,6 +27,7 @@ __all__ = ["export"]
 @click.option(
     "--lowering", multiple=True, metavar="GATE=KIND", help="Overrule the lowering of one gate; repeatable."
 )
+@path_option("--calibrate", help="Video whose decisions say what to expect of each gate.")
 @path_option("-o", "--output", help="Bundle to write.", required=True)
 def export(
     model: str,
@@ -36,6 +37,7 @@ def export(
     backend: str,
     mode: str,
     lowering: tuple[str, ...],
+    calibrate: Path | None,
     output: Path,
 ) -> None:
     """Export MODEL to a bundle.
@@ -59,6 +61,7 @@ def export(
             mode=mode,
             output=output,
             lowering=overrides,
+            calibrate=calibrate,
             progress=progress,
         )
     manifest = bundle.manifest
