@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -61,3 +64,29 @@ def test_every_data_file_is_installed():
 )
 def test_every_pattern_of_data_finds_files(package, pattern):
     assert list(_folder(package).glob(pattern))
+
+
+IMPORTED_AS = {"google": "protobuf", "onnx_ir": "onnx-ir", "PIL": "pillow"}
+"""Modules whose distribution is called otherwise."""
+
+
+def test_everything_imported_is_a_dependency():
+    declared = {re.split(r"[<>=!~\[]", text)[0] for text in PROJECT["project"]["dependencies"]}
+    declared.add("protobuf")  # onnx can't be without it
+    imported = {
+        IMPORTED_AS.get(name, name)
+        for folder in FOLDERS.values()
+        for path in folder.rglob("*.py")
+        for name in _top_level_imports(path)
+    }
+    assert imported - set(sys.stdlib_module_names) - {"dvexport"} <= declared
+
+
+def _top_level_imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.partition(".")[0])
+    return found
