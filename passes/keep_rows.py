@@ -6,7 +6,8 @@ convolutions, pooling, states), so that a network changes layout once, after its
 
     ToRows(FromRows(r))            = r
     Relu(FromRows(r))              = FromRows(Relu(r))                  and the like
-    mean over the plane, pooling   = a constant matrix times r
+    pooling                        = mean over Gather(r, cells)
+    mean over the plane            = a constant row times r
     1x1 convolution                = Gather(r, strided pixels) W + B
 
 Anything else reads the plane through `FromRows`, which stays correct and costs a transpose.
@@ -119,17 +120,25 @@ def _global_pool(build: Builder, node: ir.Node) -> ir.Value | None:
 
 
 def _mean(build: Builder, node: ir.Node, tail: list[int]) -> ir.Value:
-    """Mean over each frame's pixels, `[frames, C, *tail]`."""
+    """Mean over each frame's pixels, `[frames, C, *tail]`, as a product with a constant row."""
     x = node.inputs[0]
     assert x is not None
     rows = _rows_of(x)
     frames, channels, height, width = static_shape(x)
-    weights = np.full((1, height * width), 1 / (height * width), np.float32)
-    return build.op("Reshape", _combine(build, rows, weights, frames, channels), build.ints(frames, channels, *tail))
+    pixels = height * width
+    if frames == 1:  # the zero row is given weight zero, which saves a copy
+        weights = np.full((1, pixels + 1), 1 / pixels, np.float32)
+        weights[0, -1] = 0
+        mean = build.op("MatMul", build.const(weights), rows)
+    else:
+        real = build.op("Slice", rows, build.ints(0), build.ints(frames * pixels), build.ints(0))
+        planes = build.op("Reshape", real, build.ints(frames, pixels, channels))
+        mean = build.op("MatMul", build.const(np.full((1, pixels), 1 / pixels, np.float32)), planes)
+    return build.op("Reshape", mean, build.ints(frames, channels, *tail))
 
 
 def _average_pool(build: Builder, node: ir.Node) -> ir.Value | None:
-    """AveragePool without padding, as a constant matrix `[cells, pixels]`."""
+    """AveragePool without padding: the mean over gathered windows."""
     x = node.inputs[0]
     assert x is not None
     attributes = {name: attribute.value for name, attribute in node.attributes.items()}
@@ -139,22 +148,11 @@ def _average_pool(build: Builder, node: ir.Node) -> ir.Value | None:
         return None
     frames, channels, height, width = static_shape(x)
     out = output_size((height, width), kernel, {"pads": (0,) * 4, "strides": strides, "dilations": (1, 1)})
-    reads = windows(tile_pixels(out, (1, 1)), (height, width), 1, kernel, strides)[0]
-    weights = np.zeros((len(reads), height * width), np.float32)
-    np.put_along_axis(weights, reads, np.float32(1 / np.prod(kernel)), axis=1)
-    pooled = _combine(build, _rows_of(x), weights, frames, channels)
-    moved = build.op("Transpose", pooled, perm=[1, 0] if frames == 1 else [0, 2, 1])
+    reads = windows(tile_pixels(out, (1, 1)), (height, width), frames, kernel, strides)
+    gathered = build.op("Gather", _rows_of(x), build.const(reads), axis=0)
+    pooled = build.op("ReduceMean", gathered, build.ints(2), keepdims=0)
+    moved = build.op("Transpose", pooled, perm=[0, 2, 1])
     return build.op("Reshape", moved, build.ints(frames, channels, *out))
-
-
-def _combine(build: Builder, rows: ir.Value | None, weights: np.ndarray, frames: int, channels: int) -> ir.Value:
-    """Weighted sums over each frame's pixels, `[frames, len(weights), channels]` (frames left out when one)."""
-    if frames == 1:  # the zero row is given weight zero, which saves a copy
-        padded = np.concatenate([weights, np.zeros((len(weights), 1), np.float32)], axis=1)
-        return build.op("MatMul", build.const(padded), rows)
-    pixels = weights.shape[1]
-    real = build.op("Slice", rows, build.ints(0), build.ints(frames * pixels), build.ints(0))
-    return build.op("MatMul", build.const(weights), build.op("Reshape", real, build.ints(frames, pixels, channels)))
 
 
 def _delay(build: Builder, node: ir.Node) -> ir.Value | None:

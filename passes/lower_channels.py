@@ -45,7 +45,7 @@ def _lower(node: ir.Node) -> None:
     if inputs["rows"] is not None:
         y = _chosen_rows(build, inputs, attributes, static_shape(node.outputs[0]))
     elif inputs["active_in"] is not None:
-        y = _active_inputs(build, inputs, attributes)
+        y = _active_inputs(build, inputs, attributes, static_shape(node.outputs[0]))
     else:
         y = _plain(build, inputs, attributes)
     replace_node(node, build, [settle(build, y, inputs, node)])
@@ -74,7 +74,9 @@ def _chosen_rows(
     )
 
 
-def _active_inputs(build: Builder, inputs: Mapping[str, ir.Value | None], attributes: Mapping[str, Any]) -> ir.Value:
+def _active_inputs(
+    build: Builder, inputs: Mapping[str, ir.Value | None], attributes: Mapping[str, Any], shape: tuple[int, ...]
+) -> ir.Value:
     """Reduce over the active input channels only."""
     active, x = inputs["active_in"], inputs["X"]
     assert active is not None and x is not None
@@ -84,10 +86,17 @@ def _active_inputs(build: Builder, inputs: Mapping[str, ir.Value | None], attrib
     weight = inner.op("Gather", inputs["W"], chosen, axis=1)
     some = _finish(inner, dense_conv(inner, read, weight, inputs["B"], attributes), inputs, attributes)
     other = Builder()
-    none = _plain(other, inputs, attributes)  # every input is zero: the bias, computed the plain way
+    none = _finish(other, _bias_plane(other, inputs["B"], shape), inputs, attributes)
     return build.op(
         "If", any_true(build, active), then_branch=branch(inner, some, "some"), else_branch=branch(other, none, "none")
     )
+
+
+def _bias_plane(build: Builder, bias: ir.Value | None, shape: tuple[int, ...]) -> ir.Value:
+    """What a convolution gives when all of its input is zero."""
+    if bias is None:
+        return build.const(np.zeros(shape, np.float32))
+    return build.op("Expand", build.op("Reshape", bias, build.ints(1, -1, 1, 1)), build.ints(*shape))
 
 
 def _plain(build: Builder, inputs: Mapping[str, ir.Value | None], attributes: Mapping[str, Any]) -> ir.Value:
