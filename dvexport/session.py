@@ -31,11 +31,14 @@ __all__ = [
     "Decisions",
     "Session",
     "Step",
+    "Variant",
     "open_session",
+    "open_variant",
     "plan_of",
     "read_gate_level",
     "session_of",
     "steps_of",
+    "variant_of",
 ]
 
 GATE_LEVEL = "gate_level.onnx"
@@ -103,9 +106,7 @@ class Session:
             DeviceError: the runtime fails.
         """
         if self.mode != "stream":
-            raise UsageError(
-                "a clip-mode bundle runs whole clips", hint="use run_clip, or export in stream mode"
-            )
+            raise UsageError("a clip-mode bundle runs whole clips", hint="use run_clip, or export in stream mode")
         return self._run(frame, None if forced is None else [forced])[0]
 
     def run_clip(
@@ -129,17 +130,13 @@ class Session:
         self.reset()
         return [self.step(frames[i : i + 1], forced[i] if forced else None) for i in range(len(frames))]
 
-    def _run(
-        self, frames: np.ndarray, forced: Sequence[Mapping[tuple[str, str], np.ndarray]] | None
-    ) -> list[Step]:
+    def _run(self, frames: np.ndarray, forced: Sequence[Mapping[tuple[str, str], np.ndarray]] | None) -> list[Step]:
         self._check_frames(frames)
         feeds = {"frames": frames, **self._forced_feeds(forced)}
         steps = steps_of(self.runtime.run(feeds), self.runtime.seconds)
         if not forced:
             return steps
-        return [
-            Step(step.logits, dict(given), step.seconds) for step, given in zip(steps, forced, strict=True)
-        ]
+        return [Step(step.logits, dict(given), step.seconds) for step, given in zip(steps, forced, strict=True)]
 
     def _check_frames(self, frames: np.ndarray) -> None:
         shape = list(self._input_shape)
@@ -152,14 +149,10 @@ class Session:
         if not np.isfinite(frames).all():
             raise UsageError("the input has NaN or infinite values", hint="check the frame's normalisation")
 
-    def _forced_feeds(
-        self, forced: Sequence[Mapping[tuple[str, str], np.ndarray]] | None
-    ) -> dict[str, np.ndarray]:
+    def _forced_feeds(self, forced: Sequence[Mapping[tuple[str, str], np.ndarray]] | None) -> dict[str, np.ndarray]:
         if not self._forced:
             if forced is not None:
-                raise UsageError(
-                    "only the forced variant takes decisions", hint="open_session(variant='forced')"
-                )
+                raise UsageError("only the forced variant takes decisions", hint="open_session(variant='forced')")
             return {}
         if forced is None:
             raise UsageError("the forced variant needs the decisions of every frame")
@@ -186,42 +179,55 @@ class Session:
         return stacked
 
 
-def open_session(
-    bundle: Bundle, *, threads: int = 1, variant: str = "gated", profile: bool = False
-) -> Session:
+@dataclass(frozen=True)
+class Variant:
+    """A model as ONNX Runtime reads it, and its states."""
+
+    model: bytes
+    states: Sequence[StateSpec]
+
+
+def open_session(bundle: Bundle, *, threads: int = 1, variant: str = "gated") -> Session:
     """Open a bundle for running on this machine, at the first frame of a stream.
 
     Args:
         threads: of the runtime.
         variant: `gated` (what ships), `dense` or `forced`.
-        profile: record the time of every node (`Session.runtime.end_profile`); slower.
 
     Raises:
         UsageError: an unknown variant, or a backend that can't run here.
         BundleError: the bundle changed meanwhile, or lacks the model.
         DeviceError: ONNX Runtime is missing or can't load the artifact.
     """
+    return open_variant(variant_of(bundle, variant), bundle.manifest, threads=threads)
+
+
+def variant_of(bundle: Bundle, variant: str) -> Variant:
+    """Return a variant of a bundle: what ships is read, the others are made; errors as `open_session`."""
     manifest = bundle.manifest
     if manifest.backend != "onnx":
-        raise UsageError(
-            f"this release can't run bundles of backend '{manifest.backend}'", where=str(bundle.path)
-        )
+        raise UsageError(f"this release can't run bundles of backend '{manifest.backend}'", where=str(bundle.path))
     if variant not in VARIANTS:
         raise unknown_name("variant", variant, VARIANTS)
-    states: Sequence[StateSpec]
     if variant == "gated":
-        model, states = bundle.read(ARTIFACT), manifest.states
-    else:
-        plan = plan_of(manifest, variant)
-        model, states = _lowered(read_gate_level(bundle), plan)
-    runtime = OrtSession(model, states, threads=threads, profile=profile)
+        return Variant(bundle.read(ARTIFACT), manifest.states)
+    return _lowered(read_gate_level(bundle), plan_of(manifest, variant))
+
+
+def open_variant(variant: Variant, manifest: Manifest, *, threads: int = 1, profile: bool = False) -> Session:
+    """Open a variant; with `profile`, every node's time is recorded for `runtime.end_profile()`.
+
+    Raises:
+        DeviceError: ONNX Runtime is missing or can't load it.
+    """
+    runtime = OrtSession(variant.model, variant.states, threads=threads, profile=profile)
     return Session(runtime, mode=manifest.mode, labels=manifest.labels)
 
 
 def session_of(gate_level: ir.Model, plan: Plan, *, threads: int = 1) -> Session:
     """Lower a gate-level model as `plan` says and open it; errors as `open_session` and `lower`."""
-    model, states = _lowered(gate_level, plan)
-    return Session(OrtSession(model, states, threads=threads), mode=plan.mode)
+    made = _lowered(gate_level, plan)
+    return Session(OrtSession(made.model, made.states, threads=threads), mode=plan.mode)
 
 
 def plan_of(manifest: Manifest, variant: str) -> Plan:
@@ -256,17 +262,15 @@ def steps_of(outputs: Mapping[str, np.ndarray], seconds: float) -> list[Step]:
     logits = outputs["logits"]
     probes = {_key(name, _PROBE): value for name, value in outputs.items() if name.startswith(_PROBE)}
     share = seconds / len(logits)
-    return [
-        Step(logits[i], {key: value[i] for key, value in probes.items()}, share) for i in range(len(logits))
-    ]
+    return [Step(logits[i], {key: value[i] for key, value in probes.items()}, share) for i in range(len(logits))]
 
 
-def _lowered(gate_level: ir.Model, plan: Plan) -> tuple[bytes, Sequence[StateSpec]]:
+def _lowered(gate_level: ir.Model, plan: Plan) -> Variant:
     from dvexport.passes.pipeline import lower
     from dvexport.state import states_of
 
     lowered = lower(gate_level, plan)
-    return emit(lowered.model), states_of(lowered.model)
+    return Variant(emit(lowered.model), states_of(lowered.model))
 
 
 def _key(name: str, prefix: str) -> tuple[str, str]:

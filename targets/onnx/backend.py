@@ -55,9 +55,7 @@ def model_bytes(model: ir.Model) -> bytes:
 
 
 def _proto(model: ir.Model) -> onnx.ModelProto:
-    weights = sum(
-        v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None
-    )
+    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     _check_size(weights)
     proto = ir.to_proto(model)
     proto.producer_name, proto.producer_version = "dvexport", ""
@@ -75,8 +73,7 @@ def _check_size(size: int) -> None:
     if size > MAX_BYTES:
         raise UsageError(
             f"the model has {size / 2**30:.1f} GiB, and an ONNX file ends at 2 GiB",
-            hint="use a smaller width, or lowerings that keep fewer copies of the weights "
-            "(--lowering GATE=masked)",
+            hint="use a smaller width, or lowerings that keep fewer copies of the weights (--lowering GATE=masked)",
         )
 
 

@@ -12,13 +12,16 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from dvexport.errors import DeviceError
 
-__all__ = ["OrtSession", "Port", "StateSpec"]
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["NodeProfile", "OrtSession", "Port", "StateSpec"]
 
 _DTYPES: dict[str, np.dtype] = {
     "tensor(float)": np.dtype(np.float32),
@@ -62,6 +65,14 @@ class Port:
     dtype: np.dtype
 
 
+@dataclass(frozen=True)
+class NodeProfile:
+    """What ONNX Runtime recorded: its trace events, and the graph that it made of the model and ran."""
+
+    events: list[dict[str, Any]]
+    graph: onnx.ModelProto
+
+
 class OrtSession:
     """A model in ONNX Runtime on the CPU, its states at zero.
 
@@ -83,11 +94,10 @@ class OrtSession:
         self, model: bytes, states: Sequence[StateSpec] = (), *, threads: int = 1, profile: bool = False
     ) -> None:
         self._profile_folder = tempfile.TemporaryDirectory(prefix="dvexport-") if profile else None
+        self._optimised = Path(self._profile_folder.name if self._profile_folder else "") / "optimised.onnx"
         self._session = self._load(model, threads)
         state_inputs, state_outputs = {s.input for s in states}, {s.output for s in states}
-        self.inputs = {
-            port.name: _port(port) for port in self._session.get_inputs() if port.name not in state_inputs
-        }
+        self.inputs = {port.name: _port(port) for port in self._session.get_inputs() if port.name not in state_inputs}
         self.outputs = {
             port.name: _port(port) for port in self._session.get_outputs() if port.name not in state_outputs
         }
@@ -122,13 +132,15 @@ class OrtSession:
         values = binding.get_outputs()[-len(self.outputs) :]
         return {name: np.array(value.numpy()) for name, value in zip(self.outputs, values, strict=True)}
 
-    def end_profile(self) -> list[dict[str, Any]]:
-        """Return the runtime's trace events of all steps so far; recording ends."""
+    def end_profile(self) -> NodeProfile:
+        """Return what was recorded of all steps so far; recording ends."""
+        import onnx
+
         assert self._profile_folder is not None, "the session was not made with profile=True"
-        path = Path(self._session.end_profiling())
-        events = json.loads(path.read_text(encoding="utf-8"))
+        events = json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
+        optimised = onnx.load_model(str(self._optimised))
         self._profile_folder.cleanup()
-        return events
+        return NodeProfile(events, optimised)
 
     def _load(self, model: bytes, threads: int) -> Any:
         try:
@@ -146,6 +158,7 @@ class OrtSession:
         if self._profile_folder is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(self._profile_folder.name) / "nodes")
+            options.optimized_model_filepath = str(self._optimised)
         try:
             return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # as above

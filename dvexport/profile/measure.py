@@ -1,0 +1,114 @@
+"""Measure two artifacts of one model against each other on one clip.
+
+They take turns frame by frame, and take turns at going first, so that whatever changes the clock of
+the machine hits both alike. Warm-up is by time: clocks and caches settle by it, not by a count of steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dvexport.actions import COMPUTE, SKIP
+from dvexport.session import Decisions, Session, Step
+
+__all__ = ["Measured", "interleaved", "random_decisions", "warm_up"]
+
+
+@dataclass
+class Measured:
+    """What one artifact did.
+
+    Attributes:
+        samples_ms: times of all steps in the order measured; a step of clip mode is the whole clip.
+        frame_ms: `[runs, T]`, the time of each frame (in clip mode its share).
+        steps: of the first run.
+    """
+
+    samples_ms: list[float]
+    frame_ms: np.ndarray
+    steps: list[Step]
+
+
+class _Player:
+    """Plays a clip over and over, one step at a time."""
+
+    def __init__(self, session: Session, frames: np.ndarray, forced: Sequence[Decisions] | None) -> None:
+        self.session, self.frames, self.forced = session, frames, forced
+        self.length = len(frames) if session.mode == "stream" else 1
+
+    def play(self, index: int) -> list[Step]:
+        """Run step `index` of the clip; the first one starts anew."""
+        if self.session.mode == "clip":
+            return self.session.run_clip(self.frames, self.forced)
+        if index == 0:
+            self.session.reset()
+        forced = self.forced[index] if self.forced else None
+        return [self.session.step(self.frames[index : index + 1], forced)]
+
+
+def warm_up(
+    gated: Session, dense: Session, frames: np.ndarray, forced: Sequence[Decisions] | None, seconds: float
+) -> int:
+    """Run both in turn for `seconds`, at least one step each; return the steps each ran."""
+    players = [_Player(gated, frames, forced), _Player(dense, frames, None)]
+    end, count = time.perf_counter() + seconds, 0
+    while count == 0 or time.perf_counter() < end:
+        for player in players:
+            player.play(count % player.length)
+        count += 1
+    return count
+
+
+def interleaved(
+    gated: Session, dense: Session, frames: np.ndarray, forced: Sequence[Decisions] | None, runs: int
+) -> tuple[Measured, Measured]:
+    """Measure `runs` passes over a clip, step by step in turn.
+
+    Args:
+        frames: float32 `[T, 3, H, W]`, normalised.
+        forced: the decisions of every frame, where `gated` is a forced variant.
+    """
+    players = [_Player(gated, frames, forced), _Player(dense, frames, None)]
+    steps: list[list[list[Step]]] = [[], []]
+    for run in range(runs):
+        for played in steps:
+            played.append([])
+        for index in range(players[0].length):
+            first = (run + index) % 2
+            for side in (first, 1 - first):
+                steps[side][-1] += players[side].play(index)
+    return _measured(steps[0], gated.mode), _measured(steps[1], gated.mode)
+
+
+def _measured(runs: list[list[Step]], mode: str) -> Measured:
+    frame_ms = np.array([[step.seconds * 1e3 for step in run] for run in runs])
+    samples = frame_ms.reshape(-1) if mode == "stream" else frame_ms.sum(axis=1)
+    return Measured(samples.tolist(), frame_ms, runs[0])
+
+
+def random_decisions(
+    shapes: dict[tuple[str, str], tuple[int, ...]], rates: dict[str, float], frames: int, seed: int = 0
+) -> list[Decisions]:
+    """Return decisions for every frame, drawn anew for each gate and frame.
+
+    Args:
+        shapes: of one frame's decisions, by (gate, `action` or `tiles`).
+        rates: `channels` and `tiles`, 0 to 1; 1 where left out. Of a gate's n channels exactly
+            round(rate * n) are computed and the others skipped; likewise its tiles.
+        seed: the same decisions for the same seed.
+    """
+    rng = np.random.default_rng(seed)
+    return [{key: _drawn(rng, key[1], shape, rates) for key, shape in shapes.items()} for _ in range(frames)]
+
+
+def _drawn(rng: np.random.Generator, kind: str, shape: tuple[int, ...], rates: dict[str, float]) -> np.ndarray:
+    count = int(np.prod(shape))
+    rate = rates.get("channels" if kind == "action" else "tiles", 1.0)
+    chosen = np.zeros(count, bool)
+    chosen[rng.permutation(count)[: round(rate * count)]] = True
+    chosen = chosen.reshape(shape)
+    return np.where(chosen, COMPUTE, SKIP).astype(np.int64) if kind == "action" else chosen

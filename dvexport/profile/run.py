@@ -1,0 +1,193 @@
+"""Profile a bundle: measure it beside its dense version, and put everything told of it together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dvexport.actions import COMPUTE, REUSE, SKIP
+from dvexport.dialect.flops import ExecutedFlops, FlopTable
+from dvexport.errors import DeviceError, UsageError, unknown_name
+from dvexport.profile.clip import ProfileClip, load_clip
+from dvexport.profile.environment import device_info
+from dvexport.profile.measure import Measured, interleaved, random_decisions, warm_up
+from dvexport.profile.node_times import NodeTimes, child_scopes, gates_of_nodes, node_times
+from dvexport.profile.result import (
+    GateStats,
+    GateStep,
+    Method,
+    MinMeanMax,
+    ProfileResult,
+    StepStats,
+    StepTimes,
+)
+from dvexport.run import label_of, probabilities
+from dvexport.session import Decisions, Step, Variant, open_variant, variant_of
+
+if TYPE_CHECKING:
+    from dvexport.bundle import Bundle
+    from dvexport.bundle_manifest import GateEntry, Manifest
+
+__all__ = ["FORCEABLE", "profile", "profile_frames"]
+
+FORCEABLE = ("channels", "tiles")
+DEFAULT_RUNS = 10
+_RECORDED_STEPS = 12
+"""Steps recorded node by node, after as many to warm up."""
+
+_Progress = Callable[[str], None]
+
+
+def profile(
+    bundle: Bundle,
+    *,
+    clip: str | Path | None = None,
+    device: str = "local",
+    threads: int = 1,
+    force: Mapping[str, float] | None = None,
+    runs: int | None = None,
+    warmup_s: float = 1.0,
+    progress: _Progress | None = None,
+) -> ProfileResult:
+    """Measure a bundle beside the dense version of the same model, interleaved in one run.
+
+    Times are those inside the runtime, node times those of a run of their own, since recording slows
+    the runtime down.
+
+    Args:
+        clip: a video; by default the bundle's golden frames.
+        device: `local`.
+        threads: of the runtime.
+        force: rates of `channels` and `tiles`, 0 to 1, of random decisions to measure with instead of the
+            model's own; a kind left out is computed everywhere. Empty or None: the model decides.
+        runs: passes over the clip, 10 by default.
+        warmup_s: seconds that both run before anything is measured.
+        progress: called with the name of each step as it begins.
+
+    Raises:
+        UsageError: rates or runs that are none, or a model without the kind of decision forced.
+        ClipError, BundleError: a file that can't be read.
+        DeviceError: a device that is not available; ONNX Runtime is missing or fails.
+    """
+    tell = progress or (lambda _: None)
+    rates = dict(force or {})
+    repeats = DEFAULT_RUNS if runs is None else runs
+    _check_request(bundle.manifest, device, threads, rates, repeats)
+    tell("read the clip")
+    played = load_clip(bundle, clip)
+    tell("make the dense version")
+    manifest, gates = bundle.manifest, [gate.name for gate in bundle.manifest.gates]
+    gated_model, dense_model = variant_of(bundle, "forced" if rates else "gated"), variant_of(bundle, "dense")
+    gated, dense = (open_variant(model, manifest, threads=threads) for model in (gated_model, dense_model))
+    forced = random_decisions(gated.decisions, rates, len(played.frames)) if rates else None
+    tell("warm up")
+    warmup = warm_up(gated, dense, played.frames, forced, warmup_s)
+    tell(f"measure {repeats} x {len(played.frames)} frames, gated and dense in turn")
+    device_state = device_info(threads)
+    measured, measured_dense = interleaved(gated, dense, played.frames, forced, repeats)
+    tell("time every node")
+    fixed = child_scopes(dense_model.model, gates)
+    nodes = _recorded(gated_model, manifest, threads, played, forced, gates, fixed)
+    dense_nodes = _recorded(dense_model, manifest, threads, played, None, gates, fixed)
+    flops = FlopTable.from_dict(manifest.flops)
+    executed = flops.executed([step.decisions for step in measured.steps])
+    return ProfileResult(
+        model=manifest.model.name,
+        target=manifest.target,
+        backend=manifest.backend,
+        mode=manifest.mode,
+        clip=played.info,
+        device=device_state,
+        method=Method(warmup, repeats),
+        forced=rates or None,
+        gated=StepTimes(measured.samples_ms),
+        dense=StepTimes(measured_dense.samples_ms),
+        steps=_steps(manifest, measured, executed, flops),
+        gates=[_gate_stats(gate, executed, flops, nodes, dense_nodes) for gate in manifest.gates],
+        nodes=nodes.nodes,
+    )
+
+
+def profile_frames(bundle: Bundle, clip: str | Path | None = None) -> np.ndarray:
+    """Return the frames that `profile` runs on as uint8 `[T, H, W, 3]`, for pictures; errors as `profile`."""
+    return load_clip(bundle, clip).images
+
+
+def _check_request(manifest: Manifest, device: str, threads: int, rates: Mapping[str, float], runs: int) -> None:
+    if device != "local":
+        raise DeviceError(f"profiling on '{device}' is not available in this release", hint="device='local'")
+    if runs < 1 or threads < 1:
+        raise UsageError("runs and threads are at least 1", why=f"runs={runs}, threads={threads}")
+    for kind, rate in rates.items():
+        if kind not in FORCEABLE:
+            raise unknown_name("kind of decision", kind, FORCEABLE)
+        if not 0 <= rate <= 1:
+            raise UsageError(f"a rate is from 0 to 1, not {rate}", where=kind)
+        if not any(kind in gate.kind.split("+") for gate in manifest.gates):
+            raise UsageError(f"the model decides over no {kind}", where=manifest.model.name)
+
+
+def _recorded(
+    model: Variant,
+    manifest: Manifest,
+    threads: int,
+    played: ProfileClip,
+    forced: Sequence[Decisions] | None,
+    gates: Collection[str],
+    fixed: Collection[str],
+) -> NodeTimes:
+    """Run a few steps twice, recorded node by node, and tell of the second time."""
+    session = open_variant(model, manifest, threads=threads, profile=True)
+    count = len(played.frames) if manifest.mode == "clip" else min(_RECORDED_STEPS, len(played.frames))
+    for _ in range(2):
+        session.run_clip(played.frames[:count], forced[:count] if forced else None)
+    skip = 1 if manifest.mode == "clip" else count
+    return node_times(session.runtime.end_profile(), gates_of_nodes(model.model, gates, fixed), skip)
+
+
+def _steps(manifest: Manifest, measured: Measured, executed: ExecutedFlops, flops: FlopTable) -> list[StepStats]:
+    medians = np.median(measured.frame_ms, axis=0)
+    steps = []
+    for t, step in enumerate(measured.steps):
+        chances = probabilities(step.logits)
+        best = int(chances.argmax())
+        steps.append(
+            StepStats(
+                frame=t,
+                latency_ms=float(medians[t]),
+                executed_macs=executed.frames[t],
+                dense_macs=flops.dense,
+                gates={gate.name: _gate_step(gate, step) for gate in manifest.gates},
+                label=label_of(manifest.labels, best),
+                prob=float(chances[best]),
+            )
+        )
+    return steps
+
+
+def _gate_step(gate: GateEntry, step: Step) -> GateStep:
+    action = step.decisions.get((gate.name, "action"), np.full(gate.channels, COMPUTE))
+    skip, reuse, compute = (int((action == kind).sum()) for kind in (SKIP, REUSE, COMPUTE))
+    tiles = step.decisions.get((gate.name, "tiles"))
+    if tiles is None:
+        return GateStep(skip, reuse, compute)
+    return GateStep(skip, reuse, compute, int(tiles.sum()), tiles.size, tiles.astype(int).tolist())
+
+
+def _gate_stats(
+    gate: GateEntry, executed: ExecutedFlops, flops: FlopTable, nodes: NodeTimes, dense: NodeTimes
+) -> GateStats:
+    return GateStats(
+        gate=gate.name,
+        lowering=gate.lowering,
+        reason=gate.reason,
+        channels=gate.channels,
+        grid=gate.grid,
+        executed_gmacs=MinMeanMax.of([macs / 1e9 for macs in executed.gates[gate.name]]),
+        dense_gmacs=flops.dense_of(gate.name) / 1e9,
+        median_ms=nodes.gate_ms.get(gate.name),
+        dense_median_ms=dense.gate_ms.get(gate.name),
+    )
