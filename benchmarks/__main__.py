@@ -27,7 +27,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    results: dict[str, list[dict[str, Any]]] = {"D-STEP ResNet-18, tiles forced": [], "AdaFuse ResNet-18, channels forced": []}
+    results: dict[str, list[dict[str, Any]]] = {
+        "D-STEP ResNet-18, tiles forced": [],
+        "AdaFuse ResNet-18, channels forced": [],
+    }
     for threads in arguments.threads:
         results["D-STEP ResNet-18, tiles forced"] += resnet18.tile_rows(threads, arguments.rounds)
         results["AdaFuse ResNet-18, channels forced"] += resnet18.channel_rows(threads, arguments.rounds)

@@ -8,7 +8,7 @@ import numpy as np
 
 from dvexport.actions import COMPUTE, REUSE, SKIP
 from dvexport.passes.choose_lowering import Rates
-from dvexport.passes.group_channels import ChannelStatistics
+from dvexport.passes.group_channels import ChannelStatistics, group_rate
 from dvexport.session import Step
 
 __all__ = ["gate_rates", "gate_statistics"]
@@ -23,13 +23,14 @@ def gate_rates(steps: Sequence[Step]) -> dict[str, Rates]:
     rates = {}
     for gate in dict.fromkeys(gate for step in steps for gate, _ in step.decisions):
         tiles, action = _stacked(steps, gate, "tiles"), _stacked(steps, gate, "action")
-        compute = active = 1.0
+        compute = active = groups = 1.0
         if action is not None:
             reused_next = np.zeros(action.shape, bool)
             reused_next[:-1] = action[1:] == REUSE
             compute = float(np.mean((action == COMPUTE) | reused_next))
             active = float(np.mean(action != SKIP))
-        rates[gate] = Rates(1.0 if tiles is None else float(tiles.mean()), compute, active)
+            groups = group_rate(action)
+        rates[gate] = Rates(1.0 if tiles is None else float(tiles.mean()), compute, active, groups)
     return rates
 
 

@@ -92,11 +92,15 @@ class Abilities:
 
 @dataclass(frozen=True)
 class Rates:
-    """A gate's expected rates, 0 to 1: tiles active, channels computed, channels not skipped."""
+    """A gate's expected rates, 0 to 1: tiles active, channels computed, channels not skipped.
+
+    `groups` is the share of channels in groups that have any active channel: one, unless calibration says less.
+    """
 
     tiles: float = _DEFAULT_RATE
     compute: float = _DEFAULT_RATE
     active: float = _DEFAULT_RATE
+    groups: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -247,6 +251,8 @@ def _kernel(lowering: str, node: ir.Node) -> str:
 def _rate(lowering: str, node: ir.Node, rates: Rates) -> float:
     if lowering in BY_TILE:
         return rates.tiles
+    if lowering == "groups":
+        return rates.groups
     if lowering in BY_CHANNEL:
         operator = operator_of(node)
         assert operator is not None

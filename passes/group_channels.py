@@ -21,7 +21,7 @@ from dvexport.dialect.spec import operator_of
 from dvexport.graph import DV, Builder, array_of, gate_name
 from dvexport.passes.choose_lowering import lowering_of
 
-__all__ = ["ChannelStatistics", "GroupChannels", "group_order", "groups_of"]
+__all__ = ["ChannelStatistics", "GroupChannels", "even_groups", "group_order", "group_rate", "groups_of"]
 
 _KEY = "dv.groups"
 _DEFAULT_GROUPS = 4
@@ -39,7 +39,7 @@ class ChannelStatistics:
 def groups_of(node: ir.Node, channels: int) -> list[tuple[int, int]]:
     """Return the (first, last + 1) channels of each group of a node's gate."""
     text = node.metadata_props.get(_KEY)
-    edges = json.loads(text) if text else _even(0, channels)
+    edges = json.loads(text) if text else even_groups(0, channels)
     return list(pairwise(edges))
 
 
@@ -60,11 +60,20 @@ def group_order(actions: np.ndarray) -> tuple[np.ndarray, list[int]]:
         mixed = mixed[np.lexsort((rate[mixed], leading))]
     order = np.concatenate([np.flatnonzero(always), mixed, np.flatnonzero(never)])
     first, last = int(always.sum()), int(always.sum()) + len(mixed)
-    edges = sorted({0, first, last, len(order), *_even(first, last)})
+    edges = sorted({0, first, last, len(order), *even_groups(first, last)})
     return order.astype(np.int64), _without_slivers(edges)
 
 
-def _even(first: int, last: int) -> list[int]:
+def group_rate(actions: np.ndarray) -> float:
+    """Return the share of channels that lie, on a mean frame, in groups with any active channel."""
+    order, edges = group_order(actions)
+    active = (actions != 0)[:, order]
+    work = sum((last - first) * active[:, first:last].any(axis=1).mean() for first, last in pairwise(edges))
+    return float(work / len(order))
+
+
+def even_groups(first: int, last: int) -> list[int]:
+    """Return the edges of equal groups over a range of channels, none smaller than is worth it."""
     count = max(1, min(_DEFAULT_GROUPS, (last - first) // _SMALLEST))
     return [first + (last - first) * i // count for i in range(count + 1)]
 

@@ -46,8 +46,16 @@ def _outputs(model: ir.Model) -> dict[str, np.ndarray]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(ir.to_proto(copy).SerializeToString(), options)
-    (frames,) = session.get_inputs()
-    shape = [3 if dim == FRAMES else int(dim) for dim in frames.shape]
-    noise = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    rng = np.random.default_rng(0)
+    feeds = {value.name: _noise(value, rng) for value in copy.graph.inputs}
     names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(names, {frames.name: noise}), strict=True))
+    return dict(zip(names, session.run(names, feeds), strict=True))
+
+
+def _noise(value: ir.Value, rng: np.random.Generator) -> np.ndarray:
+    """Three frames of noise for an input; whole numbers are actions."""
+    assert value.shape is not None and value.dtype is not None
+    shape = [3 if str(dim) == FRAMES else int(dim) for dim in value.shape]  # type: ignore[arg-type]
+    if value.dtype == ir.DataType.FLOAT:
+        return rng.standard_normal(shape).astype(np.float32)
+    return rng.integers(0, 2 if value.dtype == ir.DataType.BOOL else 3, shape).astype(value.dtype.numpy())
