@@ -1,0 +1,9 @@
+"""Found by every test below this folder, which puts the folder's plain helper modules on the import path."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+
+# Examples are the same in every run, and a slow machine is no failure.
+settings.register_profile("dvexport", max_examples=25, deadline=None, derandomize=True, database=None)
+settings.load_profile("dvexport")
