@@ -15,7 +15,7 @@ from dvexport.profile import profile, profile_frames
 from dvexport.profile.clip import load_clip
 from dvexport.profile.environment import device_info
 from dvexport.profile.measure import interleaved, random_decisions, warm_up
-from dvexport.profile.node_times import child_scopes, gates_of_nodes, node_times
+from dvexport.profile.node_times import Owner, child_scopes, gates_of_nodes, node_times
 from dvexport.profile.report import render_html
 from dvexport.profile.result import ProfileResult
 from dvexport.session import Step, open_session, variant_of
@@ -123,6 +123,8 @@ def test_nodes_lie_within_a_step_and_know_their_gates(result):
     assert stem, "the stem is outside of the gates"
     products = [node for node in result.nodes if node.op in ("Gemm", "FusedGemm")]
     assert sum(node.gate is not None for node in products) >= len(products) - 1  # all but the classifier
+    policies = [node for node in products if node.role == "decide"]
+    assert len(policies) == 2 * 8  # two linear layers in every block's policy
     assert all(node.start_us >= 0 and node.duration_us >= 0 for node in result.nodes)
     assert len(result.nodes) == len({node.node for node in result.nodes})
 
@@ -257,7 +259,7 @@ def test_node_times_are_medians_over_the_steps_after_the_warm_up():
         onnx.helper.make_node("MatMul", ["z"], ["v"], name="inner"),
     ]
     graph = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [], []))
-    times = node_times(NodeProfile(events, graph), {"y": "gate", "if": "gate", "inner": "gate"}, skip=1)
+    times = node_times(NodeProfile(events, graph), dict.fromkeys(("y", "if", "inner"), Owner("gate")), skip=1)
     by_name = {node.node: node for node in times.nodes}
     assert by_name["conv"].median_us == 20
     assert by_name["conv"].start_us == 1
@@ -275,7 +277,7 @@ def test_a_layout_change_belongs_to_what_needs_it():
     for index, node in enumerate(nodes):
         args = {"op_name": node.op_type}
         events.append({"name": f"{node.name}_kernel_time", "cat": "Node", "ts": index, "dur": 1, "args": args})
-    times = node_times(NodeProfile(events, graph), {"conv_value": "gate"}, skip=0)
+    times = node_times(NodeProfile(events, graph), {"conv_value": Owner("gate")}, skip=0)
     assert {node.node: node.gate for node in times.nodes} == {"ReorderInput_1": "gate", "conv_value_nchwc": "gate"}
 
 

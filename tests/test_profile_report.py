@@ -64,7 +64,7 @@ def _nodes(rng: np.random.Generator) -> list[NodeTime]:
     for gate in NAMES:
         for op, us in (("Gemm", 60), ("NonZero", 25), ("GatherND", 110), ("Conv", 520), ("ScatterND", 130)):
             took = us * rng.uniform(0.9, 1.1)
-            nodes.append(NodeTime(f"{gate}/{op}", op, gate, float(us), clock, took))
+            nodes.append(NodeTime(f"{gate}/{op}", op, gate, float(us), clock, took, decides=op == "Gemm"))
             clock += took
     return nodes
 
@@ -436,7 +436,7 @@ def test_overhead_share_leaves_control_nodes_out(result: ProfileResult) -> None:
         NodeTime("if", "If", "g", 1000.0),
         NodeTime("conv", "FusedConv", "g", 60.0),
         NodeTime("gather", "GatherND", "g", 30.0),
-        NodeTime("policy", "Gemm", "g", 10.0),
+        NodeTime("policy", "Gemm", "g", 10.0, decides=True),
     ]
     assert overhead_share(replace(result, nodes=nodes), "g") == pytest.approx(0.4)
     assert overhead_share(result, "absent") is None

@@ -22,6 +22,8 @@ SPARSE = 0.75
 
 NOT_SAVING = ("masked", "dense")
 """Lowerings that execute everything, whatever the decision."""
+_UNITS = {"winograd2": "tiles", "winograd4": "tiles", "channels": "groups"}
+"""Lowerings that save by the same unit as another one."""
 NAMED = 3
 """Gates of one kind that are named one by one; the rest is summed up."""
 
@@ -66,7 +68,7 @@ def better_lowering(result: ProfileResult, gate: GateStats) -> str:
     shares = {"groups": float(np.mean([step.compute_share for step in taken]))}
     if gate.grid is not None:
         shares["tiles"] = float(np.mean([step.tile_share for step in taken]))
-    present = shares.pop(gate.lowering, 1.0)
+    present = shares.pop(_UNITS.get(gate.lowering, gate.lowering), 1.0)
     best = min(shares, key=lambda name: shares[name], default="masked")
     return best if shares.get(best, 1.0) <= min(SPARSE, present) else "masked"
 

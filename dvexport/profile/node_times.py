@@ -11,7 +11,7 @@ import ast
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -20,12 +20,19 @@ from dvexport.profile.result import NodeTime
 from dvexport.profile.roles import node_role
 from dvexport.targets.onnx.runtime import NodeProfile
 
-__all__ = ["NodeTimes", "child_scopes", "gates_of_nodes", "node_times"]
+__all__ = ["NodeTimes", "Owner", "child_scopes", "gates_of_nodes", "node_times"]
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _SUFFIX = "_kernel_time"
 _BLOCKED = "_nchwc"
 """What the runtime adds to the name of a value for the node that makes it in its blocked layout."""
+
+
+class Owner(NamedTuple):
+    """The gate a node belongs to, and whether the node is part of what takes its decision."""
+
+    gate: str
+    decides: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,11 +43,11 @@ class NodeTimes:
     gate_ms: dict[str, float]
 
 
-def node_times(profile: NodeProfile, gate_of: Mapping[str, str], skip: int) -> NodeTimes:
+def node_times(profile: NodeProfile, gate_of: Mapping[str, Owner], skip: int) -> NodeTimes:
     """Return what a recording says of every node.
 
     Args:
-        gate_of: gate by the name of a node or of a value, see `gates_of_nodes`.
+        gate_of: owner by the name of a node or of a value, see `gates_of_nodes`.
         skip: steps to leave out at the beginning, as a warm-up.
     """
     owners = _owners(profile.graph, gate_of)
@@ -54,13 +61,13 @@ def node_times(profile: NodeProfile, gate_of: Mapping[str, str], skip: int) -> N
             total[name][index] += duration
             ops[name] = op
             if name in owners and node_role(op) != "control":
-                per_gate[owners[name]][index] += duration
+                per_gate[owners[name].gate][index] += duration
     begin = {name: (start - shown.start, duration) for name, _, start, duration in reversed(shown.nodes)}
-    nodes = [
-        NodeTime(name, ops[name], owners.get(name), float(np.median(times)), *begin[name])
-        for name, times in total.items()
-        if name in begin
-    ]
+    nodes = []
+    for name, times in total.items():
+        if name in begin:
+            gate, decides = owners.get(name, (None, False))
+            nodes.append(NodeTime(name, ops[name], gate, float(np.median(times)), *begin[name], decides))
     return NodeTimes(nodes, {gate: float(np.median(times)) / 1e3 for gate, times in per_gate.items()})
 
 
@@ -88,8 +95,10 @@ def _median_step(steps: list[_Step]) -> _Step:
     return sorted(steps, key=lambda step: step.duration)[len(steps) // 2]
 
 
-def gates_of_nodes(model: bytes, gates: Collection[str], fixed: Collection[str] = ()) -> dict[str, str]:
-    """Return the gate of every node and of every value it makes, by name.
+def gates_of_nodes(model: bytes, gates: Collection[str], fixed: Collection[str] = ()) -> dict[str, Owner]:
+    """Return the owner of every node and of every value it makes, by name.
+
+    What was traced in a module below the gate's own, other than `fixed`, takes the decision.
 
     Args:
         model: an ONNX file of ours; its nodes say which module they were traced from.
@@ -101,9 +110,10 @@ def gates_of_nodes(model: bytes, gates: Collection[str], fixed: Collection[str] 
         scopes = _scopes(node)
         owners = [scope for scope in scopes if scope in gates]
         if owners and not any(scope in fixed for scope in scopes):
+            owner = Owner(owners[-1], any(scope.startswith(f"{owners[-1]}.") for scope in scopes[:-1]))
             for name in (node.name, *node.output):
                 if name:
-                    found[name] = owners[-1]
+                    found[name] = owner
     return found
 
 
@@ -135,9 +145,10 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
                 yield from _nodes(attribute.g)
 
 
-def _owners(model: onnx.ModelProto, gate_of: Mapping[str, str]) -> dict[str, str]:
-    """Return the gate of every node that the runtime ran."""
-    owners, readers = {}, {}
+def _owners(model: onnx.ModelProto, gate_of: Mapping[str, Owner]) -> dict[str, Owner]:
+    """Return the owner of every node that the runtime ran."""
+    owners: dict[str, Owner] = {}
+    readers: dict[str, str] = {}
     nodes = list(_nodes(model.graph))
     for node in nodes:
         names = (node.name, *node.output, node.name.removesuffix(_BLOCKED))

@@ -150,6 +150,7 @@ class NodeTime:
         median_us: over all steps.
         start_us: from the begin of the one step that the timeline shows.
         duration_us: in that step; None: the median stands in.
+        decides: it is part of what takes the gate's decision.
     """
 
     node: str
@@ -158,11 +159,13 @@ class NodeTime:
     median_us: float
     start_us: float = 0.0
     duration_us: float | None = None
+    decides: bool = False
 
     @property
     def role(self) -> str:
         """`compute`, `decide`, `move`, `control` or `other` (see `roles.node_role`)."""
-        return node_role(self.op)
+        role = node_role(self.op)
+        return "decide" if self.decides and role != "control" else role
 
     @property
     def timeline_us(self) -> float:

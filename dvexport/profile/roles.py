@@ -1,7 +1,9 @@
 """What a node of an artifact is there for, told from its operator.
 
 Time that a gated artifact spends outside its convolutions is the price of the gate: the decision
-(policy network, mask) and the data movement around the convolutions (gather, scatter, merge).
+(policy network, mask) and the data movement around the convolutions (gather, scatter, merge). Matrix
+products compute, since tile lowerings convolve by them; those of a policy are told apart by the module
+they were traced in (`NodeTime.decides`).
 """
 
 from __future__ import annotations
@@ -9,11 +11,12 @@ from __future__ import annotations
 __all__ = ["ROLES", "node_role"]
 
 ROLES = {
-    "compute": {"Conv", "FusedConv", "ConvTranspose", "NhwcFusedConv", "QLinearConv", "ConvInteger"},
+    "compute": {"Conv", "FusedConv", "ConvTranspose", "NhwcFusedConv", "QLinearConv", "ConvInteger",
+                "Gemm", "FusedGemm", "MatMul", "FusedMatMul"},
     "decide": {
-        "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "GlobalAveragePool", "AveragePool", "ReduceMean",
-        "ReduceSum", "ReduceMax", "ArgMax", "TopK", "NonZero", "Greater", "GreaterOrEqual", "Less",
-        "LessOrEqual", "Equal", "And", "Or", "Not", "BatchNormalization", "Softmax", "Sigmoid", "Tanh",
+        "GlobalAveragePool", "AveragePool", "ReduceMean", "ReduceSum", "ReduceMax", "ArgMax", "TopK", "NonZero",
+        "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal", "And", "Or", "Not", "BatchNormalization",
+        "Softmax", "Sigmoid", "Tanh",
     },
     "move": {
         "Gather", "GatherND", "GatherElements", "ScatterND", "ScatterElements", "Where", "Concat",
