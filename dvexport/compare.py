@@ -54,9 +54,7 @@ class Difference:
 
     def __str__(self) -> str:
         what = "tiles" if self.kind == "tiles" else "channels"
-        return (
-            f"gate '{self.gate}', frame {self.frame}: {self.count} of {self.total} {what} decided otherwise"
-        )
+        return f"gate '{self.gate}', frame {self.frame}: {self.count} of {self.total} {what} decided otherwise"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields."""
@@ -83,9 +81,7 @@ def logits_error(got: Sequence[Step], want: Sequence[Step]) -> float:
 
 def decision_rows(name: str, got: Sequence[Step], want: Sequence[Step]) -> list[Row]:
     """Return the row that counts differing decisions; none where a side shows no decisions."""
-    total = sum(
-        value.size for step in want for key, value in step.decisions.items() if key in got[0].decisions
-    )
+    total = sum(value.size for step in want for key, value in step.decisions.items() if key in got[0].decisions)
     if not total:
         return []
     differing = sum(count for *_, count, _ in _differences(got, want))

@@ -198,9 +198,7 @@ def _given(model: nn.Module, checkpoint: str | Path | None, settings: Mapping[st
     from dvexport.models.base import VideoModel
 
     if checkpoint is not None or settings:
-        raise UsageError(
-            "a model object has its weights and options already", hint="leave out checkpoint and settings"
-        )
+        raise UsageError("a model object has its weights and options already", hint="leave out checkpoint and settings")
     if not isinstance(model, VideoModel):
         raise UsageError(
             f"a {type(model).__name__} is no VideoModel",
@@ -251,9 +249,7 @@ def _golden_frames(clip: Path | None, preprocess: Any) -> np.ndarray:
     return read_clip(clip, preprocess).frames
 
 
-def _calibration(
-    traced: ir.Model, clip: str | Path | None, sample: np.ndarray | None, preprocess: Any
-) -> list[Step]:
+def _calibration(traced: ir.Model, clip: str | Path | None, sample: np.ndarray | None, preprocess: Any) -> list[Step]:
     """Return the decisions on the calibration video, or the sample clip; none without either."""
     from dvexport.oracle import Oracle
     from dvexport.video import read_clip
@@ -323,11 +319,7 @@ def _gates(traced: ir.Model, lowered: Lowered) -> list[GateEntry]:
             widths.setdefault(gate_name(node), static_shape(node.inputs[1])[0])  # type: ignore[arg-type]
     entries = []
     for choice in lowered.choices:
-        names = [
-            name
-            for name, kind in (("channels", "action"), ("tiles", "tiles"))
-            if (choice.gate, kind) in decided
-        ]
+        names = [name for name, kind in (("channels", "action"), ("tiles", "tiles")) if (choice.gate, kind) in decided]
         tiles = decided.get((choice.gate, "tiles"))
         assert tiles is None or tiles.shape is not None
         grid = None if tiles is None else (int(tiles.shape[1]), int(tiles.shape[2]))  # type: ignore[index,arg-type]

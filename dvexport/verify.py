@@ -58,9 +58,7 @@ class VerifyReport:
         }
 
 
-def verify(
-    bundle: Bundle, *, clip: str | Path | None = None, checkpoint: str | Path | None = None
-) -> VerifyReport:
+def verify(bundle: Bundle, *, clip: str | Path | None = None, checkpoint: str | Path | None = None) -> VerifyReport:
     """Compare a bundle's artifact with its golden data, its oracle, its other mode and PyTorch.
 
     Args:
@@ -102,9 +100,7 @@ def _golden(bundle: Bundle) -> tuple[np.ndarray, list[Step]]:
     try:
         return unpack(bundle.golden())
     except KeyError as error:
-        raise BundleError(
-            "the golden data is incomplete", where=str(bundle.path), why=f"no {error}"
-        ) from error
+        raise BundleError("the golden data is incomplete", where=str(bundle.path), why=f"no {error}") from error
 
 
 def _clip_frames(clip: str | Path, manifest: Manifest) -> np.ndarray:
