@@ -30,7 +30,11 @@ def gate_rates(steps: Sequence[Step]) -> dict[str, Rates]:
             compute = float(np.mean((action == COMPUTE) | reused_next))
             active = float(np.mean(action != SKIP))
             groups = group_rate(action)
-        rates[gate] = Rates(1.0 if tiles is None else float(tiles.mean()), compute, active, groups)
+        owed = 0.0
+        if tiles is not None and action is not None:
+            reuses = (action[1:] == REUSE).any(axis=1)
+            owed = float(np.sum((tiles[1:] & ~tiles[:-1])[reuses]) / tiles.size)
+        rates[gate] = Rates(1.0 if tiles is None else float(tiles.mean()), compute, active, groups, owed)
     return rates
 
 

@@ -95,12 +95,14 @@ class Rates:
     """A gate's expected rates, 0 to 1: tiles active, channels computed, channels not skipped.
 
     `groups` is the share of channels in groups that have any active channel: one, unless calibration says less.
+    `owed` is the share of tiles that only the previous frame's history needs (`split_paths`).
     """
 
     tiles: float = _DEFAULT_RATE
     compute: float = _DEFAULT_RATE
     active: float = _DEFAULT_RATE
     groups: float = 1.0
+    owed: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -226,10 +228,11 @@ class ChooseLowering(ir.passes.InPlacePass):
         rates = self.rates.get(gate, Rates())
         total = 0.0
         for node in nodes:
-            ms = self.costs.expected(_kernel(lowering, node), _shape_of(node), _rate(lowering, node, rates))
-            if ms is None:
-                return None
-            total += ms
+            for rate in _rates(lowering, node, rates):
+                ms = self.costs.expected(_kernel(lowering, node), _shape_of(node), rate)
+                if ms is None:
+                    return None
+                total += ms
         return total
 
     def _reason(self, best: str, gate: str, expected: Mapping[str, float]) -> str:
@@ -248,16 +251,21 @@ def _kernel(lowering: str, node: ir.Node) -> str:
     return "tiles" if step and not _winograd_fits(node, step) else lowering
 
 
-def _rate(lowering: str, node: ir.Node, rates: Rates) -> float:
+def _rates(lowering: str, node: ir.Node, rates: Rates) -> list[float]:
+    """Return the rate of each convolution that a node becomes: a history is one or two more (`split_paths`)."""
+    operator = operator_of(node)
+    assert operator is not None
+    inputs = operator.bind(node)
+    streams = inputs["init_history"] is not None
     if lowering in BY_TILE:
-        return rates.tiles
-    if lowering == "groups":
-        return rates.groups
-    if lowering in BY_CHANNEL:
-        operator = operator_of(node)
-        assert operator is not None
-        return rates.compute if operator.bind(node)["action"] is not None else rates.active
-    return 1.0
+        return [rates.tiles, rates.owed] if streams else [rates.tiles]
+    if lowering not in BY_CHANNEL:
+        return [1.0]
+    histories = 0 if not streams else 1 if inputs["tiles"] is None else 2
+    if lowering == "groups":  # what is owed is scattered: its groups are computed whole as well
+        return [rates.groups] * (1 + histories)
+    now = rates.compute if inputs["action"] is not None else rates.active
+    return [now] + [0.0] * histories  # `compute` counts what is owed; each history has its own fixed cost
 
 
 def _shape_of(node: ir.Node) -> ConvShape:

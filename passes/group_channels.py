@@ -106,14 +106,21 @@ class GroupChannels(ir.passes.InPlacePass):
             operator = operator_of(node)
             assert operator is not None
             seen = self.statistics.get(gate_name(node))
-            readers = [user for user, position in node.outputs[0].uses() if position == 0]
-            private = all(user.op_type == "GatedConv" and user.domain == DV for user in readers)
-            if seen is None or operator.bind(node)["action"] is None or not private:
+            readers = _private_readers(node.outputs[0])
+            if seen is None or operator.bind(node)["action"] is None or readers is None:
                 continue
             order, edges = group_order(seen.actions)
             _permute(model, node, readers, order, edges)
             modified = True
         return ir.passes.PassResult(model, modified)
+
+
+def _private_readers(value: ir.Value) -> list[ir.Node] | None:
+    """Return the gated convolutions that read a value, or None if anything else does (a residual sum, an output)."""
+    uses = list(value.uses())
+    if value.is_graph_output() or any(user.domain != DV or user.op_type != "GatedConv" for user, _ in uses):
+        return None
+    return [user for user, _ in uses]
 
 
 def _permute(model: ir.Model, node: ir.Node, readers: list[ir.Node], order: np.ndarray, edges: list[int]) -> None:

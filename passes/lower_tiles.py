@@ -345,9 +345,14 @@ def _merged(
         old = build.op("ScatterND", old, where, overlay.values)
     else:
         old = u if history is v else build.op("GatherND", to_rows(build, history), pixels)
-    keep = _by_pixel(build, build.op("Equal", action, build.const(2, np.int64)), pixels, place)
-    reuse = _by_pixel(build, build.op("Equal", action, build.const(1, np.int64)), pixels, place)
-    return build.op("Where", keep, u, build.op("Where", reuse, old, build.const(np.float32(0))))
+    kept = build.op("Mul", u, _share(build, action, 2, pixels, place))
+    return build.op("Add", kept, build.op("Mul", old, _share(build, action, 1, pixels, place)))
+
+
+def _share(build: Builder, action: ir.Value, value: int, pixels: ir.Value, place: _Place) -> ir.Value:
+    """1.0 in the channels of an action, 0.0 elsewhere: multiplying is far cheaper than selecting by row."""
+    chosen = build.op("Equal", action, build.const(value, np.int64))
+    return _by_pixel(build, build.op("Cast", chosen, to=ir.DataType.FLOAT), pixels, place)
 
 
 def _keep_rows(

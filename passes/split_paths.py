@@ -118,11 +118,11 @@ class _Split:
 
     def any_of(self, channels: ir.Value) -> ir.Value:
         """True where a frame has any of the channels, bool `[N, 1, 1]` (a scalar for one frame)."""
-        as_int = self.build.op("Cast", channels, to=ir.DataType.INT32)
+        as_number = self.build.op("Cast", channels, to=ir.DataType.FLOAT)
         if static_shape(channels)[0] == 1:
-            most = self.build.op("ReduceMax", as_int, keepdims=0)
+            most = self.build.op("ReduceMax", as_number, keepdims=0)
             return self.build.op("Cast", most, to=ir.DataType.BOOL, shape=[], dtype=ir.DataType.BOOL)
-        most = self.build.op("ReduceMax", as_int, self.build.ints(1), keepdims=1)
+        most = self.build.op("ReduceMax", as_number, self.build.ints(1), keepdims=1)
         found = self.build.op("Cast", most, to=ir.DataType.BOOL)
         shape = [static_shape(channels)[0], 1, 1]
         return self.build.op("Unsqueeze", found, self.build.ints(2), shape=shape, dtype=ir.DataType.BOOL)
