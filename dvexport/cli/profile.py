@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from dvexport.cli.options import bundle_argument, parse_force, path_option, threads_option
 from dvexport.cli.output import checklist, print_lines
 from dvexport.errors import DeviceError
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from dvexport.bundle import Bundle
 
 __all__ = ["profile"]
 
@@ -26,12 +20,8 @@ LOCAL = "local"
 @path_option("--clip", help="Video to profile on.  [default: the bundle's golden frames]")
 @click.option("--device", default=LOCAL, show_default=True, help="Where to run; this release: local.")
 @threads_option
-@click.option(
-    "--force", metavar="channels=P,tiles=P", help="Replace the decisions by random ones at these rates."
-)
-@click.option(
-    "--runs", default=10, show_default=True, type=click.IntRange(min=1), help="Passes over the clip."
-)
+@click.option("--force", metavar="channels=P,tiles=P", help="Replace the decisions by random ones at these rates.")
+@click.option("--runs", default=10, show_default=True, type=click.IntRange(min=1), help="Passes over the clip.")
 @click.option(
     "--warmup",
     default=1.0,
@@ -88,9 +78,10 @@ def profile(
 
         write_json(result, json_file)
     if html_file:
+        from dvexport.profile.clip import load_clip
         from dvexport.profile.report import write_html
 
-        write_html(result, html_file, _pictures(opened, clip, len(result.steps)))
+        write_html(result, html_file, load_clip(opened, clip).images[: len(result.steps)])
     if trace_file:
         from dvexport.profile.trace_events import write_trace
 
@@ -105,17 +96,3 @@ def _check_device(device: str) -> None:
             why="ssh: and adb: devices are still to come",
             hint=f"--device {LOCAL} measures on this machine",
         )
-
-
-def _pictures(bundle: Bundle, clip: Path | None, steps: int) -> np.ndarray | None:
-    """Return the frames that were profiled, for the masks to be drawn over; None without a video."""
-    if clip is None:
-        return None
-    import numpy as np
-
-    from dvexport.video import read_clip, stream_frames
-
-    preprocess = bundle.manifest.preprocess
-    if bundle.manifest.mode == "clip":
-        return read_clip(clip, preprocess).images
-    return np.stack([frame.image for frame in stream_frames(clip, preprocess, limit=steps)])
