@@ -21,9 +21,18 @@ from dvexport.dialect.spec import operator_of
 from dvexport.graph import DV, Builder, array_of, gate_name
 from dvexport.passes.choose_lowering import lowering_of
 
-__all__ = ["ChannelStatistics", "GroupChannels", "even_groups", "group_order", "group_rate", "groups_of"]
+__all__ = [
+    "ChannelStatistics",
+    "GroupChannels",
+    "even_groups",
+    "group_order",
+    "group_rate",
+    "input_groups",
+    "output_groups",
+]
 
-_KEY = "dv.groups"
+_OUTPUTS, _INPUTS = "dv.output_groups", "dv.input_groups"
+"""Where a node's edges are kept: apart, because a convolution may read one gate and be another."""
 _DEFAULT_GROUPS = 4
 _SMALLEST = 16
 """Channels below which a convolution of its own is slower than its share of a larger one."""
@@ -36,9 +45,17 @@ class ChannelStatistics:
     actions: np.ndarray
 
 
-def groups_of(node: ir.Node, channels: int) -> list[tuple[int, int]]:
-    """Return the (first, last + 1) channels of each group of a node's gate."""
-    text = node.metadata_props.get(_KEY)
+def output_groups(node: ir.Node, channels: int) -> list[tuple[int, int]]:
+    """Return the (first, last + 1) channels of each group of a node's outputs."""
+    return _groups(node.metadata_props.get(_OUTPUTS), channels)
+
+
+def input_groups(node: ir.Node, channels: int) -> list[tuple[int, int]]:
+    """Return the (first, last + 1) channels of each group of the gate that a node reads."""
+    return _groups(node.metadata_props.get(_INPUTS), channels)
+
+
+def _groups(text: str | None, channels: int) -> list[tuple[int, int]]:
     edges = json.loads(text) if text else even_groups(0, channels)
     return list(pairwise(edges))
 
@@ -131,13 +148,13 @@ def _permute(model: ir.Model, node: ir.Node, readers: list[ir.Node], order: np.n
         _permute_constant(build, node, position, axis, order)
     _permute_decision(build, node, 3, order)
     graph.insert_before(node, build.nodes)
-    node.metadata_props[_KEY] = json.dumps(edges)
+    node.metadata_props[_OUTPUTS] = json.dumps(edges)
     for reader in readers:
         build = Builder(metadata=reader.metadata_props)
         _permute_constant(build, reader, 1, 1, order)
         _permute_decision(build, reader, 5, order)
         graph.insert_before(reader, build.nodes)
-        reader.metadata_props[_KEY] = json.dumps(edges)
+        reader.metadata_props[_INPUTS] = json.dumps(edges)
 
 
 def _permute_constant(build: Builder, node: ir.Node, position: int, axis: int, order: np.ndarray) -> None:

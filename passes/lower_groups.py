@@ -19,7 +19,7 @@ from dvexport.dialect.masks import channel_mask
 from dvexport.dialect.spec import operator_of
 from dvexport.graph import DV, Builder, array_of, branch, replace_node, static_shape
 from dvexport.passes.choose_lowering import lowering_of
-from dvexport.passes.group_channels import groups_of
+from dvexport.passes.group_channels import input_groups, output_groups
 from dvexport.passes.lower_channels import any_true, settle
 
 __all__ = ["LowerGroups"]
@@ -59,7 +59,7 @@ def _output_groups(
     assert rows is not None and weight is not None
     base = inputs["base"] or build.const(np.zeros(shape, np.float32))
     parts = []
-    for first, last in groups_of(node, weight.shape[0]):
+    for first, last in output_groups(node, weight.shape[0]):
         taken, left = Builder(metadata=build.metadata), Builder()
         y = dense_conv(
             taken, inputs["X"], taken.const(weight[first:last]),
@@ -79,7 +79,7 @@ def _input_groups(
     shape = static_shape(node.outputs[0])
     x, weight, active = inputs["X"], array_of(inputs["W"]), inputs["active_in"]
     assert x is not None and weight is not None
-    ranges = groups_of(node, weight.shape[1]) if active is not None else [(0, weight.shape[1])]
+    ranges = input_groups(node, weight.shape[1]) if active is not None else [(0, weight.shape[1])]
     total = inputs["residual"]
     for index, (first, last) in enumerate(ranges):
         taken, left = Builder(metadata=build.metadata), Builder()
