@@ -46,17 +46,22 @@ __all__ = [
 
 FRAMES = 6
 HIDDEN = 48
-"""Channels of a gate: enough for three groups."""
+"""Channels of a block's first gate: enough for three groups."""
 SIZES = {"even": (32, 32), "uneven": (26, 22)}
 """Planes of 16x16 and 8x8 with grids of 4x4, and of 13x11 and 7x6 with grids of 4x3."""
-KINDS = ("dstep", "adafuse", "tiles", "bottleneck", "plain_reader")
+TILED = ("dstep", "tiles", "bottleneck", "chained")
+KINDS = ("dstep", "adafuse", "tiles", "bottleneck", "plain_reader", "chained")
 
 Decisions = dict[str, np.ndarray]
 """Forced inputs of a clip by name: `[T, C]` actions, `[T, gh, gw]` tiles."""
 
 
 class Block(nn.Module):
-    """3x3, 3x3; or 1x1, 3x3 with the stride, 1x1. The gate's actions are on the first convolution."""
+    """3x3, 3x3; or 1x1, 3x3 with the stride, 1x1. The gate's actions are on the first convolution.
+
+    In a `chained` block the second convolution is a gate of its own, with actions on what the sum reads, and
+    reads only the channels that the first gate did not skip.
+    """
 
     def __init__(self, name: str, kind: str, inputs: int, outputs: int, stride: int, size: tuple[int, int]) -> None:
         super().__init__()
@@ -71,9 +76,10 @@ class Block(nn.Module):
         self.down = nn.Conv2d(inputs, outputs, 1, stride) if (stride, inputs) != (1, outputs) else None
         self.size = tuple((side - 1) // stride + 1 for side in size)
         self.grid = (4, 4 if self.size[1] % 4 == 0 else 3)
-        self.acts, self.tiled = kind != "tiles", kind in ("dstep", "tiles", "bottleneck")
+        self.acts, self.tiled = kind != "tiles", kind in TILED
+        self.gates = {name: HIDDEN} | ({f"{name}.second": outputs} if kind == "chained" else {})
         if self.acts:
-            self.policy = nn.Linear(2 * inputs, 3 * HIDDEN)
+            self.policies = nn.ModuleList(nn.Linear(2 * inputs, 3 * channels) for channels in self.gates.values())
         if self.tiled:
             self.mask = nn.Conv2d(inputs, 1, 3, padding=1)
         self.forced: dict[str, Tensor] = {}
@@ -84,26 +90,30 @@ class Block(nn.Module):
         if self.acts:
             mean = x.mean((2, 3))
             seen = torch.cat([gates.delay(mean, name=f"{self.name}.policy"), mean], 1)
-            found["action"] = self.policy(seen).reshape(-1, HIDDEN, 3).argmax(-1)
+            for (gate, channels), policy in zip(self.gates.items(), self.policies, strict=True):
+                found[forced_name(gate, "action")] = policy(seen).reshape(-1, channels, 3).argmax(-1)
         if self.tiled:
             rows, columns = (gates_index(size, cells) for size, cells in zip(x.shape[2:], self.grid, strict=True))
-            found["tiles"] = self.mask(x.index_select(2, rows).index_select(3, columns))[:, 0] >= 0
+            tiles = self.mask(x.index_select(2, rows).index_select(3, columns))[:, 0] >= 0
+            found |= {forced_name(gate, "tiles"): tiles for gate in self.gates}
         return found
 
     def forward(self, x: Tensor) -> Tensor:
         chosen = self.forced or self.decide(x)
-        action, tiles = chosen.get("action"), chosen.get("tiles")
+        names = list(self.gates) if self.kind == "chained" else [self.name] * len(self.convs)
+        actions = [chosen.get(forced_name(gate, "action")) for gate in self.gates]
         u, last = x, len(self.convs) - 1
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             if self.kind == "plain_reader" and i == last:
                 u = norm(conv(u))  # `propagate_inactive` finds out that it reads a gate
                 continue
-            promise = action if i == 1 and action is not None else None
             u = gates.gated_conv(
-                u, conv, norm, gate=self.name, activation="none" if i == last else "relu",
-                action=action if i == 0 else None, tiles=tiles, active_in=promise,
+                u, conv, norm, gate=names[i], activation="none" if i == last else "relu",
+                action=actions[i] if i < len(actions) else None,
+                tiles=chosen.get(forced_name(names[i], "tiles")), active_in=actions[0] if i == 1 else None,
             )  # fmt: skip
-        return F.relu(u + (x if self.down is None else self.down(x)))
+        identity = x if self.down is None else self.down(x)
+        return F.relu(identity + u if self.kind == "chained" else u + identity)
 
 
 def gates_index(size: int, cells: int) -> Tensor:
@@ -119,11 +129,11 @@ class Net(nn.Module):
         plane = tuple((side - 1) // 2 + 1 for side in size)
         self.stem = nn.Conv2d(3, 16, 3, 2, 1)
         self.blocks = nn.Sequential(
-            Block("layer1.0", kind, 16, 16, 1, plane),
-            Block("layer2.0", kind, 16, 24, 2, plane),
-            Block("layer2.1", kind, 24, 24, 1, tuple((side - 1) // 2 + 1 for side in plane)),
+            Block("layer1.0", kind, 16, 32, 1, plane),
+            Block("layer2.0", kind, 32, 32, 2, plane),
+            Block("layer2.1", kind, 32, 32, 1, tuple((side - 1) // 2 + 1 for side in plane)),
         )
-        self.fc = nn.Linear(24, 8)
+        self.fc = nn.Linear(32, 8)
 
     def forward(self, frames: Tensor) -> Tensor:
         x = self.blocks(F.relu(self.stem(frames)))
@@ -133,7 +143,8 @@ class Net(nn.Module):
         """Run a clip under forced decisions."""
         for block in self.blocks:
             kinds = ["action"] * block.acts + ["tiles"] * block.tiled
-            block.forced = {k: torch.from_numpy(decisions[forced_name(block.name, k)]) for k in kinds}
+            names = [forced_name(gate, kind) for gate in block.gates for kind in kinds]
+            block.forced = {name: torch.from_numpy(decisions[name]) for name in names}
         try:
             with torch.no_grad():
                 return self(torch.from_numpy(frames)).numpy()
@@ -182,7 +193,9 @@ class Case:
     def overrides(self) -> dict[str, str]:
         """The lowering by gate."""
         if self.lowering == "mixed":
-            return {"layer1.0": "tiles", "layer2.0": "groups", "layer2.1": "channels"}
+            chain = {"layer1.0.second": "groups", "layer2.0.second": "channels", "layer2.1.second": "tiles"}
+            names = {"layer1.0": "tiles", "layer2.0": "groups", "layer2.1": "channels"}
+            return names | (chain if self.kind == "chained" else {})
         return {"*": self.lowering}
 
 
@@ -190,23 +203,26 @@ def cases() -> list[Case]:
     """Every kind and size in both modes, under every lowering that some gate of it allows."""
     found = []
     for kind in KINDS:
-        tiled, acts = kind in ("dstep", "tiles", "bottleneck"), kind != "tiles"
+        tiled, acts = kind in TILED, kind != "tiles"
         for size in SIZES:
             by_tile = ["tiles", "winograd4", "winograd2"] if size == "even" else ["tiles"]
             by_tile = by_tile if tiled else []
             by_channel = ["channels", "groups", *["mixed"] * tiled] if acts else []
             for mode, names in (("stream", ["masked", *by_tile, *by_channel]), ("clip", ["masked", *by_tile])):
                 found += [Case(kind, size, name, mode) for name in names]
-                found += [Case(kind, size, name, mode, compact=True) for name in by_tile]
+                if kind != "chained":  # its merged activation is a state too, which needs the whole plane
+                    found += [Case(kind, size, name, mode, compact=True) for name in by_tile]
     return found
 
 
 def statistics_of(kind: str, size: str) -> dict[str, ChannelStatistics]:
     """Calibration that makes `group_channels` permute: a third always computed, a third never."""
-    seen = np.random.default_rng(7).integers(0, 3, (9, HIDDEN))
-    seen[:, ::3], seen[:, 1::3] = 2, 0
-    blocks = net_of(kind, size).blocks
-    return {block.name: ChannelStatistics(np.roll(seen, i, axis=1)) for i, block in enumerate(blocks)}
+    found = {}
+    for gate, channels in (item for block in net_of(kind, size).blocks for item in block.gates.items()):
+        seen = np.random.default_rng(len(found)).integers(0, 3, (9, channels))
+        seen[:, ::3], seen[:, 1::3] = 2, 0
+        found[gate] = ChannelStatistics(seen)
+    return found
 
 
 @cache
@@ -259,6 +275,7 @@ class Gate:
 
     index: int
     grid: tuple[int, int]
+    channels: int
 
 
 def _of_gates(
@@ -266,13 +283,14 @@ def _of_gates(
 ) -> Decisions:
     decisions = {}
     for index, block in enumerate(net_of(kind, size).blocks):
-        gate = Gate(index, block.grid)
-        if block.acts:
-            rows = [np.broadcast_to(action(gate, t), HIDDEN) for t in range(FRAMES)]
-            decisions[forced_name(block.name, "action")] = np.stack(rows).astype(np.int64)
-        if block.tiled:
-            cells = [np.broadcast_to(tiles(gate, t), block.grid) for t in range(FRAMES)]
-            decisions[forced_name(block.name, "tiles")] = np.stack(cells).astype(bool)
+        for gate, channels in block.gates.items():
+            seen = Gate(index, block.grid, channels)
+            if block.acts:
+                rows = [np.broadcast_to(action(seen, t), channels) for t in range(FRAMES)]
+                decisions[forced_name(gate, "action")] = np.stack(rows).astype(np.int64)
+            if block.tiled:
+                cells = [np.broadcast_to(tiles(seen, t), block.grid) for t in range(FRAMES)]
+                decisions[forced_name(gate, "tiles")] = np.stack(cells).astype(bool)
     return decisions
 
 
@@ -311,13 +329,13 @@ def _checkers(gate: Gate, t: int) -> np.ndarray:
 
 def _mixed(gate: Gate, t: int) -> np.ndarray:
     """Every pair of actions in two successive frames, in some channel."""
-    channel = np.arange(HIDDEN) + gate.index
+    channel = np.arange(gate.channels) + gate.index
     return (channel // 3 ** (t % 3)) % 3
 
 
 def _blocks_of(gate: Gate, t: int) -> np.ndarray:
     """Runs of 16 channels alike, so that whole groups are left out."""
-    return (np.arange(HIDDEN) // 16 + t + gate.index) % 3
+    return (np.arange(gate.channels) // 16 + t + gate.index) % 3
 
 
 PATTERNS: Mapping[str, tuple[Callable[[Gate, int], np.ndarray], Callable[[Gate, int], np.ndarray]]] = {
@@ -347,6 +365,6 @@ def random_decisions(kind: str, size: str, seed: int, share: float) -> Decisions
     rng = np.random.default_rng(seed)
     return _of_gates(
         kind, size,
-        lambda gate, t: rng.choice(3, HIDDEN, p=rng.dirichlet([0.5, 0.5, 0.5])),
+        lambda gate, t: rng.choice(3, gate.channels, p=rng.dirichlet([0.5, 0.5, 0.5])),
         lambda gate, t: rng.random(gate.grid) < share,
     )  # fmt: skip
