@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dvexport.models.config import parse_settings
-
 from dvexport.errors import UsageError
+from dvexport.models.config import parse_settings
 
 __all__ = [
     "RECIPES",
@@ -83,10 +82,11 @@ class GateOptions:
         gamma: weight of the bound loss.
         density: of the tile masks at first.
         floor, ceiling: the bounds on it in the end.
-        relax_epochs: how long the bounds take to relax.
+        relax_epochs: how long the bounds take to relax; 0 for relaxed ones from the beginning.
         spread: standard deviation of the policies' first biases, which gives channels different
             roles to begin with (the official zeros make every action equally likely).
-        noise_until: the epoch at which the Gumbel noise has faded to zero, linearly from epoch 0.
+        noise_until: the epoch at which the Gumbel noise has faded to zero, linearly from epoch 0;
+            0 for none at all.
     """
 
     target: float
@@ -110,6 +110,8 @@ class Recipe:
         name: names the weights that come out.
         model: name in the zoo.
         seed: of weights, gates and dropout.
+        start_from: weights to begin with in place of random ones: a safetensors file, or the name of
+            a training whose weights lie in the output folder, or of a model that ships.
         settings: of the model; classes, frames and size follow from the data.
         data, optimiser: see there.
         gates: None for a model without gates.
@@ -121,6 +123,7 @@ class Recipe:
     data: DataOptions = field(default_factory=DataOptions)
     gates: GateOptions | None = None
     seed: int = 0
+    start_from: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -154,9 +157,7 @@ def load_recipe(recipe: str | Path) -> Recipe:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UsageError(
-            f"no recipe '{recipe}'", hint=f"a TOML file, or one of: {', '.join(recipe_names())}"
-        ) from None
+        raise UsageError(f"no recipe '{recipe}'", hint=f"a TOML file, or one of: {', '.join(recipe_names())}") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError("the recipe can't be read", where=str(path), why=str(error)) from None
     try:
@@ -167,9 +168,7 @@ def load_recipe(recipe: str | Path) -> Recipe:
 
 def _parse(values: dict[str, Any]) -> Recipe:
     tables = {"data": DataOptions, "optimiser": OptimiserOptions, "gates": GateOptions}
-    parsed: dict[str, Any] = {
-        name: _options(name, tables[name], values[name]) for name in tables if name in values
-    }
+    parsed: dict[str, Any] = {name: _options(name, tables[name], values[name]) for name in tables if name in values}
     settings = values.get("settings", {})
     if not isinstance(settings, dict):
         raise UsageError("[settings] is not a table", hint="write [settings] and options below it")
@@ -209,6 +208,8 @@ def _check(recipe: Recipe) -> None:
         (1 <= optimiser.batch <= data.clips_per_epoch, f"batch = {optimiser.batch}",
          f"from 1 to clips_per_epoch, {data.clips_per_epoch}"),
         (optimiser.learning_rate > 0, f"learning_rate = {optimiser.learning_rate}", "above 0"),
+        (recipe.start_from != recipe.name, f"start_from = '{recipe.start_from}', its own name",
+         "the name of another training, or a file"),
         (data.validation_clips >= 1, f"validation_clips = {data.validation_clips}", "at least 1"),
     ]  # fmt: skip
     if gates is not None:
@@ -217,6 +218,8 @@ def _check(recipe: Recipe) -> None:
             (0 <= gates.floor <= gates.density <= gates.ceiling <= 1,
              f"floor {gates.floor}, density {gates.density}, ceiling {gates.ceiling}",
              "0 <= floor <= density <= ceiling <= 1"),
+            (min(gates.relax_epochs, gates.noise_until) >= 0,
+             f"relax_epochs = {gates.relax_epochs}, noise_until = {gates.noise_until}", "0 or more"),
         ]  # fmt: skip
     for holds, what, hint in rules:
         if not holds:

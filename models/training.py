@@ -2,7 +2,8 @@
 
 An epoch is a function of the state before it, the recipe and its number: it seeds its own random
 draws and reads clips that no other epoch reads. A training that is killed goes on from the last
-finished epoch and ends with the weights it would have had.
+finished epoch and ends with the weights it would have had. A recipe may start from the weights of
+another training.
 """
 
 from __future__ import annotations
@@ -18,24 +19,27 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dvexport import gates
+from dvexport.errors import UsageError
+from dvexport.files import atomic_write
 from dvexport.models import losses, zoo
 from dvexport.models.base import VideoModel
+from dvexport.models.checkpoint import read_checkpoint
 from dvexport.models.evaluate import Evaluation, decisions_of, evaluate, normalised
+from dvexport.models.importers import load_weights
 from dvexport.models.motion import MotionDataset
 from dvexport.models.policies import ChannelPolicy, TileMask
 from dvexport.models.recipe import Recipe, load_recipe
 from dvexport.models.training_state import (
     Files,
     TrainingState,
+    find_weights,
     half_precision_weights,
     load_state,
     save_state,
 )
-from torch import Tensor, nn
-
-from dvexport import gates
-from dvexport.errors import UsageError
-from dvexport.files import atomic_write
 from dvexport.preprocess import Preprocess
 
 __all__ = ["Trained", "train"]
@@ -73,17 +77,24 @@ def train(
 
     Raises:
         UsageError: a recipe that does not fit, or a state that another recipe left.
+        UsageError: also if the weights to start from are not there.
+        CheckpointError: they are of another model, or damaged.
         UsageError: also if the disk is full or the folder not writable (the last saved epoch stays).
     """
     plan = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if epochs is not None:
         plan = plan.with_epochs(epochs)
     run = _Run(plan, _device(device))
-    files = Files(_made(Path(output)), plan.name)
+    files = Files(Path(output), plan.name)
     state = load_state(files, plan.digest) if resume else None
     if state is not None:
         run.restore(state)
         progress(f"{plan.name}: resumed after epoch {state.epoch} of {plan.optimiser.epochs}")
+    elif plan.start_from:
+        weights = find_weights(plan.start_from, files.folder)
+        run.start_from(weights)
+        progress(f"{plan.name}: starts from {weights}")
+    _make(files.folder)
     while run.epoch < plan.optimiser.epochs:
         record = run.train_epoch(progress)
         save_state(files, run.state())
@@ -98,19 +109,16 @@ def _device(name: str | None) -> torch.device:
         torch.zeros((), device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         why = str(error).splitlines()[0]
-        raise UsageError(
-            f"no device '{name}' here", why=why, hint="cpu, or cuda where there is one"
-        ) from None
+        raise UsageError(f"no device '{name}' here", why=why, hint="cpu, or cuda where there is one") from None
     return device
 
 
-def _made(folder: Path) -> Path:
-    """Return `folder`, created when missing; UsageError if that can't be done."""
+def _make(folder: Path) -> None:
+    """Create `folder` when missing; UsageError if that can't be done."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError("can't make the output folder", where=str(folder), why=error.strerror) from None
-    return folder
 
 
 class _Run:
@@ -123,6 +131,10 @@ class _Run:
         self.data = MotionDataset("train", recipe.data.size, recipe.data.frames, recipe.data.seed)
         self.epoch = 0
         self.curves: list[dict[str, Any]] = []
+
+    def start_from(self, weights: Path) -> None:
+        """Take the weights of a trained model; CheckpointError if they don't fit this one."""
+        load_weights(self.model, read_checkpoint(weights).state, where=str(weights))
 
     def restore(self, state: TrainingState) -> None:
         """Go back to where `state` was taken."""
@@ -194,7 +206,7 @@ class _Run:
         """Return the loss of eq. 3 and its parts."""
         gate_options = self.recipe.gates
         if gate_options is not None:
-            _fade_noise(self.model, 1 - epoch / gate_options.noise_until)
+            _fade_noise(self.model, 1 - _share(epoch, gate_options.noise_until))
         x = normalised(frames, self.model).contiguous(memory_format=torch.channels_last)
         half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
         with gates.frames_per_clip(frames.shape[1]), half:
@@ -211,7 +223,7 @@ class _Run:
             fraction = losses.executed_fraction(decisions)
             sparsity = losses.sparsity_loss(fraction, gate_options.target)
             bounds = losses.mask_bounds(
-                epoch / gate_options.relax_epochs,
+                _share(epoch, gate_options.relax_epochs),
                 density=gate_options.density,
                 floor=gate_options.floor,
                 ceiling=gate_options.ceiling,
@@ -248,6 +260,11 @@ def _new_model(recipe: Recipe) -> VideoModel:
     if recipe.gates is not None and not _has_gates(model):
         raise UsageError(f"'{recipe.model}' has no gates", where=recipe.name, hint="leave out [gates]")
     return model
+
+
+def _share(epoch: float, length: float) -> float:
+    """Return which share of a phase of `length` epochs is over at `epoch`, 0 to 1."""
+    return min(1.0, epoch / length) if length > 0 else 1.0
 
 
 def _has_gates(model: nn.Module) -> bool:

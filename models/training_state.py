@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from dvexport.errors import CheckpointError, UsageError
 from dvexport.files import atomic_write
+from dvexport.models import zoo
+from dvexport.models.recipe import recipe_names
 
-__all__ = ["Files", "TrainingState", "half_precision_weights", "load_state", "save_state"]
+__all__ = ["Files", "TrainingState", "find_weights", "half_precision_weights", "load_state", "save_state"]
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,24 @@ def load_state(files: Files, recipe: str) -> TrainingState | None:
             hint="choose another output folder, or begin again without resuming",
         )
     return state
+
+
+def find_weights(name: str, folder: Path) -> Path:
+    """Return the file that a recipe's `start_from` means.
+
+    Args:
+        name: a file; else a training that left its weights in `folder`; else a model that ships.
+        folder: output folder of the training that starts.
+
+    Raises:
+        UsageError: none of the three.
+    """
+    places = [Path(name), Files(folder, name).weights, zoo.weights_folder() / f"{name}.safetensors"]
+    for place in places:
+        if place.is_file():
+            return place
+    first = f"first `dvexport train {name} -o {folder}`" if name in recipe_names() else "a safetensors file"
+    raise UsageError(f"no weights '{name}' to start from", where=str(folder), hint=first)
 
 
 def half_precision_weights(model: nn.Module) -> dict[str, Tensor]:

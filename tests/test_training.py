@@ -9,6 +9,10 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
+from dvexport import gates
+from dvexport.errors import CheckpointError, UsageError
 from dvexport.models import losses, zoo
 from dvexport.models.checkpoint import read_metadata
 from dvexport.models.evaluate import dense_macs, evaluate
@@ -16,13 +20,10 @@ from dvexport.models.motion import CLASSES, SPLITS, MotionDataset
 from dvexport.models.policies import ChannelPolicy, Decision, TileMask, executed_macs, randomize_gates
 from dvexport.models.recipe import Recipe, load_recipe, recipe_names
 from dvexport.models.training import train
-from dvexport.models.training_state import Files, half_precision_weights, load_state
-from safetensors.torch import load_file
-
-from dvexport import gates
-from dvexport.errors import CheckpointError, UsageError
+from dvexport.models.training_state import Files, find_weights, half_precision_weights, load_state
 
 SKIP, REUSE, COMPUTE = 0, 1, 2
+SHIPPED = sorted(path.stem for path in zoo.weights_folder().glob("*.safetensors"))
 
 TINY = """
 name = "tiny"
@@ -253,6 +254,7 @@ def test_shared_layers_are_stored_once():
         (("batch = 12", 'batch = "twelve"'), "option batch can't be 'twelve'"),
         (("batch = 12", "batch = 25"), "from 1 to clips_per_epoch, 24"),
         (("target = 0.5", "target = 1.5"), "target = 1.5"),
+        (("noise_until = 1.5", "noise_until = -1"), "noise_until = -1"),
         (("target = 0.5", ""), "gates: 'target' is missing"),
         (("size = 32", 'name = "kinetics"'), "no data set 'kinetics'"),
         (("width", "breadth"), "unknown option 'breadth'"),
@@ -283,7 +285,60 @@ def test_wrong_use_is_one_clear_error(tiny, tmp_path, short_validation):
         load_state(Files(tmp_path, "tiny"), "any")
 
 
+def test_a_recipe_starts_from_the_weights_of_another(tiny, tmp_path, short_validation):
+    """The first step sees the weights that were trained, with the gates' decisions they make."""
+    first = train(tiny, output=tmp_path, device="cpu", epochs=1, progress=lambda line: None)
+    second = tmp_path / "second.toml"
+    second.write_text(
+        TINY.replace('name = "tiny"', 'name = "second"\nstart_from = "tiny"')
+        .replace("epochs = 2", "epochs = 1\nlearning_rate = 1e-9")
+        .replace("size = 32", "size = 64")
+        .replace("relax_epochs = 1.5", "relax_epochs = 0")
+        .replace("noise_until = 1.5", "noise_until = 0")
+    )
+    lines = []
+    trained = train(second, output=tmp_path, device="cpu", progress=lines.append)
+    assert lines[0] == f"second: starts from {first.weights}"
+    before, after = load_file(first.weights), load_file(trained.weights)
+    assert before.keys() == after.keys()
+    for key in (key for key in before if before[key].ndim >= 2):
+        assert torch.allclose(before[key].float(), after[key].float(), atol=1e-3), key
+    assert read_metadata(trained.weights)["recipe"]["start_from"] == "tiny"
+    assert read_metadata(trained.weights)["preprocess"]["size"] == [64, 64]
+
+
+def test_weights_to_start_from_are_a_file_a_training_s_or_ship(tmp_path):
+    own = tmp_path / "mine.safetensors"
+    own.write_bytes(b"")
+    assert find_weights(str(own), tmp_path / "elsewhere") == own
+    assert find_weights("mine", tmp_path) == own
+    assert find_weights("tsn_motion", tmp_path).parent == zoo.weights_folder()
+
+
+@pytest.mark.parametrize(
+    ("start", "error", "message"),
+    [
+        ("nothing", UsageError, r"no weights 'nothing' to start from\n  where: .*\n  try: a safetensors file"),
+        ("dstep_motion_d40_160", UsageError, "try: first `dvexport train dstep_motion_d40_160 -o "),
+        ("tiny", UsageError, "start_from = 'tiny', its own name"),
+        ("tsn_motion", CheckpointError, "keys don't fit the model"),
+    ],
+)
+def test_weights_that_are_not_there_or_do_not_fit_are_one_clear_error(tiny, tmp_path, start, error, message):
+    tiny.write_text(TINY.replace('name = "tiny"', f'name = "tiny"\nstart_from = "{start}"'))
+    with pytest.raises(error, match=message):
+        train(tiny, output=tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_ships_its_weights_or_leads_to_those_that_do(name):
+    shipped = {path.stem for path in zoo.weights_folder().glob("*.safetensors")}
+    starts = {load_recipe(other).start_from for other in shipped}
+    assert (name in shipped) != (name in starts)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_weights_are_what_their_recipe_makes(name):
     recipe = load_recipe(name)
     about = read_metadata(zoo.weights_folder() / f"{name}.safetensors")
@@ -302,9 +357,7 @@ def test_shipped_weights_are_what_their_recipe_makes(name):
 )  # fmt: skip
 def test_shipped_weights_do_as_they_say(name, least, most):
     model = zoo.create(name)
-    found = evaluate(
-        model, MotionDataset("validation", *model.preprocess.size[:1]), indices=range(48), batch=12
-    )
+    found = evaluate(model, MotionDataset("validation", *model.preprocess.size[:1]), indices=range(48), batch=12)
     assert least <= found.accuracy <= most
     recipe = load_recipe(name)
     if recipe.gates is None:
