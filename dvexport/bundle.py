@@ -86,9 +86,7 @@ class Bundle:
         entry = self.manifest.files.get(name)
         if entry is None:
             known = ", ".join(sorted(self.manifest.files))
-            raise BundleError(
-                f"the bundle has no file '{name}'", where=str(self.path), why=f"it has: {known}"
-            )
+            raise BundleError(f"the bundle has no file '{name}'", where=str(self.path), why=f"it has: {known}")
         with _archive(self.path) as archive, archive.open(name) as stream:
             return b"".join(_verified(stream, name, entry, self.path))
 
@@ -173,9 +171,7 @@ def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
         with zipfile.ZipFile(path) as archive:
             yield archive
     except OSError as error:
-        raise BundleError(
-            "can't read the bundle", where=str(path), why=error.strerror or str(error)
-        ) from error
+        raise BundleError("can't read the bundle", where=str(path), why=error.strerror or str(error)) from error
     except _DAMAGE as error:
         raise BundleError(
             "the bundle is damaged or no bundle at all",
@@ -229,9 +225,7 @@ def _check_collisions(names: list[str], path: Path) -> None:
     for name in names:
         key = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
         if key in seen:
-            raise BundleError(
-                "two files of the bundle have one name", where=str(path), why=f"{seen[key]}, {name}"
-            )
+            raise BundleError("two files of the bundle have one name", where=str(path), why=f"{seen[key]}, {name}")
         seen[key] = name
 
 

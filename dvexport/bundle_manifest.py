@@ -102,6 +102,7 @@ class GateEntry(_Entry):
         lowering: what it became in this artifact.
         reason: why that lowering was chosen.
         overridden: the user chose it.
+        expected_ms: milliseconds a frame that the cost table promised for each lowering.
     """
 
     name: str
@@ -111,6 +112,7 @@ class GateEntry(_Entry):
     lowering: str
     reason: str = ""
     overridden: bool = False
+    expected_ms: dict[str, float] = {}
 
 
 class ModelEntry(_Entry):
@@ -200,9 +202,7 @@ def parse_manifest(raw: bytes, *, where: str) -> Manifest:
             )
         manifest = Manifest.model_validate_json(raw)
     except ValidationError as error:
-        raise BundleError(
-            "the bundle's manifest.json is not usable", where=where, why=_keys(error)
-        ) from error
+        raise BundleError("the bundle's manifest.json is not usable", where=where, why=_keys(error)) from error
     for name in manifest.files:
         check_member_name(name, where=where)
     return manifest

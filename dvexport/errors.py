@@ -31,9 +31,7 @@ class DvexportError(Exception):
 
     exit_code = 2
 
-    def __init__(
-        self, what: str, *, where: str | None = None, why: str | None = None, hint: str | None = None
-    ) -> None:
+    def __init__(self, what: str, *, where: str | None = None, why: str | None = None, hint: str | None = None) -> None:
         self.what, self.where, self.why, self.hint = what, where, why, hint
         super().__init__(self._text())
 

@@ -332,6 +332,7 @@ def _gates(traced: ir.Model, lowered: Lowered) -> list[GateEntry]:
                 lowering=choice.lowering,
                 reason=choice.reason,
                 overridden=choice.overridden,
+                expected_ms={name: round(ms, 4) for name, ms in choice.expected_ms.items()},
             )
         )
     return entries

@@ -86,6 +86,4 @@ def _flush(path: Path) -> None:
 
 def _cannot_write(path: Path, error: OSError) -> UsageError:
     why, hint = _CAUSES.get(error.errno or 0, (error.strerror or str(error), "choose another place"))
-    return UsageError(
-        f"cannot write {path.name or path}", where=str(path.absolute().parent), why=why, hint=hint
-    )
+    return UsageError(f"cannot write {path.name or path}", where=str(path.absolute().parent), why=why, hint=hint)

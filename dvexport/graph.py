@@ -144,7 +144,8 @@ def gate_name(node: ir.Node) -> str:
 def source_of(node: ir.Node) -> str:
     """Say where a node came from in the model, for messages."""
     scope = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
-    place = ".".join(part for part in scope.strip("[]").replace("'", "").split(", ")[:-1] if part)
+    scopes = scope.strip("[]").replace("'", "").split(", ")  # each holds those before it; the last is the node
+    place = scopes[-2] if len(scopes) > 1 else ""
     name = f"{node.op_type} node '{node.name}'"
     return f"{name} in {place}" if place else name
 

@@ -56,9 +56,7 @@ class Preprocess:
     def _check_types(self) -> None:
         for name, length, kinds in (("size", 2, int), ("mean", 3, (int, float)), ("std", 3, (int, float))):
             values = getattr(self, name)
-            _require(
-                isinstance(values, list | tuple) and len(values) == length, name, f"needs {length} values"
-            )
+            _require(isinstance(values, list | tuple) and len(values) == length, name, f"needs {length} values")
             _require(all(isinstance(value, kinds) for value in values), name, "needs numbers")
             object.__setattr__(self, name, tuple(values))
         for name in ("resize", "frames"):

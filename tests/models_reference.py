@@ -79,9 +79,7 @@ def actions(state, block, pooled, previous, config):
         words = ["skip", "keep"]
     elif not config.skipping:
         words = ["reuse", "keep"]
-    return [
-        words[int(v[c * len(words) : (c + 1) * len(words)].argmax())] for c in range(len(v) // len(words))
-    ]
+    return [words[int(v[c * len(words) : (c + 1) * len(words)].argmax())] for c in range(len(v) // len(words))]
 
 
 def residual_block(state, block, xs, stage, stride, config):

@@ -2,10 +2,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from dvexport.targets import devices
 
 from dvexport import targets
 from dvexport.errors import UsageError
+from dvexport.targets import devices
 
 CATALOG = Path(devices.__file__).parent / "catalog"
 REAL = (CATALOG / "raspberry-pi-5.toml").read_text()

@@ -73,9 +73,7 @@ def test_help_is_fast_and_imports_nothing_heavy():
         assert f"\n  {command} " in done.stdout
 
 
-@pytest.mark.parametrize(
-    "command", ["models", "targets", "export", "inspect", "verify", "run", "profile", "train"]
-)
+@pytest.mark.parametrize("command", ["models", "targets", "export", "inspect", "verify", "run", "profile", "train"])
 def test_every_command_has_help(call, command):
     code, out, _ = call(command, "--help")
     assert code == 0

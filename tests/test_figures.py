@@ -2,6 +2,7 @@ import dataclasses
 import time
 
 import pytest
+
 from dvexport.models.figures import figures, footprint, table
 
 

@@ -5,13 +5,13 @@ import numpy as np
 import official_layouts as official
 import pytest
 import torch
-from dvexport.models import zoo
-from dvexport.models.checkpoint import read_checkpoint
-from dvexport.models.policies import randomize_gates
 from models_reference import randomize_norms
 from safetensors.torch import save_file
 
 from dvexport.errors import CheckpointError, UsageError
+from dvexport.models import zoo
+from dvexport.models.checkpoint import read_checkpoint
+from dvexport.models.policies import randomize_gates
 
 SMALL = {"width": 0.125, "classes": 6, "size": (64, 64)}
 

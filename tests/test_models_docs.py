@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import torch
+
 from dvexport.models import zoo
 
 GUIDE = Path(__file__).parent.parent / "docs" / "adding-a-model.md"

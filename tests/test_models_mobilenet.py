@@ -1,9 +1,9 @@
 import pytest
 import torch
-from dvexport.models import zoo
 from models_reference import mobilenet_offline, mobilenet_online_step, randomize_norms
 
 from dvexport import gates
+from dvexport.models import zoo
 
 
 def small(name):
@@ -33,11 +33,7 @@ def test_online_frame_by_frame_equals_the_whole_clip():
 
 def test_state_of_the_official_demo():
     model = zoo.create("tsm_online_mobilenetv2")
-    shifts = [
-        m
-        for m in model.features
-        if not isinstance(getattr(m, "shift", None), (torch.nn.Identity, type(None)))
-    ]
+    shifts = [m for m in model.features if not isinstance(getattr(m, "shift", None), (torch.nn.Identity, type(None)))]
     widths = [m.conv[0].in_channels // 8 for m in shifts]
     assert widths == [3, 4, 4, 8, 8, 8, 12, 12, 20, 20]
 

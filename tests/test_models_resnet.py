@@ -3,14 +3,14 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from dvexport.models import zoo
-from dvexport.models.config import ResNetConfig
-from dvexport.models.policies import Decision, TileMask, executed_macs, pool_to_grid, randomize_gates
-from dvexport.models.resnet import ResNet
 from models_reference import randomize_norms, resnet
 
 from dvexport import gates
 from dvexport.errors import TraceError
+from dvexport.models import zoo
+from dvexport.models.config import ResNetConfig
+from dvexport.models.policies import Decision, TileMask, executed_macs, pool_to_grid, randomize_gates
+from dvexport.models.resnet import ResNet
 
 SMALL = {"width": 0.125, "classes": 5, "size": (64, 64), "dropout": 0.0}
 
@@ -230,9 +230,7 @@ def test_executed_macs_count_what_is_asked_for():
     tiles = torch.rand(4, 3, 2, generator=generator) < 0.5
     decision = Decision("g", action, tiles, ((7, 5), (7, 5)), (1000, 3000))
     assert executed_macs(decision).tolist() == pytest.approx(brute_force_macs(decision, (1000, 3000)))
-    everything = Decision(
-        "g", torch.full_like(action, 2), torch.ones_like(tiles), ((7, 5),) * 2, (1000, 3000)
-    )
+    everything = Decision("g", torch.full_like(action, 2), torch.ones_like(tiles), ((7, 5),) * 2, (1000, 3000))
     assert executed_macs(everything).tolist() == pytest.approx([4000] * 4)
     nothing = Decision("g", torch.zeros_like(action), tiles, ((7, 5),) * 2, (1000, 3000))
     assert executed_macs(nothing).tolist() == [0] * 4

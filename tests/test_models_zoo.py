@@ -4,12 +4,12 @@ import sys
 
 import pytest
 import torch
+
+from dvexport.errors import CheckpointError, UsageError
 from dvexport.models import zoo
 from dvexport.models.base import VideoModel
 from dvexport.models.checkpoint import save_checkpoint
 from dvexport.models.config import MobileNetConfig, ResNetConfig, parse_settings
-
-from dvexport.errors import CheckpointError, UsageError
 
 ARCHITECTURES = [name for name in zoo.names() if zoo.describe(name).weights is None]
 

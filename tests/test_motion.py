@@ -4,10 +4,10 @@ import av
 import numpy as np
 import pytest
 import torch
-from dvexport.models.motion import CLASSES, SPLITS, MotionDataset, motion_order, write_sample_clips
-from dvexport.models.textures import Draws
 
 from dvexport.errors import UsageError
+from dvexport.models.motion import CLASSES, SPLITS, MotionDataset, motion_order, write_sample_clips
+from dvexport.models.textures import Draws
 
 GOLDEN_WORDS = [[1939671808, 3802949376], [142752784, 769323008], [3541142784, 3316158720]]
 GOLDEN_STEPS = [[7, 6, 5, 4, 3, 2, 1, 0], [1] * 8, [5] * 8, [7] * 8]

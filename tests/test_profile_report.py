@@ -109,9 +109,7 @@ def make_result(seed: int = 0, repeats: int = 20) -> ProfileResult:
         backend="onnx",
         mode="stream",
         clip=ClipInfo("moving_left.mp4", FRAMES, 12.0),
-        device=DeviceInfo(
-            "Cortex-A72", 4, 2, "onnxruntime", "1.24.0", "Linux 6.6", "performance", [1800.0] * 4, 52.4
-        ),
+        device=DeviceInfo("Cortex-A72", 4, 2, "onnxruntime", "1.24.0", "Linux 6.6", "performance", [1800.0] * 4, 52.4),
         method=Method(10, repeats),
         forced=None,
         gated=StepTimes(gated),
@@ -178,9 +176,7 @@ def test_headline_figures_follow_from_the_data(result: ProfileResult) -> None:
     executed = np.mean([step.executed_macs for step in result.steps])
     dense = STEM_MACS + len(NAMES) * GATE_MACS
     assert result.flop_ratio == pytest.approx(dense / executed)
-    assert result.speedup == pytest.approx(
-        np.median(result.dense.samples_ms) / np.median(result.gated.samples_ms)
-    )
+    assert result.speedup == pytest.approx(np.median(result.dense.samples_ms) / np.median(result.gated.samples_ms))
     assert result.realisation == pytest.approx(result.speedup / result.flop_ratio)
     assert result.gated.p90 == pytest.approx(np.percentile(result.gated.samples_ms, 90))
 
@@ -388,7 +384,7 @@ def test_advice_on_flops_that_the_lowering_does_not_save(result: ProfileResult) 
     assert "executes them all (above break-even)" in text
     assert "'tiles'" in text
     slower = replace(gate, median_ms=1.6)
-    assert "export the gate as 'dense'" in _texts(replace(result, gates=[slower]), gate.gate)
+    assert "--lowering GATE=tiles" in _texts(replace(result, gates=[slower]), gate.gate)
 
 
 def test_better_lowering_follows_the_sparser_unit(result: ProfileResult) -> None:
@@ -399,6 +395,13 @@ def test_better_lowering_follows_the_sparser_unit(result: ProfileResult) -> None
     assert better_lowering(replace(result, steps=steps), replace(gate, lowering="groups")) == "tiles"
     assert better_lowering(replace(result, steps=steps), replace(gate, lowering="masked")) == "tiles"
     assert better_lowering(replace(result, steps=steps), replace(gate, lowering="tiles")) == "masked"
+
+
+def test_better_lowering_follows_the_cost_table(result: ProfileResult) -> None:
+    expected = {"masked": 0.9, "tiles": 0.5, "winograd4": 0.4}
+    gate = replace(result.gates[0], lowering="winograd4", median_ms=0.8, expected_ms=expected)
+    assert better_lowering(result, gate) == "tiles"
+    assert better_lowering(result, replace(gate, median_ms=0.45)) == "winograd4"
 
 
 def test_advice_on_gates_that_never_or_always_skip(result: ProfileResult) -> None:

@@ -15,9 +15,7 @@ SMALL = Preprocess(size=(32, 32), resize=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2
 
 def grey_levels(count, height=32, width=48):
     """Frame n is the grey level 10 n, so a frame tells its index after any scaling."""
-    return np.broadcast_to(
-        np.arange(count, dtype=np.uint8)[:, None, None, None] * 10, (count, height, width, 3)
-    )
+    return np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None] * 10, (count, height, width, 3))
 
 
 def index_of(images):
@@ -59,9 +57,7 @@ def test_normalisation_and_colour_order(tmp_path):
     rgb = read_clip(tmp_path / "c.mp4", SMALL)
     seen = rgb.images[0, 16, 16].astype(np.float32)
     np.testing.assert_allclose(seen, colour, atol=4)
-    np.testing.assert_allclose(
-        rgb.frames[0, :, 16, 16], (seen / 255 - [0.5, 0.4, 0.3]) / [0.2, 0.25, 0.5], rtol=1e-5
-    )
+    np.testing.assert_allclose(rgb.frames[0, :, 16, 16], (seen / 255 - [0.5, 0.4, 0.3]) / [0.2, 0.25, 0.5], rtol=1e-5)
     bgr = read_clip(tmp_path / "c.mp4", Preprocess.from_dict({**SMALL.to_dict(), "colour_order": "BGR"}))
     np.testing.assert_array_equal(bgr.images, rgb.images)
     np.testing.assert_allclose(

@@ -16,17 +16,11 @@ __all__ = ["export"]
 @click.command()
 @click.argument("model")
 @path_option("--checkpoint", help="Weights of the model, in the layout of its authors or of dvexport.")
-@click.option(
-    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Option of the model; repeatable."
-)
-@click.option(
-    "--target", default="host", show_default=True, help="Device, see `dvexport targets`, or a .toml file."
-)
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Option of the model; repeatable.")
+@click.option("--target", default="host", show_default=True, help="Device, see `dvexport targets`, or a .toml file.")
 @parse_choice("backend", BACKENDS, default="onnx")
 @parse_choice("mode", MODES, default="stream")
-@click.option(
-    "--lowering", multiple=True, metavar="GATE=KIND", help="Overrule the lowering of one gate; repeatable."
-)
+@click.option("--lowering", multiple=True, metavar="GATE=KIND", help="Overrule the lowering of one gate; repeatable.")
 @path_option("--calibrate", help="Video whose decisions say what to expect of each gate.")
 @path_option("-o", "--output", help="Bundle to write.", required=True)
 def export(

@@ -67,9 +67,7 @@ def _figures(as_json: bool) -> None:
     header, *rows = published.table(found)
     if as_json:
         keys = ("name", "computed", "published", "difference", "ok", "explanation")
-        print_json(
-            [{**dict(zip(keys, row, strict=True)), "ok": f.ok} for row, f in zip(rows, found, strict=True)]
-        )
+        print_json([{**dict(zip(keys, row, strict=True)), "ok": f.ok} for row, f in zip(rows, found, strict=True)])
     else:
         print_table(header, rows, right=("computed", "published", "difference"))
     wrong = [figure.name for figure in found if not figure.ok]

@@ -37,10 +37,7 @@ def verify(bundle: Path, clip: Path | None, checkpoint: Path | None, as_json: bo
     if as_json:
         print_json(report.to_dict())
     else:
-        rows = [
-            (name, _text(value), _text(limit), "ok" if ok else "FAILED")
-            for name, value, limit, ok in report.rows
-        ]
+        rows = [(name, _text(value), _text(limit), "ok" if ok else "FAILED") for name, value, limit, ok in report.rows]
         print_table(("check", "value", "limit", ""), rows, right=("value", "limit"))
     if not report.ok:
         failed = [name for name, _, _, ok in report.rows if not ok]

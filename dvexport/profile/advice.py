@@ -56,12 +56,19 @@ def decisions(result: ProfileResult, gate: str) -> list[GateStep]:
 
 
 def better_lowering(result: ProfileResult, gate: GateStats) -> str:
-    """Return the lowering that these decisions favour over the gate's present one.
+    """Return the lowering that promises most over the gate's present one, or the present one if none does.
 
-    `tiles` saves by active tiles, `groups` by computed channels. The other one is proposed where its
+    Where the target's cost table spoke at export (`expected_ms`), the cheapest other lowering is it, if it
+    was expected to take less than the present one was measured to take. Without a table the decisions
+    speak: `tiles` saves by active tiles, `groups` by computed channels. The other one is proposed where its
     unit is sparse, and sparser than the present lowering's; else `masked` (dense, then mask), which
     costs little more than dense does.
     """
+    if gate.expected_ms:
+        others = {name: ms for name, ms in gate.expected_ms.items() if name != gate.lowering}
+        best = min(others, key=lambda name: others[name], default=gate.lowering)
+        promising = gate.median_ms is None or others.get(best, float("inf")) < gate.median_ms
+        return best if promising else gate.lowering
     taken = decisions(result, gate.gate)
     if not taken:
         return "masked"
@@ -101,9 +108,11 @@ def _costly_gates(result: ProfileResult) -> Iterator[Advice]:
 
 
 def _change(present: str, better: str) -> str:
-    if present in NOT_SAVING:
-        return f"Its lowering '{present}' saves nothing and still decides: export the gate as 'dense'."
-    return f"Export it with the lowering '{better}' in place of '{present}'."
+    if better == present or (present in NOT_SAVING and better in NOT_SAVING):
+        return (
+            "No lowering of this target promises to be cheaper: it pays on a larger layer, or with sparser decisions."
+        )
+    return f"Try it with the lowering '{better}' in place of '{present}' (--lowering GATE={better})."
 
 
 def _overhead_text(result: ProfileResult, gate: str) -> str:
@@ -125,7 +134,11 @@ def _low_realisation(result: ProfileResult) -> Iterator[Advice]:
     losses.sort(key=lambda pair: -pair[0])
     for loss, gate in losses[:NAMED]:
         better = better_lowering(result, gate)
-        proposal = f" Its decisions are sparser for '{better}': measure that." if better != "masked" else ""
+        proposal = (
+            f" Its decisions are sparser for '{better}': measure that."
+            if better not in ("masked", gate.lowering)
+            else ""
+        )
         yield Advice(
             "hint",
             gate.gate,
@@ -142,7 +155,7 @@ def _unused_savings(result: ProfileResult) -> Iterator[Advice]:
     for gate in result.gates:
         if gate.lowering in NOT_SAVING and 0 < gate.executed_fraction < 0.4:
             better = better_lowering(result, gate)
-            if better != "masked":
+            if better not in ("masked", gate.lowering):
                 yield Advice(
                     "hint",
                     gate.gate,
@@ -162,8 +175,8 @@ def _constant_gates(result: ProfileResult) -> Iterator[Advice]:
             yield Advice(
                 "hint",
                 gate.gate,
-                f"Never skips: all {frames} frames compute every channel and tile. Export it as 'dense', "
-                "which also drops the cost of deciding, or train with a stronger sparsity target.",
+                f"Never skips: all {frames} frames compute every channel and tile. Train it with a stronger "
+                "sparsity target, or leave its gate out of the model, which also drops the cost of deciding.",
             )
         if taken and all(s.compute + s.reuse == 0 or s.tiles_active == 0 for s in taken):
             yield Advice(

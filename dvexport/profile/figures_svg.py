@@ -69,8 +69,7 @@ class _Plot:
         right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
         grid = [
             Markup(
-                '<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>'
-                '<text class="tick end" x="{}" y="{}">{}</text>'
+                '<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/><text class="tick end" x="{}" y="{}">{}</text>'
             ).format(LEFT, right, self.y(t), self.y(t), LEFT - 7, self.y(t) + 3.5, f"{t:g}")
             for t in y_ticks
         ]
@@ -158,9 +157,7 @@ def histogram(gated: StepTimes, dense: StepTimes | None) -> Markup:
                 title = f"{name}: {share:.1f}% of steps at {left:.2f} {upto}"
                 y = plot.y(share)
                 marks.append(_rect(f"bar {name}", plot.x(left) + 0.5, y, width, plot.y(0) - y, title))
-    return _svg(
-        plot.axes(nice_ticks(low, high, 7), nice_ticks(0, top, 4)) + _join(marks), "Latency histogram"
-    )
+    return _svg(plot.axes(nice_ticks(low, high, 7), nice_ticks(0, top, 4)) + _join(marks), "Latency histogram")
 
 
 def _frame_plot(steps: Sequence[StepStats], top: float, label: str) -> tuple[_Plot, list[float]]:
@@ -171,8 +168,7 @@ def _frame_plot(steps: Sequence[StepStats], top: float, label: str) -> tuple[_Pl
 def _reference(plot: _Plot, value: float, text: str) -> Markup:
     """A dashed line over the whole width: the dense artifact."""
     return Markup(
-        '<line class="reference" x1="{}" x2="{}" y1="{}" y2="{}"/>'
-        '<text class="label end" x="{}" y="{}">{}</text>'
+        '<line class="reference" x1="{}" x2="{}" y1="{}" y2="{}"/><text class="label end" x="{}" y="{}">{}</text>'
     ).format(LEFT, WIDTH - RIGHT, plot.y(value), plot.y(value), WIDTH - RIGHT - 2, plot.y(value) - 5, text)
 
 
@@ -213,8 +209,7 @@ def gmacs_per_frame(steps: Sequence[StepStats]) -> Markup:
 
 def _strip(body: Markup, alt: str) -> Markup:
     return Markup(
-        '<svg class="strip" viewBox="0 0 {} {}" preserveAspectRatio="none" role="img" '
-        'aria-label="{}">{}</svg>'
+        '<svg class="strip" viewBox="0 0 {} {}" preserveAspectRatio="none" role="img" aria-label="{}">{}</svg>'
     ).format(STRIP_WIDTH, STRIP_HEIGHT, alt, body)
 
 

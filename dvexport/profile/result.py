@@ -107,6 +107,7 @@ class GateStats:
         dense_gmacs: per frame, with the gate always computing.
         median_ms: time of the gate's nodes in the gated artifact, decision included; None: unknown.
         dense_median_ms: time of the same layers in the dense artifact.
+        expected_ms: what the target's cost table promised for each lowering; empty without a table.
     """
 
     gate: str
@@ -118,6 +119,7 @@ class GateStats:
     dense_gmacs: float
     median_ms: float | None = None
     dense_median_ms: float | None = None
+    expected_ms: dict[str, float] = field(default_factory=dict)
 
     @property
     def executed_fraction(self) -> float:
@@ -285,9 +287,7 @@ class ProfileResult:
         """
         try:
             if data["format"] > FORMAT:
-                raise UsageError(
-                    f"profile format {data['format']} is newer than this dvexport", hint="update dvexport"
-                )
+                raise UsageError(f"profile format {data['format']} is newer than this dvexport", hint="update dvexport")
             return cls(
                 **{key: data[key] for key in ("model", "target", "backend", "mode", "forced")},
                 clip=ClipInfo(**data["clip"]),

@@ -190,4 +190,5 @@ def _gate_stats(
         dense_gmacs=flops.dense_of(gate.name) / 1e9,
         median_ms=nodes.gate_ms.get(gate.name),
         dense_median_ms=dense.gate_ms.get(gate.name),
+        expected_ms=dict(gate.expected_ms),
     )
