@@ -60,7 +60,7 @@ class LowerTiles(ir.passes.InPlacePass):
                 continue
             output = node.outputs[0]
             if node.op_type == "SparseConv" and _only_history(node):
-                overlays[output] = _lower_history(node, choice)
+                overlays[output] = _lower_history(node)
             elif node.op_type == "SparseConv":
                 _lower_conv(node, choice, compact)
             elif node.op_type == "Merge" and _stays_compact(node):
@@ -188,11 +188,14 @@ def _inputs(node: ir.Node) -> Mapping[str, ir.Value | None]:
     return operator.bind(node)
 
 
-def _lower_history(node: ir.Node, choice: str) -> _Overlay:
-    """Compute what is owed, and leave it to the Merge to lay it over the old plane."""
+def _lower_history(node: ir.Node) -> _Overlay:
+    """Compute what is owed, and leave it to the Merge to lay it over the old plane.
+
+    Few tiles are owed, so one plain product serves better than Winograd's three.
+    """
     inputs = _inputs(node)
     build = Builder(metadata=node.metadata_props)
-    pixels, y = _convolve(build, node, choice, {})
+    pixels, y = _convolve(build, node, "tiles", {})
     base = inputs["base"]
     assert base is not None and node.graph is not None
     overlay = _Overlay(to_rows(build, base), pixels, y)
@@ -226,18 +229,32 @@ def _convolve(
     source = compact.get(x)
     rows = source.rows if source else to_rows(build, x)
     step = WINOGRAD_STEPS.get(choice)
+    residual, activation = inputs["residual"], attributes["activation"]
+    layer = _Layer(weight, inputs["B"], "none" if residual is not None else activation)
     if step and winograd_applies(weight.shape[2:], attributes, place.size, place.grid, step):
         pixels, reads = _winograd_lists(build, place, active, step)
-        patches = place.cells.shape[1] // step**2
-        y = _winograd(build, rows, _through(build, source, reads), weight, step, patches)
+        y = _winograd(build, rows, _through(build, source, reads), layer, step, place.cells.shape[1] // step**2)
     else:
         pixels, reads = _window_lists(build, place, active, weight.shape[2:], attributes, plane_size(x))
-        y = _product(build, rows, _through(build, source, reads), weight, place.cells.shape[1])
-    if inputs["B"] is not None:
-        y = build.op("Add", y, inputs["B"])
-    if inputs["residual"] is not None:
-        y = build.op("Add", y, build.op("GatherND", to_rows(build, inputs["residual"]), pixels))
-    return pixels, activate(build, y, attributes["activation"])
+        y = _product(build, rows, _through(build, source, reads), layer, place.cells.shape[1])
+    if residual is not None:
+        y = build.op("Add", y, build.op("GatherND", to_rows(build, residual), pixels))
+        y = activate(build, y, activation)
+    return pixels, y
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What is applied to gathered pixels: weight `[Cout, Cin, kh, kw]`, bias, activation."""
+
+    weight: np.ndarray
+    bias: ir.Value | None
+    activation: str
+
+    def finish(self, build: Builder, y: ir.Value) -> ir.Value:
+        """Add the bias and activate."""
+        y = y if self.bias is None else build.op("Add", y, self.bias)
+        return activate(build, y, self.activation)
 
 
 def _through(build: Builder, source: _Compact | None, reads: ir.Value) -> ir.Value:
@@ -261,12 +278,17 @@ def _window_lists(
     return place.pixels(build, active), build.op("Gather", build.const(table), active, axis=0)
 
 
-def _product(build: Builder, rows: ir.Value, reads: ir.Value, weight: np.ndarray, pixels: int) -> ir.Value:
-    """One product over windows: `[1, n, k, Cout]`."""
-    cout, cin, height, width = weight.shape
-    shape = build.ints(1, -1, pixels, height * width * cin)
+def _product(build: Builder, rows: ir.Value, reads: ir.Value, layer: _Layer, pixels: int) -> ir.Value:
+    """One product over windows: `[1, n, k, Cout]`.
+
+    It is written on matrices, so that the runtime makes one operator of product, bias and activation.
+    """
+    cout, cin, height, width = layer.weight.shape
+    shape = build.ints(-1, height * width * cin)
     patches = build.op("Reshape", build.op("Gather", rows, reads, axis=0), shape)
-    return build.op("MatMul", patches, build.const(weight.transpose(2, 3, 1, 0).reshape(-1, cout)))
+    matrix = build.const(layer.weight.transpose(2, 3, 1, 0).reshape(-1, cout))
+    y = layer.finish(build, build.op("MatMul", patches, matrix))
+    return build.op("Reshape", y, build.ints(1, -1, pixels, cout))
 
 
 def _winograd_lists(build: Builder, place: _Place, active: ir.Value, m: int) -> tuple[ir.Value, ir.Value]:
@@ -280,9 +302,9 @@ def _winograd_lists(build: Builder, place: _Place, active: ir.Value, m: int) -> 
     return listed(m, 0, 1), listed(m + 2, 1)
 
 
-def _winograd(build: Builder, rows: ir.Value, reads: ir.Value, weight: np.ndarray, m: int, patches: int) -> ir.Value:
+def _winograd(build: Builder, rows: ir.Value, reads: ir.Value, layer: _Layer, m: int, patches: int) -> ir.Value:
     """F(m, 3): transform the patches, multiply at every point, transform back: `[m*m, 1, n, p, Cout]`."""
-    points, (cout, cin) = (m + 2) ** 2, weight.shape[:2]
+    points, (cout, cin) = (m + 2) ** 2, layer.weight.shape[:2]
     to_points, _, from_points = transforms(m)
 
     def transformed(matrix: np.ndarray, value: ir.Value, *shape: int) -> ir.Value:
@@ -291,8 +313,8 @@ def _winograd(build: Builder, rows: ir.Value, reads: ir.Value, weight: np.ndarra
         return build.op("Reshape", mixed, build.ints(matrix.shape[0], *shape))
 
     mixed = transformed(to_points, build.op("Gather", rows, reads, axis=0), -1, cin)
-    products = build.op("MatMul", mixed, build.const(winograd_weight(weight, m)))
-    return transformed(from_points, products, 1, -1, patches, cout)
+    products = build.op("MatMul", mixed, build.const(winograd_weight(layer.weight, m)))
+    return layer.finish(build, transformed(from_points, products, 1, -1, patches, cout))
 
 
 def _lower_merge(node: ir.Node, overlays: Mapping[ir.Value, _Overlay]) -> _Compact:
