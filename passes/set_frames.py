@@ -18,6 +18,15 @@ from dvexport.state import add_state, state_input
 
 __all__ = ["SetClip", "SetStream"]
 
+_ALONG_AXIS = {
+    "Gather": 0, "GatherElements": 0, "ScatterElements": 0, "Softmax": -1, "LogSoftmax": -1, "Hardmax": -1,
+    "TopK": -1, "LayerNormalization": -1, "LpNormalization": -1,
+}  # fmt: skip
+"""Operators that keep a shape and yet compute along an axis, with the axis they take by default."""
+
+_ALIKE = ("Expand", "ConstantOfShape")
+"""Operators that make a frame axis on which all frames are alike."""
+
 
 class SetClip(ir.passes.InPlacePass):
     """Fix the frame axis to `frames`."""
@@ -102,22 +111,50 @@ def _refuse_mixing(node: ir.Node) -> None:
     if operator_of(node) is not None or node.op_type in ("Shape", "Size"):
         return
     reads_frames = any(v is not None and _frame_dims(v) for v in node.inputs)
-    if not reads_frames:
+    makes_frames = any(_frame_dims(v) for v in node.outputs)
+    if not reads_frames and (not makes_frames or node.op_type in _ALIKE):
         return
+    mixes = not reads_frames or _works_along_frames(node)
     for value in node.outputs:
         dims = _frame_dims(value)
-        if dims == [(0, FRAMES)]:
+        if dims == [(0, FRAMES)] and not mixes:
             continue
         ahead = node.op_type == "Slice" and np.any(array_of(node.inputs[1]) > 0)
         verb = "reads the frame ahead" if ahead else "mixes frames"
         raise TraceError(
             f"the model can't run in stream mode: a node {verb}",
             where=source_of(node),
-            why=f"its output has shape {value.shape}, where the frame axis must stay '{FRAMES}'",
+            why="it works along the frame axis, or counts it"
+            if mixes
+            else f"its output has shape {value.shape}, where the frame axis must stay '{FRAMES}'",
             hint="export with --mode clip, or use the online variant of the model"
             if ahead
             else "export with --mode clip, or use dvexport.gates.delay and frame_mean",
         )
+
+
+def _works_along_frames(node: ir.Node) -> bool:
+    """Tell whether a node that keeps the shape of its first input computes across its axis 0."""
+    value = node.inputs[0]
+    if value is None or (0, FRAMES) not in _frame_dims(value):
+        return False
+    axes: list[int] = []
+    if node.op_type == "CumSum":
+        axes = [int(np.ravel(_known(node, 1))[0])]
+    elif node.op_type == "Slice" and len(node.inputs) > 4:  # a flip is a slice of step -1
+        stepped = zip(np.ravel(_known(node, 3)), np.ravel(_known(node, 4)), strict=True)
+        axes = [int(axis) for axis, step in stepped if step != 1]
+    elif node.op_type in _ALONG_AXIS:
+        given = node.attributes.get("axis")
+        axes = [_ALONG_AXIS[node.op_type] if given is None else given.as_int()]
+    assert value.shape is not None
+    return any(axis % len(value.shape) == 0 for axis in axes)
+
+
+def _known(node: ir.Node, position: int) -> np.ndarray:
+    """Return a constant input; an unknown one might be the frame axis, which is 0."""
+    array = array_of(node.inputs[position])
+    return np.zeros(1, np.int64) if array is None else array
 
 
 def _frame_dims(value: ir.Value) -> list[tuple[int, str]]:

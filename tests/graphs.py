@@ -42,17 +42,17 @@ def graph(text: str, **constants: np.ndarray) -> ir.Model:
 
 
 def infer(model: ir.Model) -> None:
-    """Set every shape, through the references of dialect operators."""
-    proto = ir.to_proto(attach_references(model.clone()))
-    known = onnx.shape_inference.infer_shapes(proto, data_prop=True, strict_mode=True).graph.value_info
-    shapes = {value.name: ir.from_proto(value) for value in known}
-    for node in model.graph:
-        for value in node.outputs:
-            if value.name in shapes:
-                value.shape, value.type = shapes[value.name].shape, shapes[value.name].type
-        operator = operator_of(node)
-        if operator is not None:
-            operator.infer(node)
+    """Set every shape: those of the dialect by its own rules, the others by ONNX, until nothing is new."""
+    for _ in range(1 + sum(operator_of(node) is not None for node in model.graph)):
+        proto = onnx.shape_inference.infer_shapes(ir.to_proto(model), data_prop=True)
+        known = {value.name: ir.from_proto(value) for value in proto.graph.value_info}
+        for node in model.graph:
+            for value in node.outputs:
+                if value.shape is None and value.name in known:
+                    value.shape, value.type = known[value.name].shape, known[value.name].type
+            operator = operator_of(node)
+            if operator is not None and all(v is None or v.shape is not None for v in node.inputs):
+                operator.infer(node)
 
 
 def check(model: ir.Model) -> None:
