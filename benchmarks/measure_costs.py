@@ -12,6 +12,9 @@ from __future__ import annotations
 import argparse
 import platform
 import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +25,7 @@ import dvexport.targets
 from benchmarks.timing import interleave
 from dvexport.errors import UsageError
 from dvexport.graph import DV, FRAMES, OPSET, Builder, static_shape
-from dvexport.passes.choose_lowering import BY_TILE, LOWERINGS, ConvShape
+from dvexport.passes.choose_lowering import BY_CHANNEL, BY_TILE, LOWERINGS, ConvShape
 from dvexport.passes.group_channels import even_groups
 from dvexport.passes.pipeline import Plan, lower
 from dvexport.profile.measure import random_decisions
@@ -53,7 +56,7 @@ def main() -> None:
     for threads in arguments.threads:
         for shape in SHAPES:
             rows += _measure(ConvShape(*shape), threads, arguments.rounds)
-            print(f"{shape}: " + ", ".join(f"{k} {s[-1]}% {ms:.3f}" for k, s, ms, _ in rows[-12:]), flush=True)
+            print(f"{shape}: " + ", ".join(f"{k} {s[-1]}% {ms:.3f}" for k, s, ms, _ in rows[-8:]), flush=True)
     text = _toml(rows)
     if arguments.print:
         print(text)
@@ -62,52 +65,64 @@ def main() -> None:
 
 
 def _measure(shape: ConvShape, threads: int, rounds: int) -> list[tuple[str, list[int], float, int]]:
-    """Return (lowering, shape and percent, ms a convolution, threads) for every legal lowering."""
-    frame = np.random.default_rng(0).random((1, shape.cin, shape.size, shape.size), np.float32)
-    sides, keys = {}, {}
-    for tiled in (True, False):
-        network = _network(shape, tiled)
+    """Return (lowering, shape and percent, ms a convolution, threads) for every legal lowering.
+
+    With a tile mask beside the actions, and with actions alone: then the whole plane is the only cell.
+    """
+    whole = replace(shape, cell=shape.size)
+    sides: dict[str, Callable[[], object]] = {}
+    keys: dict[str, tuple[str, list[int]]] = {}
+    for at in (shape, whole):
         for kind in LOWERINGS:
-            if tiled != (kind in BY_TILE or kind == "masked"):
-                continue
-            try:
-                gates = {f"gate{i}": kind for i in range(BLOCKS)}
-                model = lower(network, Plan(overrides=gates)).model
-            except UsageError:
-                continue  # not legal for this shape
-            session = OrtSession(emit(model), states_of(model), threads=threads)
-            for rate in RATES if kind != "masked" else (1.0,):
-                drawn = _group_decisions(model, rate) if kind == "groups" else _decisions(model, rate)
-                feeds = {"frames": frame, **drawn}
-                name = f"{kind} {rate}"
-                sides[name] = lambda session=session, feeds=feeds: session.run(feeds)
-                done = np.mean([np.count_nonzero(decision) / decision.size for decision in drawn.values()])
-                keys[name] = (kind, [*_size(shape), round(100 * done)])
+            _prepare(at, kind, threads, sides, keys)
     timings = interleave(sides, rounds)
     return [(*keys[name], timing.median / (2 * BLOCKS), threads) for name, timing in timings.items()]
 
 
-def _decisions(model: ir.Model, rate: float) -> dict[str, np.ndarray]:
-    """Draw the network's decisions: `rate` of the tiles active, or of the channels computed."""
+def _prepare(
+    shape: ConvShape,
+    kind: str,
+    threads: int,
+    sides: dict[str, Callable[[], object]],
+    keys: dict[str, tuple[str, list[int]]],
+) -> None:
+    """Add the runs of one lowering at every rate, if it is legal for the shape."""
+    frame = np.random.default_rng(0).random((1, shape.cin, shape.size, shape.size), np.float32)
+    try:
+        model = lower(_network(shape), Plan(overrides={f"gate{i}": kind for i in range(BLOCKS)})).model
+    except UsageError:
+        return
+    session = OrtSession(emit(model), states_of(model), threads=threads)
+    for rate in RATES if kind != "masked" else (1.0,):
+        drawn = _decisions(model, kind, rate)
+        of_kind = [drawn[name] for name in drawn if name.startswith("tiles" if kind in BY_TILE else "action")]
+        percent = round(100 * float(np.mean([np.count_nonzero(decision) / decision.size for decision in of_kind])))
+        name = f"{kind} {shape.cell} {rate}"
+        sides[name] = partial(session.run, {"frames": frame, **drawn})
+        keys[name] = (kind, [*_size(shape), percent])
+
+
+def _decisions(model: ir.Model, kind: str, rate: float) -> dict[str, np.ndarray]:
+    """Draw the network's decisions: `rate` of what the lowering saves by, all of the other kind."""
     inputs = {v.name or "": v for v in model.graph.inputs if (v.name or "").startswith(("tiles", "action"))}
     shapes = {(name, name.rstrip("0123456789")): static_shape(v) for name, v in inputs.items()}
-    (drawn,) = random_decisions(shapes, {"tiles": rate, "channels": rate}, frames=1)
-    return {name: value for (name, _), value in drawn.items()}
-
-
-def _group_decisions(model: ir.Model, rate: float) -> dict[str, np.ndarray]:
-    """Draw actions that compute whole groups, as they lie without calibration."""
-    groups = {name: even_groups(0, action.shape[1]) for name, action in _decisions(model, 1.0).items()}
-    counts = {(name, "action"): (len(edges) - 1,) for name, edges in groups.items()}
-    (drawn,) = random_decisions(counts, {"channels": rate}, frames=1)
-    return {name: np.repeat(chosen, np.diff(groups[name]))[None] for (name, _), chosen in drawn.items()}
+    rates = {"tiles": rate if kind in BY_TILE else 1.0, "channels": rate if kind in BY_CHANNEL else 1.0}
+    if kind != "groups":
+        (drawn,) = random_decisions(shapes, rates, frames=1)
+        return {name: value for (name, _), value in drawn.items()}
+    # Whole groups, as they lie without calibration.
+    edges = {name: even_groups(0, shape[1]) for (name, of), shape in shapes.items() if of == "action"}
+    counts = {(name, of): (len(edges[name]) - 1,) if of == "action" else shape for (name, of), shape in shapes.items()}
+    (drawn,) = random_decisions(counts, rates, frames=1)
+    wide = {name: np.repeat(value, np.diff(edges[name]))[None] for (name, _), value in drawn.items() if name in edges}
+    return {name: wide.get(name, value) for (name, _), value in drawn.items()}
 
 
 def _size(shape: ConvShape) -> list[int]:
     return [shape.cin, shape.cout, shape.size, shape.kernel, shape.stride, shape.cell]
 
 
-def _network(shape: ConvShape, tiled: bool) -> ir.Model:
+def _network(shape: ConvShape) -> ir.Model:
     """Residual blocks of two gated convolutions whose decisions are inputs."""
     rng = np.random.default_rng(0)
     build = Builder()
@@ -115,9 +130,9 @@ def _network(shape: ConvShape, tiled: bool) -> ir.Model:
     x = _input(FRAMES, [FRAMES, shape.cin, shape.size, shape.size], ir.DataType.FLOAT)
     inputs, value = [x], x
     for index in range(BLOCKS):
-        tiles = _input(f"tiles{index}", [FRAMES, grid, grid], ir.DataType.BOOL) if tiled else None
-        action = None if tiled else _input(f"action{index}", [FRAMES, shape.cout], ir.DataType.INT64)
-        inputs += [v for v in (tiles, action) if v is not None]
+        tiles = _input(f"tiles{index}", [FRAMES, grid, grid], ir.DataType.BOOL) if grid > 1 else None
+        action = _input(f"action{index}", [FRAMES, shape.cout], ir.DataType.INT64)
+        inputs += [action] if tiles is None else [action, tiles]
         gate = f"gate{index}"
         u = _conv(build, rng, shape, value, gate, tiles, action, activation="relu")
         z = _conv(build, rng, shape, u, gate, tiles, None, activation="none")
