@@ -1,0 +1,69 @@
+"""Tracing: what a torch model becomes, and the errors of one that can't be traced."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from graphs import check, ops, run
+from oracle_check import net_of, traced, video
+from torch import nn
+
+from dvexport import gates
+from dvexport.errors import TraceError
+from dvexport.trace import trace
+
+
+@pytest.mark.parametrize("kind", ["dstep", "adafuse", "chained"])
+def test_gate_level_graph(kind):
+    model = traced(kind, "uneven")
+    check(model)
+    names = ops(model)
+    assert names.count("dv.GatedConv") == 6
+    assert names.count("dv.Delay") == 3
+    assert names.count("dv.FrameMean") == 1
+    assert "BatchNormalization" not in names
+    gated = [node for node in model.graph if node.op_type == "GatedConv"]
+    assert all(str(node.outputs[0].shape[0]) == "frames" for node in gated)
+    assert all(isinstance(d, int) for node in gated for d in node.outputs[0].shape[1:])
+
+
+@pytest.mark.parametrize("frames", [1, 2, 6])
+def test_any_number_of_frames(frames):
+    net, clip = net_of("dstep", "uneven"), video("uneven")[:frames]
+    with torch.no_grad():
+        expected = net(torch.from_numpy(clip)).numpy()
+    found = run(traced("dstep", "uneven"), frames=clip)["logits"]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+class Head(nn.Module):
+    def __init__(self, head):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), head
+
+    def forward(self, frames):
+        return self.head(self, frames)
+
+
+def branches(net, frames):
+    return frames.mean((2, 3)) if frames.sum() > 0 else frames.amax((2, 3))
+
+
+def wrong_activation(net, frames):
+    return gates.gated_conv(frames, net.conv, gate="mine", activation="gelu").mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [(branches, "the model can't be traced"), (wrong_activation, "activation 'gelu'")],
+)
+def test_what_cannot_be_traced(head, said):
+    with pytest.raises(TraceError, match=said):
+        trace(Head(head), (8, 8))
+
+
+def test_tracing_leaves_the_model_in_eval_mode():
+    net = Head(lambda self, frames: self.conv(frames).mean((2, 3)))
+    trace(net.train(), (8, 8))
+    assert not net.training
