@@ -37,15 +37,21 @@ def _match(relu: ir.Node) -> tuple[ir.Node, ir.Node, ir.Node, ir.Value] | None:
     if relu.domain or relu.op_type != "Relu":
         return None
     add = relu.inputs[0].producer()  # type: ignore[union-attr]
-    if add is None or add.op_type != "Add" or len(add.outputs[0].uses()) != 1:
+    if add is None or add.op_type != "Add" or not _is_private(add.outputs[0]):
         return None
     for index in range(2):
         conv_value, identity = add.inputs[index], add.inputs[1 - index]
         assert conv_value is not None and identity is not None
         conv = conv_value.producer()
-        if conv is not None and len(conv_value.uses()) == 1 and _is_plain(conv):
+        same = conv_value.shape == identity.shape  # a broadcast sum is no residual
+        if conv is not None and same and _is_private(conv_value) and _is_plain(conv):
             return conv, add, relu, identity
     return None
+
+
+def _is_private(value: ir.Value) -> bool:
+    """Tell whether one node reads a value, and no host."""
+    return len(value.uses()) == 1 and not value.is_graph_output()
 
 
 def _is_plain(node: ir.Node) -> bool:
