@@ -32,6 +32,7 @@ __all__ = [
     "CostPoint",
     "CostTable",
     "Rates",
+    "convs_lowered_as",
     "lowering_of",
 ]
 
@@ -57,6 +58,15 @@ class CostPoint(Protocol):
     size: str | list[int]
     ms: float
     threads: int
+
+
+def convs_lowered_as(model: ir.Model, lowering: str) -> list[ir.Node]:
+    """Return the `SparseConv` nodes of gates whose choice is `lowering`."""
+    return [
+        node
+        for node in model.graph
+        if node.domain == DV and node.op_type == "SparseConv" and lowering_of(node) == lowering
+    ]
 
 
 @dataclass(frozen=True)

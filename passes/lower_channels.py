@@ -19,7 +19,7 @@ from dvexport.dialect.conv import activate, dense_conv
 from dvexport.dialect.masks import upsample
 from dvexport.dialect.spec import operator_of
 from dvexport.graph import DV, Builder, branch, replace_node, static_shape
-from dvexport.passes.choose_lowering import lowering_of
+from dvexport.passes.choose_lowering import convs_lowered_as
 
 __all__ = ["LowerChannels", "any_true", "settle", "unmerged"]
 
@@ -29,12 +29,10 @@ class LowerChannels(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Lower each node on its own."""
-        modified = False
-        for node in list(model.graph):
-            if node.domain == DV and node.op_type == "SparseConv" and lowering_of(node) == "channels":
-                _lower(node)
-                modified = True
-        return ir.passes.PassResult(model, modified)
+        nodes = convs_lowered_as(model, "channels")
+        for node in nodes:
+            _lower(node)
+        return ir.passes.PassResult(model, bool(nodes))
 
 
 def _lower(node: ir.Node) -> None:

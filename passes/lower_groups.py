@@ -17,8 +17,8 @@ import onnx_ir as ir
 from dvexport.dialect.conv import activate, dense_conv
 from dvexport.dialect.masks import channel_mask
 from dvexport.dialect.spec import operator_of
-from dvexport.graph import DV, Builder, array_of, branch, replace_node, static_shape
-from dvexport.passes.choose_lowering import lowering_of
+from dvexport.graph import Builder, array_of, branch, replace_node, static_shape
+from dvexport.passes.choose_lowering import convs_lowered_as
 from dvexport.passes.group_channels import input_groups, output_groups
 from dvexport.passes.lower_channels import any_true, settle
 
@@ -30,12 +30,10 @@ class LowerGroups(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Lower each node on its own."""
-        modified = False
-        for node in list(model.graph):
-            if node.domain == DV and node.op_type == "SparseConv" and lowering_of(node) == "groups":
-                _lower(node)
-                modified = True
-        return ir.passes.PassResult(model, modified)
+        nodes = convs_lowered_as(model, "groups")
+        for node in nodes:
+            _lower(node)
+        return ir.passes.PassResult(model, bool(nodes))
 
 
 def _lower(node: ir.Node) -> None:
