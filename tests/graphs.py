@@ -13,7 +13,7 @@ from dvexport.dialect import attach_references, operator_of
 from dvexport.passes.check_dialect import CheckDialect
 from dvexport.state import states_of
 
-__all__ = ["check", "data", "graph", "node_of", "ops", "run", "run_steps", "session", "weights"]
+__all__ = ["check", "data", "graph", "infer", "node_of", "ops", "run", "run_steps", "session", "weights"]
 
 _HEADER = '<ir_version: 10, opset_import: ["": 20, "dv": 1]>\n'
 
