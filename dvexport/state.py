@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 
 import onnx_ir as ir
 
+from dvexport.errors import TraceError
 from dvexport.graph import fresh_output, static_shape
 
 __all__ = ["State", "add_state", "remove_state", "states_of"]
@@ -43,7 +44,17 @@ def state_input(model: ir.Model, name: str, like: ir.Value) -> ir.Value:
 
 
 def add_state(model: ir.Model, name: str, read: ir.Value, write: ir.Value) -> None:
-    """Complete state `name`: `read` is its graph input, `write` its next value."""
+    """Complete state `name`: `read` is its graph input, `write` its next value.
+
+    Raises:
+        TraceError: there is a state of that name.
+    """
+    if any(state.name == name for state in states_of(model)):
+        raise TraceError(
+            f"two states are called '{name}'",
+            why="two delays have one name, or two convolutions with actions belong to one gate",
+            hint="give each a name of its own",
+        )
     assert read.name is not None and read.dtype is not None
     write.shape, write.type = read.shape, read.type
     output = fresh_output(model.graph, f"{name}.out", write)

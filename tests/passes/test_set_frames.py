@@ -140,3 +140,20 @@ def test_online_shift_is_accepted():
     SetStream()(model)
     check(model)
     assert len(states_of(model)) == 8 + 2  # a shift a block, sum and count of the consensus
+
+
+@pytest.mark.parametrize(
+    ("name", "body"),
+    [
+        ("d", 'a = dv.Delay<name="d">(x, z) b = Neg(x) c = dv.Delay<name="d">(b, z) y = Add(a, c)'),
+        ("g.history", 'a = dv.GatedConv<gate="g">(x, W, , t) y = dv.GatedConv<gate="g">(a, W, , t)'),
+    ],
+)
+def test_states_need_names_of_their_own(name, body):
+    model = graph(
+        f"""g (float[frames,2,4,4] x, float[2,2,1,1] W, float[1,2,4,4] z, int64[frames,2] t)
+        => (float[frames,2,4,4] y) {{ {body} }}""",
+        W=weights(2, 2, 1), z=np.zeros((1, 2, 4, 4), np.float32),
+    )  # fmt: skip
+    with pytest.raises(TraceError, match=f"two states are called '{name}'"):
+        SetStream()(model)
