@@ -36,7 +36,7 @@ from dvexport.targets.onnx.runtime import OrtSession
 BLOCKS = 3
 RATES = (0.0, 0.25, 0.5, 1.0)
 SHAPES = [
-    # ResNet at 224, full width, then half; then half width at 160: the shipped models.
+    # ResNet at 224: full width, then half, as the shipped models have it. Then half width at 160.
     *[(c, c, s, 3, 1, p) for c, s, p in ((64, 56, 8), (128, 28, 4), (256, 14, 2), (512, 7, 1))],
     *[(c, c, s, 3, 1, p) for c, s, p in ((32, 56, 8), (64, 28, 4), (128, 14, 2), (256, 7, 1))],
     *[(c, c, s, 3, 1, p) for c, s, p in ((32, 40, 8), (64, 20, 4), (128, 10, 2), (256, 5, 1))],

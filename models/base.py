@@ -37,9 +37,7 @@ class VideoModel(nn.Module):
         causal: False if a frame's result depends on later frames, which rules out stream mode.
     """
 
-    def __init__(
-        self, *, name: str, config: Any, preprocess: Preprocess, labels: list[str], causal: bool
-    ) -> None:
+    def __init__(self, *, name: str, config: Any, preprocess: Preprocess, labels: list[str], causal: bool) -> None:
         super().__init__()
         self.name = name
         self.config = config
@@ -69,7 +67,5 @@ class VideoModel(nn.Module):
     def set_labels(self, labels: list[str]) -> None:
         """Name the classes; UsageError if there are more or fewer names than classes."""
         if len(labels) != self.config.classes:
-            raise UsageError(
-                f"{len(labels)} labels for a model of {self.config.classes} classes", where=self.name
-            )
+            raise UsageError(f"{len(labels)} labels for a model of {self.config.classes} classes", where=self.name)
         self.labels = list(labels)

@@ -208,9 +208,7 @@ def _checked(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     return checked
 
 
-def save_checkpoint(
-    path: str | Path, model: Any, *, architecture: str, accuracy: float | None = None
-) -> None:
+def save_checkpoint(path: str | Path, model: Any, *, architecture: str, accuracy: float | None = None) -> None:
     """Write the weights of a `VideoModel` and all that is needed to rebuild it.
 
     Layers that several blocks share are written once. The file appears whole or not at all.

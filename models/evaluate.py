@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from dvexport.models.base import VideoModel
-from dvexport.models.motion import MotionDataset
-from dvexport.models.policies import Decision, executed_macs
 from torch import Tensor, nn
 
 from dvexport import gates
+from dvexport.models.base import VideoModel
+from dvexport.models.motion import MotionDataset
+from dvexport.models.policies import Decision, executed_macs
 
 __all__ = ["Evaluation", "GateShares", "batches", "decisions_of", "dense_macs", "evaluate", "normalised"]
 
@@ -130,9 +130,7 @@ class _Tally:
             executed = executed_macs(decision)
             hot, tiles = decision.one_hot, decision.tiles
             actions = hot.mean(1).sum(0) if hot is not None else executed.new_tensor([0, 0, len(executed)])
-            active = (
-                tiles.float().mean((1, 2)).sum() if tiles is not None else executed.new_tensor(len(executed))
-            )
+            active = tiles.float().mean((1, 2)).sum() if tiles is not None else executed.new_tensor(len(executed))
             row = torch.stack([executed.new_tensor(len(executed)), *actions, active, executed.sum()]).double()
             self.sums[decision.gate] = self.sums.get(decision.gate, torch.zeros_like(row)) + row
             self.macs[decision.gate] = sum(decision.macs)

@@ -155,9 +155,7 @@ def figures() -> list[Figure]:
 
 
 def _parameters() -> list[Figure]:
-    def count(
-        label: str, model: str, reference: str, published: str, note: str = "", **settings: Any
-    ) -> Figure:
+    def count(label: str, model: str, reference: str, published: str, note: str = "", **settings: Any) -> Figure:
         millions = footprint(model, **settings).parameters / 1e6
         return Figure(f"{label} parameters", "M", millions, reference, published, millions, None, note)
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dvexport.models.checkpoint import Checkpoint, read_checkpoint
-from dvexport.models.layouts import Layout, infer_mobilenet, infer_resnet, recognise
 from torch import Tensor, nn
 
 from dvexport.errors import CheckpointError, UsageError
+from dvexport.models.checkpoint import Checkpoint, read_checkpoint
+from dvexport.models.layouts import Layout, infer_mobilenet, infer_resnet, recognise
 
 __all__ = ["ImportPlan", "ImportReport", "load_weights", "plan_import"]
 

@@ -14,8 +14,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-from dvexport.models.policies import Decision, executed_macs
 from torch import Tensor
+
+from dvexport.models.policies import Decision, executed_macs
 
 __all__ = ["bound_loss", "executed_fraction", "mask_bounds", "sparsity_loss", "sparsity_weight"]
 
@@ -42,9 +43,7 @@ def sparsity_weight(epoch: float, *, warmup: float, alpha: float, beta: float) -
     return 0.0 if epoch < warmup else alpha * math.exp(beta * epoch)
 
 
-def mask_bounds(
-    progress: float, *, density: float, floor: float = 0.0, ceiling: float = 1.0
-) -> tuple[float, float]:
+def mask_bounds(progress: float, *, density: float, floor: float = 0.0, ceiling: float = 1.0) -> tuple[float, float]:
     """Return the (lower, upper) bound on a mask's density at `progress` 0..1 of the relaxation.
 
     Both are `density` at first and move to `floor` and `ceiling` along a squared cosine (DynConv).

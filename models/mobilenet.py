@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 
+from torch import Tensor, nn
+
 from dvexport.models.base import VideoModel, imagenet_preprocess
 from dvexport.models.config import MobileNetConfig
 from dvexport.models.shift import temporal_shift
-from torch import Tensor, nn
 
 __all__ = ["InvertedResidual", "MobileNetV2"]
 
@@ -42,9 +43,7 @@ def _conv_bn(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: in
 class InvertedResidual(nn.Module):
     """Expand (1x1), depthwise 3x3, project (1x1); shifted if it expands and has a skip connection."""
 
-    def __init__(
-        self, name: str, inputs: int, outputs: int, stride: int, expand: int, config: MobileNetConfig
-    ) -> None:
+    def __init__(self, name: str, inputs: int, outputs: int, stride: int, expand: int, config: MobileNetConfig) -> None:
         super().__init__()
         hidden = inputs * expand
         self.residual = stride == 1 and inputs == outputs

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from dvexport.models.textures import Draws, noise, painted, square_grid, star_distance
 from torch import Tensor
 
 from dvexport.errors import UsageError, unknown_name
+from dvexport.models.textures import Draws, noise, painted, square_grid, star_distance
 
 __all__ = ["CLASSES", "SPLITS", "MotionDataset", "Scene", "motion_order", "write_sample_clips"]
 
@@ -167,9 +167,7 @@ class MotionDataset:
     def _draws(self, indices: Tensor) -> Draws:
         outside = indices[(indices < 0) | (indices >= len(self))]
         if len(outside):
-            raise UsageError(
-                f"clip {int(outside[0])} is not in split '{self.split}'", hint=f"0 to {len(self) - 1}"
-            )
+            raise UsageError(f"clip {int(outside[0])} is not in split '{self.split}'", hint=f"0 to {len(self) - 1}")
         start = sum(list(SPLITS.values())[: list(SPLITS).index(self.split)])
         return Draws(self.seed, indices + start)
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from dvexport.models.config import ResNetConfig
-from dvexport.models.shift import next_frame
 from torch import Tensor, nn
 
 from dvexport import gates
 from dvexport.errors import TraceError
+from dvexport.models.config import ResNetConfig
+from dvexport.models.shift import next_frame
 
 __all__ = [
     "BlockGates",
@@ -169,9 +169,7 @@ class ChannelPolicy(nn.Module):
         return torch.cat(order, dim=2)
 
 
-def _gumbel_one_hot(
-    logits: Tensor, tau: float, generator: torch.Generator | None, noise_scale: float = 1.0
-) -> Tensor:
+def _gumbel_one_hot(logits: Tensor, tau: float, generator: torch.Generator | None, noise_scale: float = 1.0) -> Tensor:
     """Return a one-hot sample over the last axis, straight-through (as F.gumbel_softmax(hard=True)).
 
     Training may lower `noise_scale` to 0, where the sample is the argmax that evaluation decides by.
@@ -245,9 +243,7 @@ class BlockGates(nn.Module):
         config: options of the model.
     """
 
-    def __init__(
-        self, gate: str, policy: ChannelPolicy | None, mask: TileMask | None, config: ResNetConfig
-    ) -> None:
+    def __init__(self, gate: str, policy: ChannelPolicy | None, mask: TileMask | None, config: ResNetConfig) -> None:
         super().__init__()
         self.gate, self.config = gate, config
         self.policy, self.mask = policy, mask

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dvexport import gates
 from dvexport.models.base import VideoModel, imagenet_preprocess
 from dvexport.models.config import ResNetConfig
 from dvexport.models.policies import BlockGates, ChannelPolicy, Decision, TileMask
 from dvexport.models.shift import temporal_shift
-from torch import Tensor, nn
-
-from dvexport import gates
 
 __all__ = ["BasicBlock", "Bottleneck", "ResNet"]
 
@@ -93,9 +93,7 @@ class _Block(nn.Module):
         return action, tiles
 
 
-def _conv_costs(
-    convs: list[nn.Conv2d], size: tuple[int, int]
-) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...]]:
+def _conv_costs(convs: list[nn.Conv2d], size: tuple[int, int]) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...]]:
     """Return the output sizes and MACs per frame of convolutions that follow one another."""
     sizes, macs = [], []
     for conv in convs:

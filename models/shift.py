@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from dvexport.models.config import Shift
 from torch import Tensor, nn
 
 from dvexport import gates
+from dvexport.models.config import Shift
 
 __all__ = ["BidirectionalShift", "OnlineShift", "next_frame", "temporal_shift"]
 

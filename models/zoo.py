@@ -16,10 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dvexport.errors import UsageError, unknown_name
 from dvexport.models.checkpoint import read_metadata
 from dvexport.models.config import MobileNetConfig, ResNetConfig, parse_settings
-
-from dvexport.errors import UsageError, unknown_name
 from dvexport.preprocess import Preprocess
 
 if TYPE_CHECKING:
@@ -145,9 +144,7 @@ def describe(name: str) -> ModelInfo:
     config = _FAMILIES[family][0]
     options = dataclasses.asdict(config(**parse_settings(config, about.get("settings", {}))))
     summary = f"trained {architecture}, {options['classes']} classes"
-    return ModelInfo(
-        name, summary, family, options, path, architecture, about.get("accuracy"), about.get("labels", [])
-    )
+    return ModelInfo(name, summary, family, options, path, architecture, about.get("accuracy"), about.get("labels", []))
 
 
 def create(

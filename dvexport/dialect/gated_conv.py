@@ -43,13 +43,15 @@ class GatedConv(Operator):
         v = dense_conv(build, inputs["X"], inputs["W"], inputs["B"], attributes)
         v = activate(build, v, attributes["activation"])
         v.shape, v.type = conv_shape(inputs["X"], inputs["W"], attributes), ir.TensorType(ir.DataType.FLOAT)
-        history = None
+        history, last = None, v
         if inputs["action"] is not None:
-            init = inputs["init_history"] or build.const(np.zeros((1, *v.shape[1:]), np.float32))  # type: ignore[misc]
-            joined = build.op("Concat", init, v, axis=0)
-            history = build.op("Slice", joined, build.ints(0), build.ints(-1), build.ints(0))
+            history = inputs["init_history"] or build.const(np.zeros((1, *v.shape[1:]), np.float32))
+        if v.shape[0] != 1:
+            last = build.op("Slice", v, build.ints(-1), build.ints(2**31), build.ints(0))
+            if history is not None:
+                joined = build.op("Concat", history, v, axis=0)
+                history = build.op("Slice", joined, build.ints(0), build.ints(-1), build.ints(0))
         u = merge(build, v, history, inputs["action"], inputs["tiles"])
-        last = build.op("Slice", v, build.ints(-1), build.ints(2**31), build.ints(0))
         return [u if u is not v else build.op("Identity", v), last]
 
     def problems(self, node: ir.Node) -> list[str]:

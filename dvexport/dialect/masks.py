@@ -16,13 +16,13 @@ def tile_index(size: int, grid: int) -> np.ndarray:
 
 
 def upsample(build: Builder, tiles: ir.Value, size: tuple[int, int]) -> ir.Value:
-    """Upsample a bool tile mask `[N, gh, gw]` by the nearest rule to `[N, 1, *size]`."""
+    """Upsample a tile mask `[N, gh, gw]` by the nearest rule to `[N, 1, *size]`."""
     assert tiles.shape is not None
     for axis in (1, 2):
         index = tile_index(size[axis - 1], int(tiles.shape[axis]))  # type: ignore[arg-type]
         shape = [*tiles.shape[:axis], size[axis - 1], *tiles.shape[axis + 1 :]]  # type: ignore[union-attr]
         tiles = build.op(
-            "Gather", tiles, build.const(index.astype(np.int64)), axis=axis, shape=shape, dtype=ir.DataType.BOOL
+            "Gather", tiles, build.const(index.astype(np.int64)), axis=axis, shape=shape, dtype=tiles.dtype
         )
     return build.op("Unsqueeze", tiles, build.ints(1))
 

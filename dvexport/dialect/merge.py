@@ -19,16 +19,24 @@ __all__ = ["Merge", "merge"]
 def merge(
     build: Builder, v: ir.Value, history: ir.Value | None, action: ir.Value | None, tiles: ir.Value | None
 ) -> ir.Value:
-    """Write `S * ([a=2] V + [a=1] H)` (D-STEP Eq. 1, same-frame mask as in its code)."""
-    zero = build.const(np.float32(0))
+    """Write `S * ([a=2] V + [a=1] H)` (D-STEP Eq. 1, same-frame mask as in its code).
+
+    By products, as the published code does: several times faster than selecting.
+    """
     u = v
     if action is not None:
-        keep = channel_mask(build, build.op("Equal", action, build.const(2, np.int64)))
-        reuse = channel_mask(build, build.op("Equal", action, build.const(1, np.int64)))
-        u = build.op("Where", keep, v, build.op("Where", reuse, history, zero))
+        kept = build.op("Mul", v, _share(build, action, 2))
+        u = build.op("Add", kept, build.op("Mul", history, _share(build, action, 1)))
     if tiles is not None:
-        u = build.op("Where", upsample(build, tiles, plane_size(v)), u, zero)
+        as_float = build.op("Cast", tiles, to=ir.DataType.FLOAT, shape=list(tiles.shape or []), dtype=ir.DataType.FLOAT)
+        u = build.op("Mul", u, upsample(build, as_float, plane_size(v)))
     return u
+
+
+def _share(build: Builder, action: ir.Value, value: int) -> ir.Value:
+    """1.0 in the channels of an action, 0.0 elsewhere, `[N, C, 1, 1]`."""
+    chosen = build.op("Equal", action, build.const(value, np.int64))
+    return channel_mask(build, build.op("Cast", chosen, to=ir.DataType.FLOAT))
 
 
 class Merge(Operator):
