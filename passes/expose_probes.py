@@ -10,7 +10,6 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from dvexport.graph import DV, fresh_output, gate_name
-from dvexport.state import states_of
 
 __all__ = ["ExposeProbes", "ForceDecisions", "decision_values", "forced_name", "probe_name"]
 
@@ -63,15 +62,20 @@ class ForceDecisions(ir.passes.InPlacePass):
         self.kinds = kinds
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Redirect every use of the decision but its own probe."""
-        kept = {state.output for state in states_of(model)} | {
-            v.name for v in model.graph.outputs if (v.name or "").startswith("probe.")
-        }
+        """Redirect every use of a decision but its own probe.
+
+        Of gates that share a decision each follows its own input; what else reads it follows the first gate's.
+        """
+        probes = {v.name for v in model.graph.outputs if (v.name or "").startswith("probe.")}
         found = {key: v for key, v in decision_values(model).items() if key[1] in self.kinds}
+        forced: dict[tuple[str, str], ir.Value] = {}
+        for key, value in found.items():
+            forced[key] = ir.Value(name=forced_name(*key), shape=value.shape, type=value.type)
+            model.graph.inputs.append(forced[key])
         for (gate, kind), value in found.items():
-            forced = ir.Value(name=forced_name(gate, kind), shape=value.shape, type=value.type)
-            model.graph.inputs.append(forced)
-            for user, position in value.uses():
-                if not (user.op_type == "Identity" and user.outputs[0].name in kept):
-                    user.replace_input_with(position, forced)
+            for user, position in list(value.uses()):
+                if user.op_type == "Identity" and user.outputs[0].name in probes:
+                    continue
+                own = (gate_name(user), kind)
+                user.replace_input_with(position, forced.get(own, forced[gate, kind]))
         return ir.passes.PassResult(model, bool(found))

@@ -84,11 +84,15 @@ class _Split:
         tiles: ir.Value | None = None,
         base: ir.Value | None = None,
     ) -> ir.Value:
-        """Write a `SparseConv` with this node's weight."""
+        """Write a `SparseConv` with this node's weight.
+
+        `active_in` speaks of this frame's input only: what is owed reads the previous one's.
+        """
         inputs = self.inputs
+        active_in = inputs["active_in"] if x is inputs["X"] else None
         attributes = {name: attribute.value for name, attribute in self.node.attributes.items()}
         out = self.build.op(
-            "SparseConv", x, inputs["W"], inputs["B"], rows, tiles, inputs["active_in"], None, base,
+            "SparseConv", x, inputs["W"], inputs["B"], rows, tiles, active_in, None, base,
             domain=DV, **attributes,
         )  # fmt: skip
         out.shape, out.type = self.node.outputs[0].shape, self.node.outputs[0].type

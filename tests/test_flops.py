@@ -17,8 +17,8 @@ from dvexport.models import zoo
 from dvexport.trace import trace
 
 CHANNELS = 4
-FIRST = GatedMacs("g", "conv1", cin=3, cout=CHANNELS, taps=9, size=(7, 5), acts=True, reads=False, tiled=True)
-SECOND = GatedMacs("g", "conv2", cin=CHANNELS, cout=6, taps=9, size=(7, 5), acts=False, reads=True, tiled=True)
+FIRST = GatedMacs("g", "conv1", cin=3, cout=CHANNELS, taps=9, size=(7, 5), acts=True, reads="", tiled=True)
+SECOND = GatedMacs("g", "conv2", cin=CHANNELS, cout=6, taps=9, size=(7, 5), acts=False, reads="g", tiled=True)
 TABLE = FlopTable(fixed=1000, decisions=10, gated=[FIRST, SECOND])
 
 
@@ -92,6 +92,15 @@ def test_reuse_of_what_was_computed_is_free():
     assert FIRST.executed(reuse, everything()) == 0
     assert FIRST.executed(reuse, reuse) == FIRST.dense
     assert FIRST.executed(reuse, None) == 0
+
+
+def test_inputs_may_follow_another_gate():
+    chained = GatedMacs("g", "conv2", cin=8, cout=CHANNELS, taps=1, size=(7, 5), acts=True, reads="f", tiled=True)
+    now = everything() | {("f", "action"): np.array([2, 1, 0, 0, 0, 0, 0, 0])}
+    before = everything() | {("g", "action"): np.zeros(CHANNELS, int), ("f", "action"): np.full(8, 2)}
+    assert chained.executed(now, None) == 2 * CHANNELS * 35
+    reuse = now | {("g", "action"): np.ones(CHANNELS, int)}
+    assert chained.executed(reuse, before) == 8 * CHANNELS * 35  # what is owed reads the previous frame's inputs
 
 
 def test_a_leading_frame_axis_is_allowed():

@@ -40,7 +40,7 @@ class GatedMacs:
         cin, cout, taps: channels and kernel area.
         size: output plane, pixels.
         acts: its outputs follow the gate's actions.
-        reads: it reads only channels that the gate's actions did not skip.
+        reads: the gate whose actions say which of its input channels are not zero; empty: all are read.
         tiled: it computes only active tiles.
     """
 
@@ -51,7 +51,7 @@ class GatedMacs:
     taps: int
     size: tuple[int, int]
     acts: bool
-    reads: bool
+    reads: str
     tiled: bool
 
     @property
@@ -61,24 +61,28 @@ class GatedMacs:
 
     def executed(self, now: Decisions, before: Decisions | None) -> int:
         """Return the MACs of one frame; `before` is the previous frame's, None for the first."""
-        action, tiles = self._action(now), self._tiles(now)
+        tiles = self._tiles(now)
         pixels = self._pixels(tiles)
         if not self.acts:
-            cin = int((action != 0).sum()) if self.reads else self.cin
-            return cin * self.cout * self.taps * pixels
-        outputs = int((action == 2).sum()) * pixels
+            return self._inputs(now) * self.cout * self.taps * pixels
+        action = self._action(now)
+        total = int((action == 2).sum()) * pixels * self._inputs(now)
         if before is not None:
             was_kept = self._action(before) == 2
             stale = tiles & ~self._tiles(before)
-            outputs += int(((action == 1) & ~was_kept).sum()) * pixels
-            outputs += int(((action == 1) & was_kept).sum()) * self._pixels(stale)
-        return outputs * self.cin * self.taps
+            owed = int(((action == 1) & ~was_kept).sum()) * pixels
+            owed += int(((action == 1) & was_kept).sum()) * self._pixels(stale)
+            total += owed * self._inputs(before)
+        return total * self.taps
 
     def _action(self, decisions: Decisions) -> np.ndarray:
-        channels = self.cout if self.acts else self.cin
-        if not (self.acts or self.reads):
-            return np.full(channels, 2)
         return np.asarray(decisions[self.gate, "action"]).reshape(-1)
+
+    def _inputs(self, decisions: Decisions) -> int:
+        """How many input channels the reduction runs over."""
+        if not self.reads:
+            return self.cin
+        return int((np.asarray(decisions[self.reads, "action"]) != 0).sum())
 
     def _tiles(self, decisions: Decisions) -> np.ndarray:
         if not self.tiled:
@@ -152,12 +156,13 @@ class FlopTable:
 def flop_table(model: ir.Model) -> FlopTable:
     """Count a gate-level model, one frame; symbolic dimensions count as one."""
     in_dense = _dense_nodes(model)
+    actions = _actions(model)
     fixed = decisions = 0
     gated = []
     for node in model.graph:
         if operator_of(node) is not None:
             if node.op_type == "GatedConv":
-                gated.append(_gated(node))
+                gated.append(_gated(node, actions))
         elif node in in_dense:
             fixed += _macs(node)
         else:
@@ -179,7 +184,7 @@ def _dense_nodes(model: ir.Model) -> set[ir.Node]:
     return found
 
 
-def _gated(node: ir.Node) -> GatedMacs:
+def _gated(node: ir.Node, actions: Mapping[ir.Value, str]) -> GatedMacs:
     operator = operator_of(node)
     assert operator is not None
     inputs = operator.bind(node)
@@ -193,9 +198,33 @@ def _gated(node: ir.Node) -> GatedMacs:
         taps=prod(kernel),
         size=(size[0], size[1]),
         acts=inputs["action"] is not None,
-        reads=inputs["active_in"] is not None,
+        reads=_gate_behind(inputs["active_in"], actions),
         tiled=inputs["tiles"] is not None,
     )
+
+
+_COMPARISONS = {"Not", "Equal", "Greater", "Cast", "Identity"}
+"""What lies between a gate's actions and a promise that some channels are zero."""
+
+
+def _actions(model: ir.Model) -> dict[ir.Value, str]:
+    """Every action by the first gate that takes it."""
+    found: dict[ir.Value, str] = {}
+    for node in model.graph:
+        operator = operator_of(node)
+        action = operator.bind(node).get("action") if operator is not None and node.op_type == "GatedConv" else None
+        if action is not None:
+            found.setdefault(action, gate_name(node))
+    return found
+
+
+def _gate_behind(active_in: ir.Value | None, actions: Mapping[ir.Value, str]) -> str:
+    """Return the gate whose actions a promise was derived from, or nothing where none is found."""
+    if active_in is None or active_in in actions:
+        return actions.get(active_in, "") if active_in is not None else ""
+    node = active_in.producer()
+    inputs = node.inputs if node is not None and node.op_type in _COMPARISONS else ()
+    return next((gate for value in inputs if (gate := _gate_behind(value, actions))), "")
 
 
 def _macs(node: ir.Node) -> int:
