@@ -46,7 +46,7 @@ def main() -> None:
 
 STARTS = {
     "import dvexport": ["-c", "import dvexport"],
-    "dvexport --help": ["-m", "dvexport.cli", "--help"],
+    "dvexport --help": ["-c", "from dvexport.cli import main; main(['--help'])"],
 }
 
 

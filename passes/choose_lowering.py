@@ -132,11 +132,13 @@ class CostTable:
     Args:
         points: sizes are `[cin, cout, size, kernel, stride, cell, percent]`, times in ms.
         source: on what they were measured, for reasons.
-        threads: which points to use.
+        threads: which points to use; those of the nearest count measured.
     """
 
     def __init__(self, points: Iterable[CostPoint], source: str = "", threads: int = 1) -> None:
         self.source = source
+        points = list(points)
+        threads = min({point.threads for point in points}, key=lambda n: (abs(n - threads), n), default=threads)
         self._curves: dict[str, dict[ConvShape, dict[int, float]]] = {}
         for point in points:
             if point.threads != threads or isinstance(point.size, str) or len(point.size) != 7:
