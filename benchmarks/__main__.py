@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import resnet18
+from benchmarks.document import DOCS, markdown_table, replace_block
 
 COLUMNS = ("threads", "side", "ms", "spread", "flops", "speedup", "realisation")
 
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30, help="rounds of each interleaved run")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/benchmarks.md")
     arguments = parser.parse_args()
     results: dict[str, list[dict[str, Any]]] = {
         "D-STEP ResNet-18, tiles forced": [],
@@ -39,6 +41,10 @@ def main() -> None:
     start = {name: _startup(code) for name, code in STARTS.items()}
     for name, seconds in start.items():
         print(f"{name}: {seconds:.2f} s (median of 5)")
+    if arguments.write:
+        blocks = [f"**{title}**\n\n{markdown_table(COLUMNS, rows)}" for title, rows in results.items()]
+        times = [f"- `{name}`: {seconds:.2f} s" for name, seconds in start.items()]
+        replace_block(DOCS / "benchmarks.md", "forced", "\n\n".join([*blocks, "\n".join(times)]))
     if arguments.json:
         content = {"machine": platform.processor() or platform.machine(), "tables": results, "startup_s": start}
         arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

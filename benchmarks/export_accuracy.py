@@ -8,23 +8,21 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
 import dvexport
+from benchmarks.document import DOCS, replace_block
 from dvexport.dialect.flops import FlopTable
 from dvexport.models import zoo
 from dvexport.models.evaluate import normalised
 from dvexport.models.motion import MotionDataset
 
 MODELS = ("tsn_motion", "tsm_motion", "dstep_motion_d60", "dstep_motion_d40")
-DOCUMENT = Path(__file__).parent.parent / "docs" / "training.md"
 HEADER = (
     "| model | clips | accuracy before | after export | predictions changed | GMAC/frame of the artifact |\n"
     "|---|---|---|---|---|---|"
@@ -65,9 +63,7 @@ def main() -> int:
     table = "\n".join([HEADER, *[comparison.row() for comparison in found]])
     print(table)
     if arguments.write:
-        text = DOCUMENT.read_text(encoding="utf-8")
-        pattern = r"(?s)(<!-- export-table -->\n).*?(<!-- /export-table -->)"
-        DOCUMENT.write_text(re.sub(pattern, rf"\g<1>\n{table}\n\n\g<2>", text), encoding="utf-8")
+        replace_block(DOCS / "training.md", "export-table", table)
     return int(any(comparison.changed for comparison in found))
 
 

@@ -51,7 +51,7 @@ BACKENDS = ("onnx",)
 LATER_BACKENDS = ("tvm", "tflite")
 MODES = ("stream", "clip")
 
-_TOOLS = ("dvexport", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "onnxsim", "torch")
+_TOOLS = ("dvexport", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "torch")
 
 Progress = Callable[[str], None]
 
