@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 
 import click
 
@@ -15,7 +16,7 @@ from dvexport.cli.run import run
 from dvexport.cli.targets import targets
 from dvexport.cli.train import train
 from dvexport.cli.verify import verify
-from dvexport.errors import DvexportError, unknown_name
+from dvexport.errors import DeviceError, DvexportError, unknown_name
 
 __all__ = ["cli", "main"]
 
@@ -57,7 +58,9 @@ def main(args: list[str] | None = None) -> None:
 
 def _exit_code(args: list[str] | None) -> int:
     try:
-        return int(cli.main(args=args, prog_name="dvexport", standalone_mode=False) or 0)
+        code = int(cli.main(args=args, prog_name="dvexport", standalone_mode=False) or 0)
+        sys.stdout.flush()
+        return code
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return error.exit_code
@@ -68,9 +71,19 @@ def _exit_code(args: list[str] | None) -> int:
     except (click.Abort, KeyboardInterrupt):
         return _report("interrupted", _INTERRUPTED)
     except BrokenPipeError:
-        # The reader, such as `head`, has what it wants; nothing may be flushed to it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader, such as `head`, has what it wants.
+        _drop_output()
         return 0
+    except OSError as error:
+        _drop_output()
+        where = f" ({error.filename})" if error.filename else ""
+        return _report(f"{error.strerror or error}{where}", DeviceError.exit_code)
+
+
+def _drop_output() -> None:
+    """Keep Python from writing to standard output, which failed, once more at exit."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _report(message: str, exit_code: int) -> int:

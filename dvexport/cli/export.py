@@ -36,7 +36,7 @@ def export(
 ) -> None:
     """Export MODEL to a bundle.
 
-    MODEL is a name of the zoo (`dvexport models`), package.module:factory, or a saved folder.
+    MODEL is a name of the zoo (`dvexport models`), or package.module:factory.
     """
     options = parse_pairs("--set", settings)
     overrides = parse_pairs("--lowering", lowering)

@@ -26,7 +26,7 @@ LOCAL = "local"
     "--warmup",
     default=1.0,
     show_default=True,
-    type=click.FloatRange(min=0),
+    type=click.FloatRange(min=0, max=3600),
     help="Seconds run before measuring.",
 )
 @path_option("--json", "json_file", help="Write the result as JSON.")
