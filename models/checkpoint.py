@@ -11,18 +11,17 @@ import dataclasses
 import json
 import os
 import pickle
+import pickletools
 import re
 import struct
 import warnings
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dvexport.errors import CheckpointError, DeviceError
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Checkpoint", "read_checkpoint", "read_metadata", "save_checkpoint"]
 
@@ -122,7 +121,8 @@ def _load_pickle(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         text = str(error)
-        if any(word in text for word in ("Unsupported", "GLOBAL", "safe_globals", "unrecognized function")):
+        unsafe = any(word in text for word in ("Unsupported", "GLOBAL", "safe_globals", "unrecognized function"))
+        if unsafe and _holds_pickle(path):
             raise _unsafe(path, text) from None
         raise _damaged(path, _first_line(text)) from None
     except PermissionError as error:
@@ -130,6 +130,18 @@ def _load_pickle(path: Path) -> Any:
     except Exception as error:
         # Damaged bytes make an unpickler raise anything: struct.error, KeyError, UnicodeDecodeError...
         raise _damaged(path, _first_line(str(error)) or type(error).__name__) from None
+
+
+def _holds_pickle(path: Path) -> bool:
+    """Tell a pickle, in a zip or not, from bytes that are none; nothing of it is run."""
+    if zipfile.is_zipfile(path):
+        return True
+    try:
+        with path.open("rb") as file:
+            return sum(1 for _ in pickletools.genops(file)) > 0
+    except Exception:
+        # As above: damaged bytes make a parser raise anything.
+        return False
 
 
 def _unsafe(path: Path, text: str) -> CheckpointError:

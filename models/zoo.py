@@ -9,14 +9,16 @@ import ast
 import contextlib
 import dataclasses
 import importlib
+import inspect
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dvexport.errors import UsageError, unknown_name
+from dvexport.errors import DvexportError, UsageError, unknown_name
 from dvexport.models.checkpoint import read_metadata
 from dvexport.models.config import MobileNetConfig, ResNetConfig, parse_settings
 from dvexport.preprocess import Preprocess
@@ -244,7 +246,16 @@ def _from_factory(name: str, checkpoint: str | Path | None, settings: Mapping[st
                 why=str(error),
                 hint="package.module:factory, importable from here or installed",
             ) from error
-    model = factory(**{key: _literal(value) for key, value in settings.items()})
+        except Exception as error:
+            raise _broken_factory(name, error) from error
+    options = {key: _literal(value) for key, value in settings.items()}
+    _check_options(name, factory, options)
+    try:
+        model = factory(**options)
+    except DvexportError:
+        raise
+    except Exception as error:
+        raise _broken_factory(name, error) from error
     if not isinstance(model, VideoModel):
         raise UsageError(
             f"'{name}' returned a {type(model).__name__}, not a VideoModel",
@@ -256,6 +267,27 @@ def _from_factory(name: str, checkpoint: str | Path | None, settings: Mapping[st
 
         load_weights(model, read_checkpoint(checkpoint).state, where=str(checkpoint))
     return model
+
+
+def _check_options(name: str, factory: Any, options: Mapping[str, Any]) -> None:
+    """Raise UsageError if the factory takes no such options; one without a signature says so itself."""
+    with contextlib.suppress(ValueError):
+        signature = inspect.signature(factory)
+        try:
+            signature.bind(**options)
+        except TypeError as error:
+            takes = f"{name.partition(':')[2]}{signature}"
+            raise UsageError(f"the options don't fit the model factory '{name}'", where=takes, why=str(error)) from None
+
+
+def _broken_factory(name: str, error: Exception) -> UsageError:
+    """Return the error for a user's module or factory that raised, with the line that did."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return UsageError(
+        f"the model factory '{name}' failed",
+        where=f"{last.filename}:{last.lineno}",
+        why=f"{type(error).__name__}: {error}",
+    )
 
 
 def _literal(value: Any) -> Any:

@@ -280,6 +280,14 @@ def test_pickle_that_would_run_code_is_refused(tmp_path, kind):
     assert not trace.exists()
 
 
+def test_pickle_of_a_newer_protocol_is_refused(tmp_path):
+    trace, path = tmp_path / "executed", tmp_path / "evil.pkl"
+    path.write_bytes(pickle.dumps(_RunsCode(trace), protocol=4))
+    with pytest.raises(CheckpointError, match="would run code"):
+        zoo.create("tsn_resnet18", path)
+    assert not trace.exists()
+
+
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.99])
 def test_truncated_file(tmp_path, kind, share):
@@ -308,9 +316,10 @@ def test_damaged_bytes_never_escape_as_another_error(tmp_path, legacy):
     assert refused > 20
 
 
-def test_file_that_is_no_checkpoint(tmp_path):
+@pytest.mark.parametrize("content", [b"this is some text, not weights" * 100, bytes(range(149, 256)) * 50])
+def test_file_that_is_no_checkpoint(tmp_path, content):
     path = tmp_path / "video.pth"
-    path.write_bytes(b"this is some text, not weights" * 100)
+    path.write_bytes(content)
     with pytest.raises(CheckpointError, match="truncated or damaged"):
         zoo.create("tsn_resnet18", path)
 

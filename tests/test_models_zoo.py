@@ -208,6 +208,21 @@ def test_factory_of_something_else(factory):
         zoo.create("my_factory:wrong")
 
 
+def test_factory_that_fails_is_named_by_its_line(factory):
+    (factory / "my_failing.py").write_text("def make(classes=2):\n    raise ValueError(f'not {classes}')\n")
+    with pytest.raises(UsageError, match="failed") as error:
+        zoo.create("my_failing:make", classes="3")
+    assert (error.value.where, error.value.why) == (f"{factory / 'my_failing.py'}:2", "ValueError: not 3")
+    with pytest.raises(UsageError, match="options don't fit") as error:
+        zoo.create("my_failing:make", clases="3")
+    assert error.value.where == "make(classes=2)"
+    assert "clases" in error.value.why
+    (factory / "my_broken.py").write_text("def make(:\n")
+    with pytest.raises(UsageError, match="failed") as error:
+        zoo.create("my_broken:make")
+    assert error.value.why.startswith("SyntaxError")
+
+
 def test_labels_must_fit():
     model = zoo.create("tsn_resnet18", width=0.125, classes=3)
     with pytest.raises(UsageError, match="2 labels for a model of 3 classes"):
