@@ -32,7 +32,7 @@ from dvexport.errors import CheckFailed, CheckpointError, UsageError, unknown_na
 from dvexport.files import writable_output
 from dvexport.golden import moving_texture, pack, sample_clip, torch_steps
 from dvexport.graph import DV, gate_name, static_shape
-from dvexport.passes.choose_lowering import Abilities, CostTable
+from dvexport.passes.choose_lowering import LOWERINGS, Abilities, CostTable
 from dvexport.passes.expose_probes import decision_values
 from dvexport.passes.pipeline import Lowered, Plan, lower
 from dvexport.session import GATE_LEVEL, Session, Step
@@ -92,7 +92,7 @@ def export(
         DeviceError: ONNX Runtime is missing or fails.
     """
     tell = progress or (lambda _: None)
-    device = _check_request(backend, mode, target)
+    device = _check_request(backend, mode, target, lowering or {})
     writable_output(output)
     tell("load the model")
     source = build_model(model, checkpoint, settings or {})
@@ -100,9 +100,10 @@ def export(
     preprocess = net.preprocess
     clip = sample_clip(net.labels) if calibrate is None else None
     golden_frames = _golden_frames(clip, preprocess)
+    calibration_frames = _clip_frames(calibrate or clip, preprocess)
     tell("trace")
     traced = trace(net, preprocess.size)
-    calibration = _calibration(traced, calibrate, golden_frames if clip else None, preprocess)
+    calibration = _calibration(traced, calibration_frames)
     tell("lower the gates")
     lowered = lower(traced, _plan(mode, preprocess.frames, device, calibration, lowering or {}))
     artifact = emit(lowered.model, opset=device.runtimes.onnx.opset)  # type: ignore[union-attr]
@@ -225,13 +226,16 @@ def _json_values(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
 
 
-def _check_request(backend: str, mode: str, target: str) -> devices.Target:
+def _check_request(backend: str, mode: str, target: str, lowering: Mapping[str, str]) -> devices.Target:
     if backend in LATER_BACKENDS:
         raise UsageError(f"backend '{backend}' is not in this release", hint="--backend onnx")
     if backend not in BACKENDS:
         raise unknown_name("backend", backend, BACKENDS)
     if mode not in MODES:
         raise unknown_name("mode", mode, MODES)
+    for kind in lowering.values():
+        if kind not in LOWERINGS:
+            raise unknown_name("lowering", kind, LOWERINGS)
     device = devices.load(target)
     if device.runtimes.onnx is None:
         raise UsageError(
@@ -242,19 +246,22 @@ def _check_request(backend: str, mode: str, target: str) -> devices.Target:
 
 
 def _golden_frames(clip: Path | None, preprocess: Any) -> np.ndarray:
+    frames = _clip_frames(clip, preprocess)
+    return moving_texture(preprocess, preprocess.frames) if frames is None else frames
+
+
+def _clip_frames(clip: str | Path | None, preprocess: Any) -> np.ndarray | None:
     if clip is None:
-        return moving_texture(preprocess, preprocess.frames)
+        return None
     from dvexport.video import read_clip
 
     return read_clip(clip, preprocess).frames
 
 
-def _calibration(traced: ir.Model, clip: str | Path | None, sample: np.ndarray | None, preprocess: Any) -> list[Step]:
-    """Return the decisions on the calibration video, or the sample clip; none without either."""
+def _calibration(traced: ir.Model, frames: np.ndarray | None) -> list[Step]:
+    """Return the decisions on the calibration frames; none without frames or decisions."""
     from dvexport.oracle import Oracle
-    from dvexport.video import read_clip
 
-    frames = sample if clip is None else read_clip(clip, preprocess).frames
     if frames is None or not decision_values(traced):
         return []
     return Oracle(traced).run_clip(frames)

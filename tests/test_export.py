@@ -19,7 +19,7 @@ from dvexport import golden
 from dvexport.bundle import Bundle
 from dvexport.calibrate import gate_rates, gate_statistics
 from dvexport.dialect.flops import FlopTable
-from dvexport.errors import CheckFailed, CheckpointError, DeviceError, UsageError
+from dvexport.errors import CheckFailed, CheckpointError, ClipError, DeviceError, UsageError
 from dvexport.models import zoo
 from dvexport.models.checkpoint import save_checkpoint
 from dvexport.session import Step, read_gate_level
@@ -146,12 +146,20 @@ def test_a_checkpoint_is_named_by_its_digest(tmp_path):
         ({"target": "raspberry-pi-44"}, "did you mean raspberry-pi-4"),
         ({"model": "tsn_resnet1"}, "did you mean tsn_resnet18"),
         ({"settings": {"widht": "1"}}, "did you mean width"),
+        ({"lowering": {"*": "maskd"}}, "did you mean masked"),
     ],
 )
 def test_wrong_requests_are_refused_at_once(tmp_path, options, message):
     with pytest.raises(UsageError, match=message):
         _export(tmp_path / "x.dvx", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_calibration_clip_that_cant_be_read_is_told_before_the_trace(tmp_path):
+    steps = []
+    with pytest.raises(ClipError, match="no such video"):
+        _export(tmp_path / "x.dvx", calibrate=tmp_path / "missing.mp4", progress=steps.append)
+    assert steps == ["load the model"]
 
 
 def test_an_output_that_cant_be_written_is_told_before_the_work(tmp_path):
