@@ -143,7 +143,7 @@ def footprint(name: str, **settings: Any) -> Footprint:
     with torch.no_grad():
         model(frame)
     gated = 0
-    for block in model.gated_blocks() if hasattr(model, "gated_blocks") else []:
+    for block in getattr(model, "gated_blocks", list)():
         gated += macs[f"{block.name}.conv1"] + macs[f"{block.name}.conv2"]
     parameters = sum(p.numel() for p in model.parameters())
     return Footprint(parameters, macs, sizes["norm"], sizes["linear"], gated, sizes["mask"])

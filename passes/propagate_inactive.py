@@ -59,8 +59,9 @@ def _promise(reader: ir.Node, producer: ir.Node, action: ir.Value) -> bool:
     if reader.op_type == "Conv" and not _can_be_gated(reader):
         return False
     build = Builder(metadata=reader.metadata_props)
-    like = {"shape": list(action.shape or []), "dtype": ir.DataType.BOOL}
-    active = build.op("Not", build.op("Equal", action, build.const(0, np.int64), **like), **like)
+    shape = list(action.shape or [])
+    skipped = build.op("Equal", action, build.const(0, np.int64), shape=shape, dtype=ir.DataType.BOOL)
+    active = build.op("Not", skipped, shape=shape, dtype=ir.DataType.BOOL)
     if reader.op_type == "GatedConv":
         graph.insert_before(reader, build.nodes)
         reader.resize_inputs(max(6, len(reader.inputs)))

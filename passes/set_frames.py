@@ -119,7 +119,8 @@ def _refuse_mixing(node: ir.Node) -> None:
         dims = _frame_dims(value)
         if dims == [(0, FRAMES)] and not mixes:
             continue
-        ahead = node.op_type == "Slice" and np.any(array_of(node.inputs[1]) > 0)
+        starts = array_of(node.inputs[1]) if node.op_type == "Slice" else None
+        ahead = starts is not None and np.any(starts > 0)
         verb = "reads the frame ahead" if ahead else "mixes frames"
         raise TraceError(
             f"the model can't run in stream mode: a node {verb}",
