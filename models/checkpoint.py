@@ -122,7 +122,9 @@ def _load_pickle(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         text = str(error)
         unsafe = any(word in text for word in ("Unsupported", "GLOBAL", "safe_globals", "unrecognized function"))
-        if unsafe and _holds_pickle(path):
+        if not _holds_pickle(path):
+            raise _damaged(path, "it is no pickle, whole or at all") from None
+        if unsafe:
             raise _unsafe(path, text) from None
         raise _damaged(path, _first_line(text)) from None
     except PermissionError as error:

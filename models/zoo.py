@@ -282,7 +282,7 @@ def _check_options(name: str, factory: Any, options: Mapping[str, Any]) -> None:
 
 def _broken_factory(name: str, error: Exception) -> UsageError:
     """Return the error for a user's module or factory that raised, with the line that did."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
+    last = error if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1]
     return UsageError(
         f"the model factory '{name}' failed",
         where=f"{last.filename}:{last.lineno}",

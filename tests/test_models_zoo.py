@@ -220,6 +220,7 @@ def test_factory_that_fails_is_named_by_its_line(factory):
     (factory / "my_broken.py").write_text("def make(:\n")
     with pytest.raises(UsageError, match="failed") as error:
         zoo.create("my_broken:make")
+    assert error.value.where == f"{factory / 'my_broken.py'}:1"
     assert error.value.why.startswith("SyntaxError")
 
 
