@@ -162,10 +162,10 @@ def test_sparse_conv(given, activation):
     )
 
 
-@pytest.mark.parametrize("given", [set(), {"tiles"}, {"action", "H"}, {"action", "H", "tiles"}], ids=str)
+@pytest.mark.parametrize("given", [(), ("tiles",), ("action", "H"), ("action", "H", "tiles")], ids=str)
 def test_merge(given):
     arrays = values()
-    model, feeds = one_op("Merge", {"V"} | given, arrays, attributes='gate="g"')
+    model, feeds = one_op("Merge", {"V", *given}, arrays, attributes='gate="g"')
     u = arrays["V"]
     if "action" in given:
         action = arrays["action"][:, :, None, None]
