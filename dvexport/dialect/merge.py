@@ -54,7 +54,7 @@ class Merge(Operator):
     def reference(
         self, build: Builder, inputs: Mapping[str, ir.Value | None], attributes: Mapping[str, Any]
     ) -> Sequence[ir.Value]:
-        """Two selections by channel, one by pixel."""
+        """A product for each action by channel, one by pixel."""
         v = inputs["V"]
         assert v is not None
         u = merge(build, v, inputs["H"], inputs["action"], inputs["tiles"])
