@@ -17,7 +17,6 @@ __all__ = [
     "Builder",
     "array_of",
     "branch",
-    "fresh_input",
     "fresh_output",
     "gate_name",
     "replace_node",
@@ -148,13 +147,6 @@ def source_of(node: ir.Node) -> str:
     place = scopes[-2] if len(scopes) > 1 else ""
     name = f"{node.op_type} node '{node.name}'"
     return f"{name} in {place}" if place else name
-
-
-def fresh_input(graph: ir.Graph, name: str, like: ir.Value) -> ir.Value:
-    """Append a graph input of the shape and type of `like`."""
-    value = ir.Value(name=name, shape=like.shape, type=like.type)
-    graph.inputs.append(value)
-    return value
 
 
 def fresh_output(graph: ir.Graph, name: str, value: ir.Value) -> ir.Value:

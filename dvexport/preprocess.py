@@ -63,11 +63,6 @@ class Preprocess:
             _require(isinstance(getattr(self, name), int), name, "needs a whole number")
         _require(isinstance(self.frame_rate, int | float | None), "frame_rate", "needs a number")
 
-    @classmethod
-    def for_size(cls, size: tuple[int, int], frames: int) -> Preprocess:
-        """Return the usual preprocessing for a crop of `size`: 256/224 times its short side, ImageNet."""
-        return cls(size=size, resize=min(size) * 256 // 224, frames=frames)
-
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import pickle
 import pickletools
 import re
@@ -21,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dvexport.errors import CheckpointError, DeviceError
+from dvexport.errors import CheckpointError
+from dvexport.files import atomic_write
 
 __all__ = ["Checkpoint", "read_checkpoint", "read_metadata", "save_checkpoint"]
 
@@ -234,9 +234,9 @@ def save_checkpoint(path: str | Path, model: Any, *, architecture: str, accuracy
         accuracy: top-1 accuracy in 0..1 on its validation set.
 
     Raises:
-        DeviceError: if the file can't be written.
+        UsageError: if the file can't be written.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     about = {
         "architecture": architecture,
@@ -248,11 +248,5 @@ def save_checkpoint(path: str | Path, model: Any, *, architecture: str, accuracy
     unique = {id(value): key for key, value in reversed(list(model.state_dict(keep_vars=True).items()))}
     state = model.state_dict()
     tensors = {key: state[key].detach().cpu().contiguous() for key in sorted(unique.values())}
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        save_file(tensors, partial, metadata={_METADATA_KEY: json.dumps(about)})
-        os.replace(partial, path)
-    except Exception as error:
-        partial.unlink(missing_ok=True)
-        raise DeviceError("can't write the checkpoint", where=str(path), why=str(error)) from error
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(save(tensors, metadata={_METADATA_KEY: json.dumps(about)}))

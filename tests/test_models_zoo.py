@@ -130,6 +130,15 @@ def test_settings_outrank_an_own_checkpoint(tmp_path):
     assert model.preprocess.frame_rate == 7.5
 
 
+def test_checkpoint_that_can_not_be_written_leaves_nothing(tmp_path):
+    (tmp_path / "taken.safetensors").mkdir()
+    model = zoo.create("tsn_resnet18", width=0.125, classes=3)
+    for path, why in ((tmp_path / "taken.safetensors", "it is a folder"), (tmp_path / "no" / "x", "does not exist")):
+        with pytest.raises(UsageError, match=why):
+            save_checkpoint(path, model, architecture="tsn_resnet18")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken.safetensors"]
+
+
 def test_own_checkpoint_of_another_model(tmp_path):
     _, path = saved(tmp_path)
     with pytest.raises(CheckpointError, match="use dstep_resnet18"):

@@ -52,7 +52,7 @@ def test_every_data_file_is_installed():
         path
         for folder in FOLDERS.values()
         for path in folder.rglob("*")
-        if path.is_file() and path.suffix not in (".py", ".pyc", ".partial") and not path.name.startswith(".")
+        if path.is_file() and path.suffix not in (".py", ".pyc") and not path.name.startswith(".")
     }
     assert present
     assert present == listed

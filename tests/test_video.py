@@ -217,4 +217,3 @@ def test_preprocessing_names_its_bad_key(change, key):
 
 def test_preprocessing_round_trip():
     assert Preprocess.from_dict(SMALL.to_dict()) == SMALL
-    assert Preprocess.for_size((112, 200), 16) == Preprocess(size=(112, 200), resize=128, frames=16)
