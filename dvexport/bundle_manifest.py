@@ -116,10 +116,11 @@ class GateEntry(_Entry):
 
 
 class ModelEntry(_Entry):
-    """The model and the options that it was built with."""
+    """The model, the options given for it, and those that neither they nor its weights told."""
 
     name: str
     settings: dict[str, Any] = {}
+    assumed: dict[str, Any] = {}
 
 
 class PassEntry(_Entry):

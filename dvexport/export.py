@@ -112,7 +112,7 @@ def export(
     golden = _verified(Session(runtime, mode=mode), net, golden_frames)
     tell("write the bundle")
     manifest = Manifest(
-        model=ModelEntry(name=source.name, settings=source.settings),
+        model=ModelEntry(name=source.name, settings=source.settings, assumed=_assumed(net)),
         target=device.name,
         backend=backend,
         mode="clip" if mode == "clip" else "stream",
@@ -220,6 +220,11 @@ def _check_weights(model: nn.Module) -> None:
     for name, value in model.state_dict().items():
         if value.is_floating_point() and not value.isfinite().all():
             raise CheckpointError("the model has NaN or infinite weights", where=name)
+
+
+def _assumed(net: Any) -> dict[str, Any]:
+    """Return the options that neither the checkpoint nor the user told (`models.importers`)."""
+    return {} if net.import_report is None else _json_values(net.import_report.assumed)
 
 
 def _json_values(settings: Mapping[str, Any]) -> dict[str, Any]:

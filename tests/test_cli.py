@@ -12,6 +12,7 @@ from sample_bundle import FILES, make_manifest
 
 from dvexport.bundle import write_bundle
 from dvexport.cli import main
+from dvexport.cli.export import assumed_line
 from dvexport.cli.options import parse_force, parse_pairs
 from dvexport.cli.output import checklist, file_size, print_table
 from dvexport.errors import CheckpointError, UsageError
@@ -230,6 +231,12 @@ def test_export_hands_on_its_options(call, provide, bundle, tmp_path):
     }
     assert "gates: 1 tiles" in out
     assert f"next: dvexport verify {tmp_path / 'o.dvx'}" in out
+
+
+def test_assumed_options_are_told():
+    assert assumed_line({}) == []
+    (line,) = assumed_line({"frames": 8, "size": [224, 224]})
+    assert line == "assumed, as no weights tell it: frames=8 size=224,224  (overrule with --set)"
 
 
 def test_export_leaves_nothing_behind_when_it_fails(call, provide, tmp_path):

@@ -177,6 +177,14 @@ def test_a_gate_or_lowering_that_does_not_exist_is_refused(tmp_path, dstep_again
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_an_official_checkpoint_does_not_tell_is_in_the_manifest(tmp_path):
+    torch.save(small_model("tsn_resnet18").state_dict(), tmp_path / "c.pth")
+    settings = {"width": 0.25, "size": (SIZE, SIZE), "frames": FRAMES}
+    bundle = _export(tmp_path / "c.dvx", settings=settings, checkpoint=tmp_path / "c.pth", mode="clip")
+    assert bundle.manifest.model.assumed["shift_div"] == 8
+    assert not bundle.manifest.model.assumed.keys() & settings
+
+
 def test_weights_that_are_not_finite_are_named(tmp_path):
     model = zoo.create("tsn_resnet18", **TINY)
     with torch.no_grad():

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
 from dvexport.cli.options import BACKENDS, MODES, parse_choice, parse_pairs, path_option
 from dvexport.cli.output import checklist, file_size, print_lines
 
-__all__ = ["export"]
+__all__ = ["assumed_line", "export"]
 
 
 @click.command()
@@ -65,5 +67,14 @@ def export(
         f"{output}: {manifest.model.name} for {manifest.target} ({manifest.backend}, {manifest.mode}), "
         f"{file_size(bundle.path.stat().st_size)}",
         f"gates: {gates}",
+        *assumed_line(manifest.model.assumed),
         f"next: dvexport verify {output}",
     )
+
+
+def assumed_line(assumed: Mapping[str, Any]) -> list[str]:
+    """Return the line that says which options no weights told, none if there are none."""
+    if not assumed:
+        return []
+    told = " ".join(f"{key}={','.join(map(str, v)) if isinstance(v, list) else v}" for key, v in assumed.items())
+    return [f"assumed, as no weights tell it: {told}  (overrule with --set)"]
