@@ -92,6 +92,9 @@ def conv_problems(inputs: Mapping[str, ir.Value | None], attributes: Mapping[str
     weight = inputs["W"]
     if weight is not None and array_of(weight) is None:
         found.append("has a weight that is not constant")
+    bias = inputs.get("B")
+    if bias is not None and array_of(bias) is None:
+        found.append("has a bias that is not constant")
     tiles = inputs.get("tiles")
     if tiles is not None and (tiles.shape is None or not isinstance(tiles.shape[1], int)):
         found.append("has a tile mask whose grid is not static")
