@@ -124,6 +124,7 @@ def test_dense_count_is_torch_s(size):
     assert table.gated == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dstep_resnet18", "adafuse_resnet18"])
 def test_gated_model_contains_its_dense_model(name):
     settings = {"width": 0.125, "classes": 7}

@@ -149,6 +149,7 @@ def test_the_result_survives_json_and_makes_a_page(bundle, result):
     assert "layer4.1" in render_html(result, frames)
 
 
+@pytest.mark.slow
 def test_clip_mode_is_measured_by_the_clip():
     result = profile(small_bundle(DSTEP, "clip"), **QUICK)
     assert len(result.gated.samples_ms) == 3

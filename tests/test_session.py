@@ -67,6 +67,7 @@ def test_results_stay_as_they_are_when_the_stream_goes_on(stream):
     assert all(np.array_equal(value, kept[1][key]) for key, value in first.decisions.items())
 
 
+@pytest.mark.slow
 def test_clip_mode_gives_what_pytorch_gives():
     frames = noise(seed=2)
     got = small_bundle(DSTEP, "clip").session().run_clip(frames)
