@@ -21,6 +21,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from dvexport.dialect.masks import share_of
 from dvexport.dialect.spec import operator_of
 from dvexport.graph import DV, Builder, replace_node, static_shape
 from dvexport.passes.choose_lowering import BY_TILE, lowering_of
@@ -198,14 +199,8 @@ def _merged(
         old = build.op("ScatterND", old, where, overlay.values)
     else:
         old = u if history is v else build.op("Gather", to_rows(build, history), pixels, axis=0)
-    kept = build.op("Mul", u, _share(build, action, 2, pixels, place))
-    return build.op("Add", kept, build.op("Mul", old, _share(build, action, 1, pixels, place)))
-
-
-def _share(build: Builder, action: ir.Value, value: int, pixels: ir.Value, place: Place) -> ir.Value:
-    """1.0 in the channels of an action, 0.0 elsewhere: multiplying is far cheaper than selecting by row."""
-    chosen = build.op("Equal", action, build.const(value, np.int64))
-    return _by_pixel(build, build.op("Cast", chosen, to=ir.DataType.FLOAT), pixels, place)
+    keep, reuse = (_by_pixel(build, share_of(build, action, value), pixels, place) for value in (2, 1))
+    return build.op("Add", build.op("Mul", u, keep), build.op("Mul", old, reuse))
 
 
 def _keep_rows(

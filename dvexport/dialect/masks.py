@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from dvexport.graph import Builder
 
-__all__ = ["channel_mask", "tile_index", "upsample"]
+__all__ = ["channel_mask", "share_of", "tile_index", "upsample"]
 
 
 def tile_index(size: int, grid: int) -> np.ndarray:
@@ -30,3 +30,11 @@ def upsample(build: Builder, tiles: ir.Value, size: tuple[int, int]) -> ir.Value
 def channel_mask(build: Builder, mask: ir.Value) -> ir.Value:
     """View a channel mask `[N, C]` as `[N, C, 1, 1]`."""
     return build.op("Unsqueeze", mask, build.ints(2, 3))
+
+
+def share_of(build: Builder, action: ir.Value, value: int) -> ir.Value:
+    """1.0 in the channels of an action `[N, C]` that are `value`, 0.0 elsewhere.
+
+    Multiplying by it is what the published code does, and several times faster than selecting.
+    """
+    return build.op("Cast", build.op("Equal", action, build.const(value, np.int64)), to=ir.DataType.FLOAT)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
 from dvexport.dialect.conv import plane_size
-from dvexport.dialect.masks import channel_mask, upsample
+from dvexport.dialect.masks import channel_mask, share_of, upsample
 from dvexport.dialect.spec import Operator
 from dvexport.graph import Builder
 
@@ -19,24 +18,15 @@ __all__ = ["Merge", "merge"]
 def merge(
     build: Builder, v: ir.Value, history: ir.Value | None, action: ir.Value | None, tiles: ir.Value | None
 ) -> ir.Value:
-    """Write `S * ([a=2] V + [a=1] H)` (D-STEP Eq. 1, same-frame mask as in its code).
-
-    By products, as the published code does: several times faster than selecting.
-    """
+    """Write `S * ([a=2] V + [a=1] H)` (D-STEP Eq. 1, same-frame mask as in its code)."""
     u = v
     if action is not None:
-        kept = build.op("Mul", v, _share(build, action, 2))
-        u = build.op("Add", kept, build.op("Mul", history, _share(build, action, 1)))
+        kept = build.op("Mul", v, channel_mask(build, share_of(build, action, 2)))
+        u = build.op("Add", kept, build.op("Mul", history, channel_mask(build, share_of(build, action, 1))))
     if tiles is not None:
         as_float = build.op("Cast", tiles, to=ir.DataType.FLOAT, shape=list(tiles.shape or []), dtype=ir.DataType.FLOAT)
         u = build.op("Mul", u, upsample(build, as_float, plane_size(v)))
     return u
-
-
-def _share(build: Builder, action: ir.Value, value: int) -> ir.Value:
-    """1.0 in the channels of an action, 0.0 elsewhere, `[N, C, 1, 1]`."""
-    chosen = build.op("Equal", action, build.const(value, np.int64))
-    return channel_mask(build, build.op("Cast", chosen, to=ir.DataType.FLOAT))
 
 
 class Merge(Operator):
