@@ -91,7 +91,7 @@ def plain_export() -> ir.Model:
 def _lowered(traced: ir.Model, threads: int) -> ir.Model:
     """Lower with forced decisions, as `choose_lowering` decides for this machine at half of the tiles."""
     target = load("host")
-    costs = CostTable(target.costs, target.costs_source or "", threads) if target.costs else None
+    costs = CostTable(target.costs, threads) if target.costs else None
     plan = Plan(forced=True, costs=costs, abilities=Abilities(target.conditional, target.dynamic_shapes))
     return lower(traced, plan).model
 

@@ -279,7 +279,7 @@ def _plan(
         mode=mode,
         frames=frames,
         abilities=Abilities(device.conditional, device.dynamic_shapes),
-        costs=CostTable(device.costs, device.costs_source or "") if device.costs else None,
+        costs=CostTable(device.costs) if device.costs else None,
         rates=gate_rates(calibration),
         overrides=overrides,
         statistics=gate_statistics(calibration),

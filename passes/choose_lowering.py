@@ -131,12 +131,10 @@ class CostTable:
 
     Args:
         points: sizes are `[cin, cout, size, kernel, stride, cell, percent]`, times in ms.
-        source: on what they were measured, for reasons.
         threads: which points to use; those of the nearest count measured.
     """
 
-    def __init__(self, points: Iterable[CostPoint], source: str = "", threads: int = 1) -> None:
-        self.source = source
+    def __init__(self, points: Iterable[CostPoint], threads: int = 1) -> None:
         points = list(points)
         threads = min({point.threads for point in points}, key=lambda n: (abs(n - threads), n), default=threads)
         self._curves: dict[str, dict[ConvShape, dict[int, float]]] = {}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from dvexport.errors import DvexportError, PassError
+from dvexport.errors import DvexportError, PassError, unknown_name
 from dvexport.passes.check_dialect import CheckDialect
 from dvexport.passes.choose_lowering import Abilities, Choice, ChooseLowering, CostTable, Rates
 from dvexport.passes.clean_up import CleanUp
@@ -29,6 +29,7 @@ from dvexport.passes.split_paths import SplitPaths
 
 __all__ = ["Lowered", "PassRecord", "Plan", "lower"]
 
+MODES = ("stream", "clip")
 VARIANTS = ("gated", "dense", "masked")
 
 
@@ -54,6 +55,12 @@ class Plan:
     rates: Mapping[str, Rates] = field(default_factory=dict)
     overrides: Mapping[str, str] = field(default_factory=dict)
     statistics: Mapping[str, ChannelStatistics] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """UsageError on a mode or variant that is none."""
+        for kind, value, known in (("mode", self.mode, MODES), ("variant", self.variant, VARIANTS)):
+            if value not in known:
+                raise unknown_name(kind, value, known)
 
 
 @dataclass(frozen=True)

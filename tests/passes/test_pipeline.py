@@ -90,3 +90,9 @@ def test_an_error_of_the_user_s_says_in_which_pass():
     with pytest.raises(UsageError, match="unknown gate") as error:
         lower(traced("dstep", "even"), Plan(overrides={"layer9": "tiles"}))
     assert any("in pass ChooseLowering, after Simplify" in note for note in error.value.__notes__)
+
+
+@pytest.mark.parametrize("wrong", [{"mode": "steam"}, {"variant": "dens"}], ids=str)
+def test_a_plan_refuses_what_it_does_not_know(wrong):
+    with pytest.raises(UsageError, match=r"did you mean (stream|dense)"):
+        Plan(**wrong)
