@@ -20,6 +20,7 @@ __all__ = [
     "fresh_output",
     "gate_name",
     "replace_node",
+    "scopes_of",
     "source_of",
     "static_shape",
 ]
@@ -140,10 +141,15 @@ def gate_name(node: ir.Node) -> str:
     return "" if attribute is None else attribute.as_string()
 
 
+def scopes_of(node: ir.Node) -> list[str]:
+    """Return the modules a node was traced in, the outermost first, then its own name."""
+    scope = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+    return scope.strip("[]").replace("'", "").split(", ")
+
+
 def source_of(node: ir.Node) -> str:
     """Say where a node came from in the model, for messages."""
-    scope = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
-    scopes = scope.strip("[]").replace("'", "").split(", ")  # each holds those before it; the last is the node
+    scopes = scopes_of(node)  # each holds those before it; the last is the node
     place = scopes[-2] if len(scopes) > 1 else ""
     name = f"{node.op_type} node '{node.name}'"
     return f"{name} in {place}" if place else name

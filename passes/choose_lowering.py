@@ -24,6 +24,7 @@ from dvexport.passes.winograd import WINOGRAD_STEPS, winograd_applies
 __all__ = [
     "BY_CHANNEL",
     "BY_TILE",
+    "KERNELS",
     "LOWERINGS",
     "Abilities",
     "Choice",
@@ -32,6 +33,7 @@ __all__ = [
     "CostPoint",
     "CostTable",
     "Rates",
+    "choose",
     "convs_lowered_as",
     "lowering_of",
 ]
@@ -41,6 +43,8 @@ BY_TILE = ("tiles", *WINOGRAD_STEPS)
 BY_CHANNEL = ("channels", "groups")
 """Lowerings whose work follows the channel actions."""
 LOWERINGS = ("masked", *BY_TILE, *BY_CHANNEL)
+KERNELS = "kernels"
+"""What `ChooseKernels` says of a gate: no lowering, the backend has kernels for it."""
 
 _KEY = "dv.lowering"
 _DEFAULT_RATE = 0.5
@@ -49,6 +53,11 @@ _DEFAULT_RATE = 0.5
 def lowering_of(node: ir.Node) -> str:
     """Return the lowering chosen for a dialect node's gate."""
     return node.metadata_props.get(_KEY, "masked")
+
+
+def choose(node: ir.Node, lowering: str) -> None:
+    """Set the lowering of a dialect node's gate."""
+    node.metadata_props[_KEY] = lowering
 
 
 class CostPoint(Protocol):
@@ -202,7 +211,7 @@ class ChooseLowering(ir.passes.InPlacePass):
             choice = self._choose(gate, nodes)
             self.choices.append(choice)
             for node in nodes:
-                node.metadata_props[_KEY] = choice.lowering
+                choose(node, choice.lowering)
         return ir.passes.PassResult(model, bool(gates))
 
     def _check_overrides(self, gates: Mapping[str, list[ir.Node]]) -> None:
@@ -243,7 +252,20 @@ class ChooseLowering(ir.passes.InPlacePass):
                 if ms is None:
                     return None
                 total += ms
+            total += self._owed(lowering, node, rates.owed)
         return total
+
+    def _owed(self, lowering: str, node: ir.Node, rate: float) -> float:
+        """What the tiles owed by a history add: plain products (`lower_tiles`).
+
+        With none it costs what every measured point includes, since the blocks measured have histories.
+        """
+        if lowering not in BY_TILE or not _has_history(node):
+            return 0.0
+        assert self.costs is not None
+        shape = _shape_of(node)
+        some, none = (self.costs.expected("tiles", shape, at) for at in (rate, 0.0))
+        return max(0.0, some - none) if some is not None and none is not None else 0.0
 
     def _reason(self, best: str, gate: str, expected: Mapping[str, float]) -> str:
         known = "calibrated" if gate in self.rates else "assumed"
@@ -262,20 +284,28 @@ def _kernel(lowering: str, node: ir.Node) -> str:
 
 
 def _rates(lowering: str, node: ir.Node, rates: Rates) -> list[float]:
-    """Return the rate of each convolution that a node becomes: a history is one or two more (`split_paths`)."""
+    """Return the rate of each convolution that a node becomes.
+
+    A history is one or two more (`split_paths`); those on tiles are counted by `ChooseLowering._owed`.
+    """
     operator = operator_of(node)
     assert operator is not None
     inputs = operator.bind(node)
-    streams = inputs["init_history"] is not None
     if lowering in BY_TILE:
-        return [rates.tiles, rates.owed] if streams else [rates.tiles]
+        return [rates.tiles]
     if lowering not in BY_CHANNEL:
         return [1.0]
-    histories = 0 if not streams else 1 if inputs["tiles"] is None else 2
+    histories = 0 if not _has_history(node) else 1 if inputs["tiles"] is None else 2
     if lowering == "groups":  # what is owed is scattered: its groups are computed whole as well
         return [rates.groups] * (1 + histories)
     now = rates.compute if inputs["action"] is not None else rates.active
     return [now] + [0.0] * histories  # `compute` counts what is owed; each history has its own fixed cost
+
+
+def _has_history(node: ir.Node) -> bool:
+    operator = operator_of(node)
+    assert operator is not None
+    return operator.bind(node)["init_history"] is not None
 
 
 def _shape_of(node: ir.Node) -> ConvShape:

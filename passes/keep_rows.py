@@ -6,7 +6,7 @@ convolutions, pooling, states), so that a network changes layout once, after its
 
     ToRows(FromRows(r))            = r
     Relu(FromRows(r))              = FromRows(Relu(r))                  and the like
-    pooling                        = mean over Gather(r, cells)
+    pooling                        = mean over Gather(r, cells)         and the like (`dvexport.passes.pool_rows`)
     mean over the plane            = a constant row times r
     1x1 convolution                = Gather(r, strided pixels) W + B
 
@@ -19,11 +19,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
+import onnx_ir.passes.common as common
 
-from dvexport.dialect.conv import output_size, plane_size
-from dvexport.dialect.rows import rows_shape, zero_row
+from dvexport.dialect.conv import plane_size
+from dvexport.dialect.rows import rows_of, rows_shape, zero_row
 from dvexport.graph import DV, Builder, array_of, replace_node, static_shape
 from dvexport.passes.pixel_tables import tile_pixels, windows
+from dvexport.passes.pool_rows import average_pool, conv_to_one_channel, rows_at_hand
 from dvexport.state import add_state, remove_state, state_input, states_of
 
 __all__ = ["KeepRows"]
@@ -37,7 +39,8 @@ class KeepRows(ir.passes.InPlacePass):
         before = _layout_changes(model)
         for node in list(model.graph):
             rule = _RULES.get((node.domain, node.op_type))
-            if rule is None or not any(v is not None and _rows_of(v) for v in node.inputs):
+            at_hand = rows_at_hand if rule is average_pool else rows_of
+            if rule is None or not any(v is not None and at_hand(v) for v in node.inputs):
                 continue
             build = Builder(metadata=node.metadata_props)
             result = rule(build, node)
@@ -45,6 +48,7 @@ class KeepRows(ir.passes.InPlacePass):
                 replace_node(node, build, [result])
         for state in states_of(model):
             _keep_state(model, state.name)
+        common.TopologicalSortPass()(model)  # pooling may read rows that were made later, for a convolution
         return ir.passes.PassResult(model, _layout_changes(model) != before)
 
 
@@ -52,16 +56,8 @@ def _layout_changes(model: ir.Model) -> int:
     return sum(node.op_type in ("ToRows", "FromRows") for node in model.graph)
 
 
-def _rows_of(value: ir.Value) -> ir.Value | None:
-    """Return the rows of a plane, if a `FromRows` made it."""
-    node = value.producer()
-    if node is not None and node.domain == DV and node.op_type == "FromRows":
-        return node.inputs[0]
-    return None
-
-
 def _as_rows(build: Builder, value: ir.Value) -> ir.Value:
-    return _rows_of(value) or build.op(
+    return rows_of(value) or build.op(
         "ToRows", value, domain=DV, shape=rows_shape(static_shape(value)), dtype=value.dtype
     )
 
@@ -75,7 +71,7 @@ def _plane(build: Builder, rows: ir.Value, node: ir.Node) -> ir.Value:
 
 def _cancel(build: Builder, node: ir.Node) -> ir.Value | None:
     assert node.inputs[0] is not None
-    return _rows_of(node.inputs[0])
+    return rows_of(node.inputs[0])
 
 
 def _elementwise(build: Builder, node: ir.Node) -> ir.Value | None:
@@ -84,6 +80,10 @@ def _elementwise(build: Builder, node: ir.Node) -> ir.Value | None:
     if any(v.shape != node.outputs[0].shape for v in values):
         return None
     return _plane(build, build.op(node.op_type, *[_as_rows(build, v) for v in values]), node)
+
+
+def _conv(build: Builder, node: ir.Node) -> ir.Value | None:
+    return _pointwise(build, node) or conv_to_one_channel(build, node)
 
 
 def _pointwise(build: Builder, node: ir.Node) -> ir.Value | None:
@@ -99,7 +99,7 @@ def _pointwise(build: Builder, node: ir.Node) -> ir.Value | None:
     strides = tuple(node.attributes["strides"].as_ints()) if "strides" in node.attributes else (1, 1)
     pixels = tile_pixels((height, width), (1, 1))
     reads = windows(pixels, plane_size(x), frames, (1, 1), (strides[0], strides[1])).reshape(-1)
-    y = build.op("Gather", _rows_of(x), build.const(reads), axis=0)
+    y = build.op("Gather", rows_of(x), build.const(reads), axis=0)
     y = build.op("MatMul", y, build.const(np.ascontiguousarray(weight[:, :, 0, 0].T)))
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         y = build.op("Add", y, node.inputs[2])
@@ -123,36 +123,20 @@ def _mean(build: Builder, node: ir.Node, tail: list[int]) -> ir.Value:
     """Mean over each frame's pixels, `[frames, C, *tail]`, as a product with a constant row."""
     x = node.inputs[0]
     assert x is not None
-    rows = _rows_of(x)
+    rows = rows_of(x)
     frames, channels, height, width = static_shape(x)
     pixels = height * width
     if frames == 1:  # the zero row is given weight zero, which saves a copy
         weights = np.full((1, pixels + 1), 1 / pixels, np.float32)
         weights[0, -1] = 0
         mean = build.op("MatMul", build.const(weights), rows)
+        if not tail:
+            return mean
     else:
         real = build.op("Slice", rows, build.ints(0), build.ints(frames * pixels), build.ints(0))
         planes = build.op("Reshape", real, build.ints(frames, pixels, channels))
         mean = build.op("MatMul", build.const(np.full((1, pixels), 1 / pixels, np.float32)), planes)
     return build.op("Reshape", mean, build.ints(frames, channels, *tail))
-
-
-def _average_pool(build: Builder, node: ir.Node) -> ir.Value | None:
-    """AveragePool without padding: the mean over gathered windows."""
-    x = node.inputs[0]
-    assert x is not None
-    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-    kernel = tuple(attributes["kernel_shape"])
-    strides, pads = tuple(attributes.get("strides", (1, 1))), attributes.get("pads", (0, 0, 0, 0))
-    if any(pads) or attributes.get("ceil_mode", 0) or any(d != 1 for d in attributes.get("dilations", (1, 1))):
-        return None
-    frames, channels, height, width = static_shape(x)
-    out = output_size((height, width), kernel, {"pads": (0,) * 4, "strides": strides, "dilations": (1, 1)})
-    reads = windows(tile_pixels(out, (1, 1)), (height, width), frames, kernel, strides)
-    gathered = build.op("Gather", _rows_of(x), build.const(reads), axis=0)
-    pooled = build.op("ReduceMean", gathered, build.ints(2), keepdims=0)
-    moved = build.op("Transpose", pooled, perm=[0, 2, 1])
-    return build.op("Reshape", moved, build.ints(frames, channels, *out))
 
 
 def _delay(build: Builder, node: ir.Node) -> ir.Value | None:
@@ -165,7 +149,7 @@ def _delay(build: Builder, node: ir.Node) -> ir.Value | None:
     frames, _, height, width = static_shape(x)
     plane, total = height * width, frames * height * width
     index = np.concatenate([np.full(plane, total), np.arange(total - plane), [total]])
-    return _plane(build, build.op("Gather", _rows_of(x), build.const(index), axis=0), node)
+    return _plane(build, build.op("Gather", rows_of(x), build.const(index), axis=0), node)
 
 
 _RULES: dict[tuple[str, str], Callable[[Builder, ir.Node], ir.Value | None]] = {
@@ -173,10 +157,10 @@ _RULES: dict[tuple[str, str], Callable[[Builder, ir.Node], ir.Value | None]] = {
     (DV, "Delay"): _delay,
     ("", "Relu"): _elementwise,
     ("", "Add"): _elementwise,
-    ("", "Conv"): _pointwise,
+    ("", "Conv"): _conv,
     ("", "ReduceMean"): _plane_mean,
     ("", "GlobalAveragePool"): _global_pool,
-    ("", "AveragePool"): _average_pool,
+    ("", "AveragePool"): average_pool,
 }
 
 
@@ -191,7 +175,7 @@ def _keep_state(model: ir.Model, name: str) -> None:
     rows = state_input(model, name, users[0].outputs[0])
     for user in users:
         replace_node(user, Builder(), [rows])
-    source = _rows_of(write)
+    source = rows_of(write)
     if source is None:
         build = Builder()
         source = _as_rows(build, write)

@@ -167,9 +167,11 @@ def _frame_dims(value: ir.Value) -> list[tuple[int, str]]:
 
 
 def _substitute(model: ir.Model, frames: int) -> None:
+    """Put the number in every shape, expressions such as `frames - 1` included."""
     values = list(model.graph.inputs)
     for node in model.graph.all_nodes():
         values += node.outputs
     for value in values:
         if value.shape is not None:
-            value.shape = ir.Shape([frames if str(dim) == FRAMES else dim for dim in value.shape])
+            dims = [dim if isinstance(dim, int) else dim.evaluate({FRAMES: frames}) for dim in value.shape]
+            value.shape = ir.Shape(dims)

@@ -24,7 +24,7 @@ import onnx_ir as ir
 
 from dvexport.dialect.spec import operator_of
 from dvexport.graph import DV, Builder, gate_name, replace_node, static_shape
-from dvexport.passes.choose_lowering import BY_CHANNEL, lowering_of
+from dvexport.passes.choose_lowering import BY_CHANNEL, KERNELS, lowering_of
 from dvexport.state import add_state, remove_state, state_input, states_of
 
 __all__ = ["SplitPaths"]
@@ -48,7 +48,7 @@ class SplitPaths(ir.passes.InPlacePass):
                 _plain(split)
             elif not streams:
                 _clip(split)
-            elif lowering_of(node) in BY_CHANNEL:
+            elif lowering_of(node) in (*BY_CHANNEL, KERNELS):
                 _stream_channels(split)
             else:
                 _stream_tiles(split)

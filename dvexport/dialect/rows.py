@@ -15,15 +15,23 @@ import numpy as np
 import onnx_ir as ir
 
 from dvexport.dialect.spec import Operator
-from dvexport.graph import Builder, static_shape
+from dvexport.graph import DV, Builder, static_shape
 
-__all__ = ["FromRows", "ToRows", "rows_shape", "zero_row"]
+__all__ = ["FromRows", "ToRows", "rows_of", "rows_shape", "zero_row"]
 
 
 def rows_shape(plane: Sequence[int]) -> tuple[int, int]:
     """Return the shape of the pixel rows of an `[N, C, H, W]` plane."""
     frames, channels, height, width = plane
     return frames * height * width + 1, channels
+
+
+def rows_of(value: ir.Value) -> ir.Value | None:
+    """Return the rows of a plane, if a `FromRows` made it."""
+    node = value.producer()
+    if node is not None and node.domain == DV and node.op_type == "FromRows":
+        return node.inputs[0]
+    return None
 
 
 def zero_row(build: Builder, rows: ir.Value, channels: int) -> ir.Value:

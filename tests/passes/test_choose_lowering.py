@@ -26,10 +26,11 @@ def curve(kernel, *points, shape=SHAPE):
     return [Point(kernel, [*shape, percent], ms) for percent, ms in points]
 
 
-def gate(tiles="bool[1,4,4] t", size=16, action=True, frames=1):
-    inputs = ["a" if action else "", "t" if tiles else ""]
+def gate(tiles="bool[1,4,4] t", size=16, action=True, frames=1, history=False):
+    inputs = ["a" if action else "", "t" if tiles else ""] + ["", "h"] * history
     head = [f"float[{frames},8,{size},{size}] x", "float[8,8,3,3] W"]
     head += [f"int64[{frames},8] a"] * action + ([tiles] if tiles else [])
+    head += [f"float[1,8,{size},{size}] h"] * history
     text = f"g ({', '.join(head)}) => (float[{frames},8,{size},{size}] y) {{"
     text += f' u = dv.GatedConv<gate="g", pads=[1,1,1,1]>(x, W, , {", ".join(inputs)}) y = Relu(u) }}'
     return graph(text, W=weights(8, 8, 3))
@@ -83,6 +84,12 @@ def test_break_even(rate, lowering):
     assert choice.expected_ms == pytest.approx({"masked": 4.0, "tiles": 1 + 8 * rate})
     assert f"calibrated: {rate:.0%} of tiles" in choice.reason
     assert ("every other lowering costs more than it saves" in choice.reason) == (lowering == "masked")
+
+
+@pytest.mark.parametrize(("owed", "ms"), [(0.0, 2.6), (0.25, 4.6)])
+def test_what_a_history_owes_is_added_without_its_fixed_cost(owed, ms):
+    choice = choose(gate(history=True), costs=CostTable(COSTS), rates={"g": Rates(tiles=0.2, owed=owed)})
+    assert choice.expected_ms == pytest.approx({"masked": 4.0, "tiles": ms})
 
 
 def test_assumed_rates_are_called_so():

@@ -64,6 +64,14 @@ def test_clip_fixes_every_shape():
     assert states_of(model) == []
 
 
+def test_clip_fixes_shapes_that_compute_with_the_frames():
+    """As of a bidirectional shift, which joins the frames but the last and a frame of zeros."""
+    model = lower(trace(zoo.create("tsm_resnet18", width=0.125, size=32, frames=3, classes=3), (32, 32)),
+                  Plan(mode="clip", frames=3)).model  # fmt: skip
+    shapes = [value.shape for node in model.graph for value in node.outputs if value.shape is not None]
+    assert all(isinstance(dim, int) for shape in shapes for dim in shape)
+
+
 def test_delay_must_start_at_zero():
     model = graph(CAUSAL, W=weights(3, 2, 3), zeros=np.ones((1, 2, 4, 4), np.float32))
     with pytest.raises(TraceError, match="states start as zeros"):
