@@ -1,0 +1,110 @@
+/* What the files of the runtime share. */
+#ifndef DVX_INTERNAL_H
+#define DVX_INTERNAL_H
+
+#include "dvx.h"
+
+#define COST_TERMS 8
+#define COUNTS 3
+
+/* --- the generated table, see link.py ------------------------------------------------------------------ */
+
+typedef int32_t (*kernel_function)(void *const *buffers, int32_t part, int32_t parts);
+
+typedef struct {
+    const char *name;
+    kernel_function run;
+    uint32_t buffers; /* that it takes */
+    uint32_t splits;  /* 1: several threads may share a call */
+} kernel_entry;
+
+extern const kernel_entry dvx_kernels[];
+extern const uint32_t dvx_kernel_count;
+extern const uint8_t dvx_library_sha256[32];
+extern const char *const dvx_cpu_features[]; /* that the kernels need, by LLVM's names; NULL ends them */
+
+/* --- system.c ------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    const uint8_t *data;
+    size_t size;
+    int mapped; /* 1: ours to unmap */
+} bytes;
+
+int dvx_bytes_open(bytes *b, dvx_blob blob, const char *what, char *error);
+void dvx_bytes_close(bytes *b);
+
+typedef struct {
+    uint8_t *data; /* zeros at first, starts on a page, on 2 MiB if it is large */
+    size_t size;
+    void *map;
+    size_t map_size;
+} memory;
+
+int dvx_memory_take(memory *m, uint64_t size, char *error);
+void dvx_memory_free(memory *m);
+
+uint64_t dvx_now(void); /* nanoseconds of a clock that never goes back */
+
+/* Write a text of at most DVX_ERROR_SIZE bytes; returns -1. */
+int dvx_fail(char *error, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+/* --- plan.c: the plan, decoded and checked ---------------------------------------------------------------- */
+
+enum { SPACE_WEIGHTS, SPACE_ARENA, SPACE_STATE, SPACE_BEFORE, SPACE_AFTER, SPACES };
+
+typedef struct {
+    uint32_t space; /* SPACES: none */
+    uint64_t offset, size;
+} place;
+
+typedef struct {
+    const kernel_entry *kernel;
+    uint32_t first_argument;
+    uint32_t costed; /* 1: the cost model is known */
+    float cost[COST_TERMS];
+} variant;
+
+typedef struct {
+    uint32_t first_variant, variants;
+    const char *label, *gate;
+    place counts[COUNTS];
+} call;
+
+typedef struct {
+    dvx_port port;
+    place place;
+} plan_port;
+
+typedef struct {
+    uint64_t weights, arena, state, flip; /* bytes */
+    uint32_t weights_crc;
+    uint32_t inputs, outputs, calls, variants, arguments, string_bytes;
+    plan_port *ports; /* inputs, then outputs */
+    call *call;
+    variant *variant;
+    place *argument;
+    char *strings;
+} plan;
+
+uint32_t dvx_crc32(const uint8_t *data, size_t size);
+int dvx_plan_read(plan *p, const uint8_t *data, size_t size, char *error);
+void dvx_plan_free(plan *p);
+
+/* --- pool.c: threads ---------------------------------------------------------------------------------------- */
+
+typedef struct pool pool;
+
+/* Start threads - 1 workers; NULL and a text on failure. */
+pool *dvx_pool_start(int threads, const int *cores, char *error);
+/* Run every part of a call; returns when all are done. */
+void dvx_pool_run(pool *p, kernel_function run, void *const *buffers);
+int dvx_pool_pinned(const pool *p);
+void dvx_pool_stop(pool *p);
+
+/* --- cpu.c -------------------------------------------------------------------------------------------------- */
+
+/* The first of the features that this processor lacks, or NULL. */
+const char *dvx_cpu_lacks(const char *const *features);
+
+#endif
