@@ -1,0 +1,1 @@
+"""Kernel generators: each returns a `Kernel`, a TIR function with the ABI of `abi.py`."""

@@ -1,0 +1,110 @@
+"""The calling convention of kernels, and the frame that a generator writes one in.
+
+A kernel is a C function without a result to look at:
+
+    int32_t NAME(void *b0, ..., void *bn, int32_t part, int32_t parts);
+
+Buffers are flat, start on 64 bytes and don't overlap, but where a kernel's text says so. Thread `part` of
+`parts` does its share; parts = 1 does everything. A kernel allocates nothing, keeps nothing and reads every extent
+that a gate decides from its buffers, so a step is a straight list of calls.
+
+TVM would wrap a function in checks of its own tensor type. Functions that already state a calling convention
+are left alone, and what comes out has no undefined symbol.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import tvm.tirx as tx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script import builder as T
+
+__all__ = ["Frame", "Kernel", "i64", "share", "write_kernel", "write_serial_kernel"]
+
+_C_ABI = 1
+"""`tvm::CallingConv::kCPackedFunc`: any but the default keeps `MakePackedAPI` away."""
+
+_UNBOUNDED = 1 << 40
+"""Declared elements of a buffer: its real size is the plan's business."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A generated function.
+
+    Attributes:
+        name: its symbol; equal names are equal functions.
+        func: its TIR.
+        buffers: names of its buffers, in order.
+        splits: whether several threads may share a call.
+    """
+
+    name: str
+    func: Any
+    buffers: tuple[str, ...]
+    splits: bool = True
+
+
+@dataclass
+class Frame:
+    """A kernel being written: its buffers by name, and which thread's share this is."""
+
+    buffers: dict[str, Any]
+    part: Any
+    parts: Any
+    kernel: Kernel = field(init=False)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the buffer of a name."""
+        try:
+            return self.__dict__["buffers"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+def write_kernel(name: str, **buffers: str) -> AbstractContextManager[Frame]:
+    """Open a kernel that threads may share; inside, write its body with `tvm.tirx.script.builder`.
+
+    Args:
+        name: its symbol.
+        buffers: element type by name, in the order of the C function's arguments.
+
+    Yields:
+        The frame; after the block its `kernel` is set.
+    """
+    return _write(name, buffers, splits=True)
+
+
+def write_serial_kernel(name: str, **buffers: str) -> AbstractContextManager[Frame]:
+    """Open a kernel that one thread runs, as its body uses no `part`; else as `write_kernel`."""
+    return _write(name, buffers, splits=False)
+
+
+@contextmanager
+def _write(name: str, buffers: dict[str, str], splits: bool) -> Iterator[Frame]:
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name(name)
+        T.func_attr({"tirx.noalias": True, "global_symbol": name, "calling_conv": _C_ABI})
+        handles = {key: T.arg(key, T.handle(dtype, "global")) for key, dtype in buffers.items()}
+        part, parts = T.arg("part", T.int32()), T.arg("parts", T.int32())
+        declared = {key: T.decl_buffer((_UNBOUNDED,), buffers[key], data=handle) for key, handle in handles.items()}
+        frame = Frame(declared, part, parts)
+        yield frame
+    frame.kernel = Kernel(name, builder.get(), tuple(buffers), splits)
+
+
+def i64(value: Any) -> Any:
+    """Widen an index. Addresses are computed in 64 bits: 32 would cost a sign extension each."""
+    return tx.IntImm("int64", value) if isinstance(value, int) else tx.Cast("int64", value)
+
+
+def share(count: Any, part: Any, parts: Any) -> tuple[Any, Any]:
+    """Return the range of `count` items that is thread `part`'s: contiguous, and of nearly equal size."""
+    return (
+        T.bind(tx.truncdiv(count * part, parts)),
+        T.bind(tx.truncdiv(count * (part + 1), parts)),
+    )

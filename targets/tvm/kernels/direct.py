@@ -1,0 +1,366 @@
+"""Gated direct convolution: output channels `rows` at pixels `runs`, summed over input channels `cols`.
+
+    Y[o, p] = act(B[o] + sum over c in cols, t in taps of X[c, p + t] * W[o, c, t] (+ R[o, p]))
+
+for o in `rows` and p in `runs`; nothing else of Y is written. Vector lanes run over pixels, so that one output
+channel is one row of weights and one contiguous plane: any set of channels is a list, and costs what it holds.
+
+A kernel belongs to a *family* (`DirectConv`), not to a layer: sizes come from the int32 constant `shape`
+(`direct_shape`), decisions from the lists. The pixels are cut into panels of a few vectors, the rows into
+groups; both are balanced (7 rows with a block of 4 are 4 + 3, never 4 + 2 + 1), and every group size has a
+register-blocked product of its own. A *packed* kernel first copies a panel's windows of the active input channels to
+`scratch`, where all groups read them as aligned vectors; an unpacked one loads its vectors from the planes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tvm.tirx as tx
+from tvm.tirx.script import builder as T
+
+from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, write_kernel
+from dvexport.targets.tvm.kernels.direct_data import RUN_HEADER, Runs, Shape, Window
+from dvexport.targets.tvm.kernels.direct_vectors import ceildiv, choose, cut, int32, join, load, store
+from dvexport.targets.tvm.machine import Machine
+
+__all__ = ["DirectConv", "direct_conv", "spec_for"]
+
+
+_SMALL_PLANE = 128
+"""Pixels up to which packing pays for any window: what is packed is small, and weights come by once."""
+
+_FEW_ROWS = 64
+"""Output channels up to which a 1 x 1 window is not worth packing for."""
+
+_SQUARE_BLOCKS = {16: (8, 3), 8: (6, 2)}
+"""Register blocks, by lanes, of unpacked 3 x 3 windows, where these measured faster than the machine's."""
+
+
+@dataclass(frozen=True)
+class DirectConv:
+    """A family of convolutions that share one function.
+
+    Attributes:
+        taps: pixels of the window: 1; 9, for a 3 x 3 window without dilation (unpacked); 0, as many as `shape` says
+            (packed).
+        step: columns from one output pixel's window to the next: 1 or 2.
+        run: neighbouring output pixels of one entry of the run list, a power of two up to the lanes.
+        inside: multiply by the float plane `inside`, because runs cover padding.
+        residual: add R before the activation.
+        relu: the activation, or none.
+        packed: copy windows to scratch first.
+        block: rows x vectors of the register block.
+    """
+
+    taps: int
+    step: int
+    run: int
+    inside: bool
+    residual: bool
+    relu: bool
+    packed: bool
+    block: tuple[int, int]
+
+    def name(self, lanes: int) -> str:
+        """The symbol of this family's function."""
+        taps = f"t{self.taps or 'n'}"
+        kind = "packed" if self.packed else "planes"
+        marks = [mark for mark in ("inside", "residual", "relu") if getattr(self, mark)]
+        rows, vectors = self.block
+        return "_".join(["direct", kind, taps, f"s{self.step}", f"r{self.run}x{lanes}", f"b{rows}x{vectors}", *marks])
+
+
+def direct_conv(spec: DirectConv, machine: Machine) -> Kernel:
+    """Return the function of a family.
+
+    Buffers, in order: X planes, W (`direct_weights`), B `[cout]`, R planes laid out as Y's (with `residual`),
+    inside (with `inside`), rows, cols and runs (lists), scratch (`scratch_floats`), shape (`direct_shape`), Y planes.
+    Y is none of the others: a run may be computed twice.
+
+    Raises:
+        ValueError: the parts of `spec` don't go together.
+    """
+    _check(spec, machine)
+    buffers = {"X": "float32", "W": "float32", "B": "float32"}
+    buffers |= {"R": "float32"} if spec.residual else {}
+    buffers |= {"inside": "float32"} if spec.inside else {}
+    buffers |= {
+        "rows": "int32",
+        "cols": "int32",
+        "runs": "int32",
+        "scratch": "float32",
+        "shape": "int32",
+        "Y": "float32",
+    }
+    with write_kernel(spec.name(machine.lanes), **buffers) as frame:
+        _Writer(spec, machine, frame).write()
+    return frame.kernel
+
+
+def spec_for(
+    window: Window, runs: Runs, channels: tuple[int, int], machine: Machine, *, residual: bool, relu: bool
+) -> DirectConv:
+    """Return the family that a layer is fastest with.
+
+    Args:
+        window: geometry of the convolution.
+        runs: the pixels it may be asked for.
+        channels: input and output channels.
+        machine: what to generate code for.
+        residual, relu: what is fused.
+    """
+    step = window.strides[1]
+    if step > 2:
+        raise ValueError(f"no direct convolution has a stride of {step}")
+    packed = not (step == 1 and _reads_planes(window, runs, channels[1], machine))
+    point = window.size == 1
+    block = machine.block if packed or point else _SQUARE_BLOCKS.get(machine.lanes, machine.block)
+    taps = 1 if point else 0 if packed else 9
+    return DirectConv(taps, step, runs.run, runs.inside, residual, relu, packed, block)
+
+
+def _reads_planes(window: Window, runs: Runs, rows: int, machine: Machine) -> bool:
+    """Whether a layer is faster without packing, as measured with 16, 8 and 4 lanes on x86-64."""
+    if window.size == 1:
+        return machine.lanes == runs.run == 16 and rows <= _FEW_ROWS
+    if window.kernel != (3, 3) or window.dilations != (1, 1):
+        return False
+    wide = runs.run >= (8 if machine.lanes == 16 else machine.lanes)
+    return wide and len(runs.outputs) * runs.run > _SMALL_PLANE
+
+
+def _check(spec: DirectConv, machine: Machine) -> None:
+    if machine.lanes % spec.run or spec.step not in (1, 2) or spec.taps not in ((0, 1) if spec.packed else (1, 9)):
+        raise ValueError(f"no direct convolution has {spec} with {machine.lanes} lanes")
+    if spec.inside and spec.run != machine.lanes:
+        raise ValueError("runs shorter than a vector cover no padding")
+    if not spec.packed and (spec.step != 1 or spec.run == 1):
+        raise ValueError("only runs of neighbouring pixels are read from the planes")
+
+
+@dataclass(frozen=True)
+class _Range:
+    """The share of rows or vectors of this thread, in balanced groups: the first `longer` hold one more than `size`."""
+
+    first: Any
+    groups: Any
+    size: Any
+    longer: Any
+
+    def group(self, index: Any) -> tuple[Any, Any]:
+        """First item and number of items of a group."""
+        start = T.bind(self.first + index * self.size + tx.min(index, self.longer))
+        return start, T.bind(self.size + tx.Select(index < self.longer, int32(1), int32(0)))
+
+
+class _Writer:
+    """Writes the body of one kernel."""
+
+    def __init__(self, spec: DirectConv, machine: Machine, frame: Frame) -> None:
+        self.spec, self.frame, self.lanes = spec, frame, machine.lanes
+        self.by_vector = machine.is_aarch64
+        self.rows_block, self.vectors_block = spec.block
+        self.pieces = machine.lanes // spec.run
+        self.panel_row = self.vectors_block * machine.lanes
+
+    def write(self) -> None:
+        frame, spec = self.frame, self.spec
+        self.n_cols = T.bind(frame.cols[i64(0)])
+        self.depth = 1 if spec.taps == 1 else T.bind(self._shape(Shape.TAPS))
+        self.x_plane, self.y_plane = (T.bind(i64(self._shape(entry))) for entry in (Shape.X_PLANE, Shape.Y_PLANE))
+        self.w_row = T.bind(i64(self._shape(Shape.W_ROW)))
+        self.tile = T.bind(i64(frame.part) * i64(self._shape(Shape.SCRATCH)))
+        self.panels = T.bind(self.tile + self.rows_block * self.panel_row)
+        self.out_runs, self.in_runs = i64(RUN_HEADER), T.bind(i64(frame.runs[i64(1)]) + RUN_HEADER)
+        rows, vectors = self._shares()
+        self.last_vector = T.bind(vectors.first + vectors.groups * vectors.size + vectors.longer - 1)
+        self.panel = T.bind(i64(self.n_cols) * i64(self.depth if spec.packed else 1) * self.panel_row)
+        blocks = self._blocks(vectors.groups)
+        with T.serial(0, blocks) as block:
+            start = T.bind(tx.truncdiv(vectors.groups * block, blocks))
+            stop = T.bind(tx.truncdiv(vectors.groups * (block + 1), blocks))
+            if spec.packed:
+                with T.serial(start, stop) as index:
+                    self._pack(vectors.group(index)[0], T.bind(self.panels + i64(index - start) * self.panel))
+            with T.serial(0, rows.groups) as group:
+                first, count = rows.group(group)
+                choose(count, self.rows_block, lambda n: self._panels(first, n, vectors, start, stop))
+
+    def _shares(self) -> tuple[_Range, _Range]:
+        """This thread's rows and vectors: either all rows of some vectors, or all vectors of some rows."""
+        part, parts = self.frame.part, self.frame.parts
+        rows, vectors = T.bind(self.frame.rows[i64(0)]), T.bind(self.frame.runs[i64(0)])
+        some_vectors = T.bind(rows * ceildiv(vectors, parts))
+        some_rows = T.bind(vectors * ceildiv(rows, parts))
+        split_rows = T.bind(some_rows < some_vectors + self._shape(Shape.PREFER_ROWS))
+        ranges = []
+        for count, split, block in (
+            (rows, split_rows, self.rows_block),
+            (vectors, tx.Not(split_rows), self.vectors_block),
+        ):
+            start = T.bind(tx.Select(split, tx.truncdiv(count * part, parts), int32(0)))
+            stop = T.bind(tx.Select(split, tx.truncdiv(count * (part + 1), parts), count))
+            groups = T.bind(ceildiv(stop - start, block))
+            size = T.bind(tx.truncdiv(stop - start, tx.max(groups, int32(1))))
+            ranges.append(_Range(start, groups, size, T.bind(stop - start - groups * size)))
+        return ranges[0], ranges[1]
+
+    def _blocks(self, panels: Any) -> Any:
+        """How many blocks of panels: those of one block stay in the cache while all groups of rows pass over them."""
+        size = tx.max(tx.Cast("int32", self.panel), int32(1))
+        together = tx.max(tx.truncdiv(self._shape(Shape.TOGETHER), size), int32(1))
+        return T.bind(ceildiv(panels, together))
+
+    def _pack(self, first: Any, panel: Any) -> None:
+        """Copy the windows of a panel's vectors to scratch, active input channels only: `[channel][tap][vector]`."""
+        vectors = [T.bind(tx.min(first + j, self.last_vector)) for j in range(self.vectors_block)]
+        offsets = [self._run(self.in_runs, vector, piece) for vector in vectors for piece in range(self.pieces)]
+        with T.serial(0, self.n_cols) as col:
+            plane = T.bind(i64(self.frame.cols[i64(col) + 1]) * self.x_plane)
+            with T.serial(0, self.depth) as tap:
+                source = T.bind(plane + i64(self.frame.shape[i64(tap) + Shape.FIRST_TAP]))
+                to = T.bind(panel + (i64(col) * i64(self.depth) + i64(tap)) * self.panel_row)
+                for index, offset in enumerate(offsets):
+                    store(self.frame.scratch, to + index * self.spec.run, self._window(source + offset), self.spec.run)
+
+    def _window(self, offset: Any) -> Any:
+        """A run's pixels under one tap."""
+        run, X = self.spec.run, self.frame.X
+        if self.spec.step == 1 or run == 1:
+            return load(X, offset, run)
+        return tx.Shuffle([load(X, offset, run), load(X, offset + run, run)], list(range(0, 2 * run, 2)))
+
+    def _panels(self, first: Any, count: int, vectors: _Range, start: Any, stop: Any) -> None:
+        """The products of a group of rows with all panels of a block."""
+        rows = [T.bind(i64(self.frame.rows[i64(first + i) + 1])) for i in range(count)]
+        weights = [T.bind(row * self.w_row) for row in rows]
+        with T.serial(start, stop) as index:
+            vector, size = vectors.group(index)
+            panel = T.bind(self.panels + i64(index - start) * self.panel)
+            choose(size, self.vectors_block, lambda n: self._product(rows, weights, vector, n, panel))
+            self._epilogue(first, count, vector, size)
+
+    def _product(self, rows: list[Any], weights: list[Any], vector: Any, size: int, panel: Any) -> None:
+        """One register block; its sums go to the tile in scratch."""
+        lanes = [tx.Ramp(0, 1, self.lanes)]
+        sums = [[T.alloc_buffer((self.lanes,), "float32", scope="global") for _ in range(size)] for _ in rows]
+        for row, line in zip(rows, sums, strict=True):
+            bias = T.bind(tx.Broadcast(self.frame.B[row], self.lanes))
+            for total in line:
+                T.buffer_store(total, bias, lanes)
+
+        def add(pixels: Sequence[Any], weight: Callable[[int], Any]) -> None:
+            for i, line in enumerate(sums):
+                factor = T.bind(weight(i))
+                for total, pixel in zip(line, pixels, strict=True):
+                    T.buffer_store(total, total[lanes[0]] + factor * pixel, lanes)
+
+        if self.spec.packed:
+            self._sum_packed(weights, size, panel, add)
+        else:
+            self._sum_planes(weights, vector, size, add)
+        for i, line in enumerate(sums):
+            for j, total in enumerate(line):
+                store(self.frame.scratch, self.tile + i * self.panel_row + j * self.lanes, total[lanes[0]], self.lanes)
+
+    def _sum_packed(self, weights: list[Any], size: int, panel: Any, add: Callable[..., None]) -> None:
+        depth = i64(self.depth)
+        with T.serial(0, self.n_cols) as col:
+            weight = T.bind(i64(self.frame.cols[i64(col) + 1]) * depth)
+            pixel = T.bind(panel + i64(col) * depth * self.panel_row)
+            if self.spec.taps == 1:
+                self._some_taps(weights, weight, pixel, 1, size, add)
+                return
+            done = int32(0)
+            if self.by_vector:
+                fours = T.bind(tx.truncdiv(self.depth, int32(4)))
+                with T.serial(0, fours) as four:
+                    self._some_taps(
+                        weights, weight + i64(four) * 4, pixel + i64(four) * (4 * self.panel_row), 4, size, add
+                    )
+                done = T.bind(fours * 4)
+            with T.serial(done, self.depth) as tap:
+                self._some_taps(weights, weight + i64(tap), pixel + i64(tap) * self.panel_row, 1, size, add)
+
+    def _some_taps(
+        self, weights: list[Any], weight: Any, panel: Any, taps: int, size: int, add: Callable[..., None]
+    ) -> None:
+        weight, panel = T.bind(weight), T.bind(panel)
+        factor = self._factors(weights, weight, taps)
+        for tap in range(taps):
+            first = panel + tap * self.panel_row
+            pixels = [T.bind(load(self.frame.scratch, first + j * self.lanes, self.lanes)) for j in range(size)]
+            add(pixels, lambda i, tap=tap: factor(i, tap))
+
+    def _sum_planes(self, weights: list[Any], vector: Any, size: int, add: Callable[..., None]) -> None:
+        offsets = [
+            [self._run(self.in_runs, T.bind(vector + j), piece) for piece in range(self.pieces)] for j in range(size)
+        ]
+
+        def line(plane: Any, weight: Any, columns: int) -> None:
+            factor = self._factors(weights, weight, columns)
+            for column in range(columns):
+                pixels = []
+                for pieces in offsets:
+                    parts = [load(self.frame.X, plane + piece + column, self.spec.run) for piece in pieces]
+                    pixels.append(T.bind(join(parts, self.spec.run)))
+                add(pixels, lambda i, column=column: factor(i, column))
+
+        with T.serial(0, self.n_cols) as col:
+            channel = T.bind(i64(self.frame.cols[i64(col) + 1]))
+            plane = T.bind(channel * self.x_plane)
+            if self.spec.taps == 1:
+                line(plane, channel, 1)
+                return
+            with T.serial(0, 3) as y:
+                above = T.bind(plane + i64(self.frame.shape[i64(y) * 3 + Shape.FIRST_TAP]))
+                line(above, T.bind(channel * 9 + i64(y) * 3), 3)
+
+    def _factors(self, weights: list[Any], first: Any, taps: int) -> Callable[[int, int], Any]:
+        """How to get weight (row, tap) as a vector of equal lanes.
+
+        AArch64 multiplies by one lane of a register, so four weights are loaded together, even where one is wanted:
+        to broadcast from memory would take time from the multipliers.
+        """
+        if not self.by_vector:
+            return lambda row, tap: tx.Broadcast(self.frame.W[weights[row] + first + tap], self.lanes)
+        loaded: dict[tuple[int, int], Any] = {}
+
+        def factor(row: int, tap: int) -> Any:
+            four = row, tap // 4 * 4
+            if four not in loaded:
+                loaded[four] = T.bind(load(self.frame.W, weights[row] + first + four[1], 4))
+            return tx.Shuffle([loaded[four]], [tap % 4] * self.lanes)
+
+        return factor
+
+    def _epilogue(self, first: Any, count: int, vector: Any, size: Any) -> None:
+        """Finish the sums of a tile, and write them to their runs."""
+        with T.serial(0, count) as i:
+            plane = T.bind(i64(self.frame.rows[i64(first + i) + 1]) * self.y_plane)
+            with T.serial(0, size) as j:
+                value = load(self.frame.scratch, self.tile + i64(i) * self.panel_row + i64(j) * self.lanes, self.lanes)
+                offsets = [self._run(self.out_runs, vector + j, piece) for piece in range(self.pieces)]
+                value = T.bind(self._finish(value, plane, offsets))
+                for piece, offset in enumerate(offsets):
+                    store(self.frame.Y, plane + offset, cut(value, piece, self.spec.run, self.lanes), self.spec.run)
+
+    def _finish(self, value: Any, plane: Any, offsets: list[Any]) -> Any:
+        if self.spec.residual:
+            value = value + join(
+                [load(self.frame.R, plane + offset, self.spec.run) for offset in offsets], self.spec.run
+            )
+        if self.spec.relu:
+            value = tx.max(value, tx.Broadcast(tx.FloatImm("float32", 0.0), self.lanes))
+        if self.spec.inside:
+            value = value * load(self.frame.inside, offsets[0], self.lanes)
+        return value
+
+    def _run(self, table: Any, vector: Any, piece: int) -> Any:
+        return T.bind(i64(self.frame.runs[table + i64(vector) * self.pieces + piece]))
+
+    def _shape(self, entry: int) -> Any:
+        return self.frame.shape[i64(int(entry))]

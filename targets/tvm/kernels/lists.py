@@ -1,0 +1,310 @@
+"""Kernels that turn decisions into lists: channels, runs of pixels, touched lines, and the mask of a merge.
+
+They run for every gate at every step, so they are branch-free where a branch would be guessed wrong: every candidate
+is written at the end of the list, and the end moves on if it is active. None is split over threads.
+
+A *channel list* is int32: count, then ascending indices. A *run list* is int32: [0] vectors, [1] capacity in
+runs, from 16 output offsets, from 16 + capacity input offsets; padded to whole vectors by repeating the last run.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tvm.tirx as tx
+from tvm.tirx.script import builder as T
+
+from dvexport.dialect.masks import tile_index
+from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, write_serial_kernel
+from dvexport.targets.tvm.kernels.planes_vectors import LINE, ceil_div, load, splat, store
+from dvexport.targets.tvm.layout import Plane
+from dvexport.targets.tvm.machine import Machine
+
+__all__ = [
+    "cells_to_runs",
+    "channel_list_size",
+    "channels_equal",
+    "channels_from_mask",
+    "channels_other_than",
+    "channels_shape",
+    "line_list_size",
+    "line_table",
+    "lines_shape",
+    "mask_from_tiles",
+    "mask_shape",
+    "run_list_size",
+    "runs_capacity",
+    "runs_shape",
+    "runs_table",
+    "table_words",
+    "touched_lines",
+]
+
+HEADER = 16
+"""First offset in a list of offsets."""
+
+_BITS = 64
+"""Cells of a word of `line_table`."""
+
+
+def channel_list_size(channels: int) -> int:
+    """Return the elements of a channel list."""
+    return 1 + channels
+
+
+def channels_shape(channels: int, constant: int = 0) -> np.ndarray:
+    """Return `shape` of the kernels that list channels: how many, and what to compare an action with."""
+    return np.array([channels, constant], np.int32)
+
+
+def channels_from_mask(machine: Machine) -> Kernel:
+    """List the channels whose `mask` (bool `[C]`) is set. Buffers: mask, shape, channels."""
+    del machine
+    return _channels("channels_from_mask", "uint8", lambda mask, constant: tx.Cast("int32", mask))
+
+
+def channels_equal(machine: Machine) -> Kernel:
+    """List the channels whose `action` (int64 `[C]`) is shape[1]. Buffers: action, shape, channels."""
+    del machine
+    return _channels("channels_equal", "int64", lambda action, constant: tx.Cast("int32", tx.EQ(action, constant)))
+
+
+def channels_other_than(machine: Machine) -> Kernel:
+    """List the channels whose `action` (int64 `[C]`) is not shape[1]. Buffers: action, shape, channels."""
+    del machine
+    return _channels("channels_other_than", "int64", lambda action, constant: tx.Cast("int32", tx.NE(action, constant)))
+
+
+def _channels(name: str, dtype: str, test: Callable[[Any, Any], Any]) -> Kernel:
+    source = "mask" if dtype == "uint8" else "action"
+    with write_serial_kernel(name, **{source: dtype, "shape": "int32", "channels": "int32"}) as frame:
+        count, decisions = T.bind(frame.shape[0]), frame.buffers[source]
+        constant = T.bind(i64(frame.shape[1]))
+        end = _counter()
+
+        def append(channel: Any) -> None:
+            active = T.bind(test(decisions[i64(channel)], constant))
+            T.buffer_store(frame.channels, channel, [i64(end[0] + 1)])
+            T.buffer_store(end, end[0] + active, [0])
+
+        _unrolled(count, 4, append)
+        T.buffer_store(frame.channels, end[0], [0])
+    return frame.kernel
+
+
+def _counter() -> Any:
+    """A variable that starts as 0; LLVM keeps it in a register."""
+    end = T.alloc_buffer((1,), "int32", scope="global")
+    T.buffer_store(end, tx.IntImm("int32", 0), [0])
+    return end
+
+
+def _unrolled(count: Any, times: int, body: Callable[[Any], None]) -> None:
+    """Call `body` for 0 .. count - 1, `times` of them in a turn of the loop."""
+    turns = T.bind(tx.truncdiv(count, times))
+    with T.serial(0, turns) as turn:
+        for step in range(times):
+            body(T.bind(turn * times + step))
+    with T.serial(turns * times, count) as index:
+        body(index)
+
+
+def runs_table(outputs: Sequence[Sequence[int]], inputs: Sequence[Sequence[int]]) -> np.ndarray:
+    """Return the table of `cells_to_runs`: the offsets of every cell's runs, in the order of cells.
+
+    Returns:
+        int32: start of each cell's runs and the end of the last (cells + 1), all output offsets, all input offsets.
+    """
+    starts = np.cumsum([0, *(len(cell) for cell in outputs)])
+    return np.concatenate([starts, *outputs, *inputs]).astype(np.int32)
+
+
+def runs_capacity(total: int, run: int, machine: Machine) -> int:
+    """Return the capacity in runs of a list for `total` runs of `run` pixels: whole vectors."""
+    vector = machine.lanes // run
+    return -(-total // vector) * vector
+
+
+def run_list_size(capacity: int) -> int:
+    """Return the elements of a run list that a kernel writes: a vector may overshoot the end."""
+    return HEADER + 2 * capacity + LINE
+
+
+def runs_shape(cells: int, total: int, run: int, machine: Machine) -> np.ndarray:
+    """Return `shape` of `cells_to_runs`: cells, runs of all cells, runs of a vector, capacity."""
+    return np.array([cells, total, machine.lanes // run, runs_capacity(total, run, machine)], np.int32)
+
+
+def cells_to_runs(machine: Machine) -> Kernel:
+    """List the runs of the active cells. Buffers: cells (bool), table, shape, runs.
+
+    `table` is `runs_table`'s, `runs` has `run_list_size` elements. Outputs are written whole before inputs, so what a
+    vector of outputs overshoots by is either unused or written again.
+    """
+    with write_serial_kernel("cells_to_runs", cells="uint8", table="int32", shape="int32", runs="int32") as frame:
+        cells, total, vector, capacity = (T.bind(frame.shape[index]) for index in range(4))
+        end = _counter()
+        _append_cells(frame, end, T.bind(cells + 1), tx.IntImm("int32", HEADER), machine.lanes)
+        T.buffer_store(end, tx.IntImm("int32", 0), [0])
+        _append_cells(frame, end, T.bind(cells + 1 + total), T.bind(capacity + HEADER), machine.lanes)
+        T.buffer_store(frame.runs, tx.truncdiv(end[0] + (vector - 1), vector), [0])
+        T.buffer_store(frame.runs, capacity, [1])
+    return frame.kernel
+
+
+def _append_cells(frame: Frame, end: Any, source: Any, target: Any, lanes: int) -> None:
+    """Copy the active cells' offsets from `source` in the table to `target` in the list, and repeat the last."""
+    with T.serial(0, frame.shape[0]) as cell:
+        start = T.bind(frame.table[i64(cell)])
+        length = T.bind(frame.table[i64(cell + 1)] - start)
+        here, there = T.bind(i64(source + start)), T.bind(i64(target + end[0]))
+        with T.If(start + length + lanes <= frame.shape[1]):  # whole vectors stay inside the table
+            with T.Then(), T.serial(0, ceil_div(length, lanes)) as block:
+                at = T.bind(i64(tx.min(block * lanes, frame.shape[1])))  # min: no call of memcpy
+                store(frame.runs, there + at, load(frame.table, here + at, lanes), lanes)
+            with T.Else(), T.serial(0, length) as index:
+                at = T.bind(i64(tx.min(index, frame.shape[1] - start - 1)))  # as above
+                T.buffer_store(frame.runs, frame.table[here + at], [there + at])
+        T.buffer_store(end, end[0] + length * tx.Cast("int32", frame.cells[i64(cell)]), [0])
+    stop = T.bind(i64(target + end[0]))
+    store(frame.runs, stop, tx.Broadcast(frame.runs[stop - 1], lanes), lanes)
+
+
+def mask_shape(plane: Plane, grid: tuple[int, int]) -> np.ndarray:
+    """Return `shape` of `mask_from_tiles`: sizes, then where the rows and columns of cells start.
+
+    Pixel y belongs to cell floor(y * gh / H), columns alike (docs/dialect.md).
+    """
+    end = plane.base + plane.height * plane.pitch
+    sizes = [*grid, plane.width, plane.pitch, plane.base, end, plane.size]
+    return np.array([*sizes, *_starts(plane.height, grid[0]), *_starts(plane.width, grid[1])], np.int32)
+
+
+def _starts(size: int, cells: int) -> np.ndarray:
+    """Return the first pixel of every cell of an axis, and the end of the last."""
+    return np.searchsorted(tile_index(size, cells), np.arange(cells + 1))
+
+
+def mask_from_tiles(machine: Machine) -> Kernel:
+    """Upsample `tiles` (bool `[gh, gw]`) to `mask` (float32 plane): 1 at active pixels, else 0.
+
+    Buffers: tiles, shape, mask. The first row of a row of cells is written cell by cell, and the others are its
+    copies. Vectors overshoot to the right, into what is written next.
+    """
+    lanes = machine.lanes
+    with write_serial_kernel("mask_from_tiles", tiles="uint8", shape="int32", mask="float32") as frame:
+        down, across, width, pitch, base, end, size = (T.bind(frame.shape[index]) for index in range(7))
+        with T.serial(0, tx.truncdiv(base, lanes)) as index:
+            store(frame.mask, i64(tx.min(index * lanes, base - lanes)), splat(0.0, lanes), lanes)
+        with T.serial(0, down) as y:
+            first = T.bind(base + frame.shape[y + 7] * pitch)
+            beyond = T.bind(base + frame.shape[y + 8] * pitch)
+            with T.If(first < beyond), T.Then():
+                _mask_row(frame, T.bind(i64(first)), T.bind(y * across), (T.bind(down + 8), across), lanes)
+                with T.serial(0, ceil_div(pitch - width, lanes)) as block:
+                    at = tx.min(first + width + block * lanes, size - lanes)  # min: no call of memset
+                    store(frame.mask, i64(at), splat(0.0, lanes), lanes)
+                _copy_row(frame, (first, beyond), pitch, lanes)
+        with T.serial(0, ceil_div(size - end, lanes)) as index:
+            store(frame.mask, i64(tx.min(end + index * lanes, size - lanes)), splat(0.0, lanes), lanes)
+    return frame.kernel
+
+
+def _mask_row(frame: Frame, row: Any, cell: Any, columns: tuple[Any, Any], lanes: int) -> None:
+    """Write one row of pixels from the cells that start at `cell`; `columns` is (place in shape, count)."""
+    place, across = columns
+    with T.serial(0, across) as x:
+        active = T.bind(splat(tx.Cast("float32", frame.tiles[i64(cell + x)]), lanes))
+        start = T.bind(frame.shape[place + x])
+        with T.serial(0, ceil_div(frame.shape[place + x + 1] - start, lanes)) as block:
+            store(frame.mask, row + i64(start + block * lanes), active, lanes)
+
+
+def _copy_row(frame: Frame, rows: tuple[Any, Any], pitch: Any, lanes: int) -> None:
+    first, beyond = rows
+    with T.serial(1, tx.truncdiv(beyond - first, pitch)) as row:
+        target = T.bind(first + row * pitch)
+        with T.serial(0, ceil_div(pitch, lanes)) as block:
+            store(frame.mask, i64(target + block * lanes), load(frame.mask, i64(first + block * lanes), lanes), lanes)
+
+
+def line_list_size(plane: Plane) -> int:
+    """Return the elements of a list of lines."""
+    return HEADER + plane.size // LINE
+
+
+def line_table(plane: Plane, grid: tuple[int, int], halo: int) -> np.ndarray:
+    """Return the table of `touched_lines`: for each line, the cells that make it one to write.
+
+    A cell covers its pixels and `halo` more on every side, which the next convolution reads.
+
+    Returns:
+        int64 `[lines, words]`: bit c of word w is cell 64 w + c.
+
+    Raises:
+        ValueError: the halo is wider than the plane's padding.
+    """
+    if halo > plane.pad:
+        raise ValueError(f"a halo of {halo} pixels is wider than the layout's padding of {plane.pad}")
+    ys, xs = _starts(plane.height, grid[0]).tolist(), _starts(plane.width, grid[1]).tolist()
+    bits = np.zeros((plane.size // LINE, table_words(grid)), np.uint64)
+    for cell, (i, j) in enumerate(np.ndindex(grid)):
+        if ys[i] == ys[i + 1] or xs[j] == xs[j + 1]:
+            continue
+        for y in range(ys[i] - halo, ys[i + 1] + halo):
+            first, last = plane.offset(y, xs[j] - halo), plane.offset(y, xs[j + 1] - 1 + halo)
+            bits[first // LINE : last // LINE + 1, cell // _BITS] |= np.uint64(1 << cell % _BITS)
+    return bits.view(np.int64)
+
+
+def table_words(grid: tuple[int, int]) -> int:
+    """Return `words` of `touched_lines` for a grid: cells / 64, rounded up."""
+    return -(-grid[0] * grid[1] // _BITS)
+
+
+def lines_shape(plane: Plane, grid: tuple[int, int]) -> np.ndarray:
+    """Return `shape` of `touched_lines`: cells, lines."""
+    return np.array([grid[0] * grid[1], plane.size // LINE], np.int32)
+
+
+def touched_lines(words: int, machine: Machine) -> Kernel:
+    """List the lines of a plane that active tiles touch, for `planes.merge_lines`. Buffers: tiles, table, shape, lines.
+
+    `tiles` is bool `[gh * gw]`, `table` is `line_table`'s, `lines` has `line_list_size` elements: [0] count, [1] lines
+    of the plane, from 16 ascending offsets of lines into the plane.
+
+    Args:
+        words: `table_words` of the grid.
+        machine: what to generate code for.
+    """
+    del machine
+    types = {"tiles": "uint8", "table": "int64", "shape": "int32", "lines": "int32"}
+    with write_serial_kernel(f"touched_lines_{words}", **types) as frame:
+        cells, count = T.bind(frame.shape[0]), T.bind(frame.shape[1])
+        active = [_pack(frame, cells, word) for word in range(words)]
+        end = _counter()
+
+        def append(line: Any) -> None:
+            row = T.bind(i64(line) * words)
+            hits = [tx.bitwise_and(frame.table[row + word], bits) for word, bits in enumerate(active)]
+            touched = T.bind(functools.reduce(tx.bitwise_or, hits))
+            T.buffer_store(frame.lines, line * LINE, [i64(end[0] + HEADER)])
+            T.buffer_store(end, end[0] + tx.Cast("int32", tx.NE(touched, tx.IntImm("int64", 0))), [0])
+
+        _unrolled(count, 4, append)
+        T.buffer_store(frame.lines, end[0], [0])
+        T.buffer_store(frame.lines, count, [1])
+    return frame.kernel
+
+
+def _pack(frame: Frame, cells: Any, word: int) -> Any:
+    """Return cells 64 * word and on as the bits of an int64."""
+    bits = T.alloc_buffer((1,), "int64", scope="global")
+    T.buffer_store(bits, tx.IntImm("int64", 0), [0])
+    with T.serial(0, tx.min(cells - word * _BITS, _BITS)) as cell:
+        flag = tx.Cast("int64", frame.tiles[i64(cell + word * _BITS)])
+        T.buffer_store(bits, tx.bitwise_or(bits[0], tx.shift_left(flag, i64(cell))), [0])
+    return T.bind(bits[0])
