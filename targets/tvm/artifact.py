@@ -1,0 +1,180 @@
+"""The native artifact: one library and one file of weights, and a plan for every variant of the model.
+
+The variants call the same kernels on the same weights, so the dense one, and the one whose decisions are
+forced, cost a plan of some kilobytes each and travel along: a device can measure what its gates save.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dvexport.graph import gate_name
+from dvexport.targets.devices import Cpu
+from dvexport.targets.runtime import Port, Runtime
+from dvexport.targets.tvm.build import compile_kernels
+from dvexport.targets.tvm.link import kernel_table, library_id, link_library, link_runner
+from dvexport.targets.tvm.machine import Machine
+from dvexport.targets.tvm.memory import Constants
+from dvexport.targets.tvm.plan import plan_bytes
+from dvexport.targets.tvm.program import ALGORITHMS
+from dvexport.targets.tvm.session import NativeSession
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from dvexport.bundle import Bundle
+
+__all__ = ["FOLDER", "NativeArtifact", "NativeVariant", "build_artifact", "read_variant", "runs_here"]
+
+FOLDER = "native"
+"""Where a bundle holds the artifact."""
+
+LIBRARY, RUNNER, WEIGHTS, HEADER = "libdvx.so", "runner", "weights.bin", "dvx.h"
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class NativeVariant:
+    """A plan with the library and the weights that it is for.
+
+    Attributes:
+        frames: of one run; a plan that takes one frame is stepped through them.
+    """
+
+    library: bytes
+    plan: bytes
+    weights: bytes
+    frames: int
+
+    def open(self, *, threads: int = 1, profile: bool = False) -> Runtime:
+        """Open it; DeviceError if this machine can't run the library."""
+        session = NativeSession(self.library, self.plan, self.weights, threads=threads, profile=profile)
+        if session.inputs["frames"].shape[0] == self.frames:
+            return session
+        return _Clip(session, self.frames)
+
+
+@dataclass(frozen=True)
+class NativeArtifact:
+    """What is shipped; see `build_artifact`.
+
+    Attributes:
+        plans: by name of the variant.
+        memory: bytes that an instance of the gated variant takes: `arena`, `states`, `weights`; and `arena_bound`, what
+            no placement could do without.
+    """
+
+    library: bytes
+    runner: bytes
+    weights: bytes
+    plans: Mapping[str, bytes]
+    memory: Mapping[str, int]
+
+    def files(self) -> dict[str, bytes | Path]:
+        """Return the files by their name in a bundle."""
+        header = Path(__file__).parent / "runtime" / HEADER
+        files: dict[str, bytes | Path] = {
+            LIBRARY: self.library, RUNNER: self.runner, WEIGHTS: self.weights, HEADER: header,
+            **{_plan_name(name): plan for name, plan in self.plans.items()},
+        }  # fmt: skip
+        return {f"{FOLDER}/{name}": content for name, content in files.items()}
+
+    def variant(self, name: str, frames: int) -> NativeVariant:
+        """Return a variant, to be opened on this machine."""
+        return NativeVariant(self.library, self.plans[name], self.weights, frames)
+
+
+def build_artifact(
+    models: Mapping[str, ir.Model], machine: Machine, tell: Progress, algorithms: Collection[str] = ALGORITHMS
+) -> NativeArtifact:
+    """Compile the variants of a model.
+
+    Args:
+        models: lowered for kernels (`Plan.kernels`), by name: `gated`, `dense`, `forced`.
+        machine: what to compile for.
+        tell: called with the name of each step as it begins.
+        algorithms: of convolutions, to choose from at run time.
+
+    Raises:
+        UsageError: an operator that no kernel can be made for.
+        DeviceError: a package of the extra `tvm` is missing, or fails.
+    """
+    from dvexport.targets.tvm.select import write_program
+
+    tell("select kernels")
+    constants = Constants()
+    gates = {gate_name(node) for node in models["gated"].graph} - {""}
+    programs = {name: write_program(model, machine, constants, gates, algorithms) for name, model in models.items()}
+    plans = {name: program.plan() for name, program in programs.items()}
+    kernels = {name: kernel for program in programs.values() for name, kernel in program.kernels.items()}
+    objects = compile_kernels(kernels.values(), machine, tell)
+    tell("link")
+    table = kernel_table(kernels.values())
+    names, weights = [entry.name for entry in table], constants.file()
+    identity = library_id(objects, table, machine)
+    gated = plans["gated"]
+    memory = {
+        "arena": gated.arena,
+        "arena_bound": programs["gated"].bound,
+        "states": gated.state + 2 * gated.flip,
+        "weights": len(weights),
+    }
+    return NativeArtifact(
+        library=link_library(objects, table, machine),
+        runner=link_runner(objects, table, machine),
+        weights=weights,
+        plans={name: plan_bytes(plan, names, identity, weights) for name, plan in plans.items()},
+        memory=memory,
+    )
+
+
+def read_variant(bundle: Bundle, name: str) -> NativeVariant:
+    """Return a variant of a bundle; BundleError if it lacks a file."""
+    read = {file: bundle.read(f"{FOLDER}/{file}") for file in (LIBRARY, WEIGHTS, _plan_name(name))}
+    frames = bundle.manifest.inputs[0].shape[0]
+    return NativeVariant(read[LIBRARY], read[_plan_name(name)], read[WEIGHTS], frames)
+
+
+def runs_here(cpu: Cpu) -> bool:
+    """Tell whether code for a processor is for this kind of machine."""
+    here = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower())
+    return cpu.triple.startswith(here) and "android" not in cpu.triple
+
+
+class _Clip:
+    """A stream that runs whole clips: from a reset, frame by frame, which gives exactly the clip's result."""
+
+    def __init__(self, session: NativeSession, frames: int) -> None:
+        self._session, self._frames = session, frames
+        self.inputs, self.outputs = self._ports(session.inputs), self._ports(session.outputs)
+        self.seconds = 0.0
+
+    def reset(self) -> None:
+        """Nothing crosses clips."""
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run all frames."""
+        self._session.reset()
+        self.seconds, steps = 0.0, []
+        for index in range(self._frames):
+            steps.append(self._session.run({name: array[index : index + 1] for name, array in feeds.items()}))
+            self.seconds += self._session.seconds
+        return {name: np.concatenate([step[name] for step in steps]) for name in steps[0]}
+
+    def end_profile(self) -> Any:
+        """Return what was recorded of all steps."""
+        return self._session.end_profile()
+
+    def _ports(self, ports: Mapping[str, Port]) -> dict[str, Port]:
+        return {name: Port((self._frames, *port.shape[1:]), port.dtype) for name, port in ports.items()}
+
+
+def _plan_name(variant: str) -> str:
+    return f"{variant}.plan"

@@ -1,0 +1,210 @@
+"""Calls of a convolution: its lists, its memory, and the kernels that can do it.
+
+What a gate decides becomes three lists: output channels, input channels, and runs of pixels (for Winograd, tiles). The
+same list is made once, however many convolutions read it. Where several kernels fit, all of them are in the plan
+with their cost models, and the runtime takes the cheapest for the counts of the moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from dvexport.graph import static_shape
+from dvexport.targets.tvm import costs
+from dvexport.targets.tvm.decisions import channel_list, run_list
+from dvexport.targets.tvm.kernels import direct, direct_data, winograd, winograd_lists
+from dvexport.targets.tvm.kernels.abi import Kernel
+from dvexport.targets.tvm.kernels.direct_data import Runs, Window
+from dvexport.targets.tvm.layout import Plane
+from dvexport.targets.tvm.machine import Machine
+from dvexport.targets.tvm.memory import Part
+from dvexport.targets.tvm.program import MAX_THREADS, Program, Way
+from dvexport.targets.tvm.units import ConvUnit
+
+__all__ = ["write_conv"]
+
+_SQUARE = Window((3, 3), (1, 1), (1, 1))
+"""What Winograd's algorithm is for."""
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What all frames of a convolution share."""
+
+    unit: ConvUnit
+    x: Plane
+    y: Plane
+    window: Window
+    grid: tuple[int, int] | None
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        """Input and output channels."""
+        return self.unit.weight.shape[1], self.unit.weight.shape[0]
+
+
+def write_conv(program: Program, unit: ConvUnit) -> None:
+    """Write the calls of a convolution, one for each frame."""
+    frames = static_shape(unit.output)[0]
+    layer = _layer(program, unit)
+    x = program.planes(unit.x)
+    residual = None if unit.residual is None else program.planes(unit.residual)
+    target = _target(program, unit)
+    for index in range(frames):
+
+        def cut(part: Part | None, index: int = index) -> Part | None:
+            return None if part is None else program.frame(part, frames, index)
+
+        _write_frame(program, layer, index, cut(x), cut(residual), cut(target))  # type: ignore[arg-type]
+
+
+def _layer(program: Program, unit: ConvUnit) -> _Layer:
+    kernel = unit.weight.shape[2], unit.weight.shape[3]
+    window = Window(kernel, unit.strides, (unit.pads[0], unit.pads[1]), unit.dilations)
+    grid = None
+    if unit.tiles is not None:
+        _, rows, columns = static_shape(unit.tiles)
+        grid = rows, columns
+    return _Layer(unit, program.layout(unit.x), program.layout(unit.output), window, grid)
+
+
+def _target(program: Program, unit: ConvUnit) -> Part:
+    """Return the memory of the output, what is not computed already in it."""
+    partial = unit.rows is not None or unit.tiles is not None
+    if not partial:
+        return program.new_planes(unit.output, fragile=True)
+    if unit.base is None:
+        target = program.new_planes(unit.output)
+        program.clear(target, f"{unit.output.name}", unit.gate)
+        return target
+    base = program.planes(unit.base)
+    if program.may_overwrite(unit.base, unit) and unit.residual is not unit.base:
+        program.take_over(unit.output, unit.base)
+        return program.planes(unit.output)
+    target = program.new_planes(unit.output)
+    program.copy(base, target, f"{unit.base.name} to {unit.output.name}", unit.gate)
+    return target
+
+
+def _write_frame(program: Program, layer: _Layer, index: int, x: Part, residual: Part | None, target: Part) -> None:
+    unit = layer.unit
+    cin, cout = layer.channels
+    rows = channel_list(program, unit.rows, cout, index)
+    cols = channel_list(program, unit.cols, cin, index)
+    options = list(_options(program, layer, index, residual is not None))
+    vectors = options[0].vectors
+    given = (None if unit.rows is not None else cout, None if unit.cols is not None else cin)
+    counts = (None if given[0] else rows, None if given[1] else cols, None if unit.tiles is None else options[0].pixels)
+    if counts == (None, None, None):
+        options = [min(options, key=lambda option: costs.evaluate(option.cost, cout, cin, vectors))]
+    ways = [
+        _way(program, layer, option, x, residual, rows, cols, target, (*given, vectors if unit.tiles is None else None))
+        for option in options
+    ]
+    program.choose(ways, f"conv {unit.output.name}", unit.gate, counts)
+
+
+@dataclass(frozen=True)
+class _Option:
+    """A kernel that can do a convolution.
+
+    Attributes:
+        pixels: its list of runs or tiles.
+        vectors: of the direct kernel, over the whole image.
+        scratch: floats.
+    """
+
+    kernel: Kernel
+    weights: np.ndarray
+    pixels: Part
+    vectors: int
+    scratch: int
+    shape: np.ndarray
+    cost: costs.Cost
+
+
+def _options(program: Program, layer: _Layer, index: int, residual: bool) -> Iterator[_Option]:
+    """Yield every kernel that can do a convolution, the direct one first: its list stands for the pixels in costs."""
+    unit, machine, channels = layer.unit, program.machine, layer.channels
+    runs = _runs(layer, machine)
+    spec = direct.spec_for(layer.window, runs, channels, machine, residual=residual, relu=unit.relu)
+    how = {"packed": spec.packed, "block": spec.block, "machine": machine}
+    vectors = -(-len(runs.outputs) // (machine.lanes // runs.run))
+    yield _Option(
+        direct.direct_conv(spec, machine),
+        direct_data.direct_weights(unit.weight),
+        _pixels(program, layer, index, runs),
+        vectors,
+        direct_data.scratch_floats(layer.window.size, channels[0], MAX_THREADS, **how),  # type: ignore[arg-type]
+        direct_data.direct_shape(layer.x, layer.y, layer.window, channels, **how),  # type: ignore[arg-type]
+        costs.direct_cost(spec, layer.window.size, machine),
+    )
+    if "winograd" not in program.algorithms or layer.window != _SQUARE or channels[1] < machine.block[0]:
+        return
+    tiled = winograd.spec_for(layer.x, layer.y, layer.grid, machine, residual=residual, relu=unit.relu)
+    if tiled is not None:
+        tiles = costs.tile_vectors(_tiles_of_cells(layer, tiled.m), vectors, machine.lanes)
+        yield _Option(
+            winograd.winograd_conv(tiled, machine),
+            winograd_lists.winograd_weights(unit.weight, tiled.m),
+            _tiles(program, layer, index, tiled.m),
+            vectors,
+            winograd.scratch_floats(tiled, channels[0], MAX_THREADS, machine),
+            winograd_lists.winograd_shape(
+                tiled.m, layer.x, layer.y, channels[0], winograd.part_floats(tiled, channels[0], machine)
+            ),
+            costs.winograd_cost(tiled, tiles, machine),
+        )
+
+
+def _way(
+    program: Program, layer: _Layer, option: _Option, x: Part, residual: Part | None, rows: Part, cols: Part,
+    target: Part, given: tuple[float | None, float | None, float | None],
+) -> Way:  # fmt: skip
+    """Return an option's call; counts that no gate decides are folded into its cost model."""
+    constants = program.constants
+    weights = constants.add(option.weights)
+    parts = {
+        "X": x, "W": weights, "U": weights, "B": constants.add(layer.unit.bias.astype(np.float32)), "R": residual,
+        "inside": constants.add(layer.y.inside()), "rows": rows, "cols": cols, "runs": option.pixels,
+        "tiles": option.pixels, "scratch": program.scratch(option.scratch), "shape": constants.add(option.shape),
+        "Y": target,
+    }  # fmt: skip
+    arguments = tuple(parts[name] for name in option.kernel.buffers)
+    return Way(option.kernel, arguments, costs.fixed(option.cost, *given))  # type: ignore[arg-type]
+
+
+def _runs(layer: _Layer, machine: Machine) -> Runs:
+    if layer.grid is None:
+        return direct_data.dense_runs(layer.x, layer.y, layer.window, machine)
+    return direct_data.tile_runs(layer.x, layer.y, layer.window, layer.grid, machine)
+
+
+def _pixels(program: Program, layer: _Layer, index: int, runs: Runs) -> Part:
+    """Return the run list of a frame's active tiles, or of the whole image."""
+    tiles = layer.unit.tiles
+    if tiles is None:
+        return program.constants.add(direct_data.run_list(runs, np.ones(1, bool), program.machine))
+    return run_list(program, tiles, index, runs.table(), runs.run)
+
+
+def _tiles_of_cells(layer: _Layer, m: int) -> list[int]:
+    """Return the Winograd tiles of each cell of the grid; without a grid those of the image."""
+    grid = layer.grid or (1, 1)
+    table = winograd_lists.tile_cells(layer.x, layer.y, grid, m)
+    assert table is not None
+    return [int(count) for count in np.diff(table[: grid[0] * grid[1] + 1])]
+
+
+def _tiles(program: Program, layer: _Layer, index: int, m: int) -> Part:
+    """Return the list of a frame's active Winograd tiles, or of the whole image."""
+    tiles = layer.unit.tiles
+    if tiles is None:
+        return program.constants.add(winograd_lists.dense_tiles(layer.x, layer.y, m, program.machine))
+    assert layer.grid is not None
+    table = winograd_lists.tile_cells(layer.x, layer.y, layer.grid, m)
+    assert table is not None
+    return run_list(program, tiles, index, table, 1)

@@ -1,0 +1,193 @@
+"""The plan: what the C runtime executes, and the bytes it is shipped as.
+
+A step is a straight list of kernel calls over memory placed at export. `runtime/dvx.c` reads this format;
+both sides check it. All numbers are little-endian, every table starts at a multiple of 8.
+
+    header    128 bytes: see `_HEADER`
+    ports     inputs, then outputs          name u32, type u32, rank u32, 0 u32, place, 6 x i64 sizes
+    calls     in the order of execution     first variant u32, variants u32, label u32, gate u32, 3 x place
+    variants  ways to do a call             kernel u32, first argument u32, arguments u32, 0 u32, 8 x f32 cost
+    arguments                               place
+    strings   NUL-terminated UTF-8; names, labels and gates are offsets into it
+
+A *place* is u64 (space << 56 | offset) and u64 bytes; all ones: none. The three places of a call are
+int32 lists whose first element is a count: output channels, input channels, vectors of pixels. A call without output
+channels or without pixels is skipped; without input channels it still writes the bias. Of several variants the one
+with the least cost is called: cost · (1, a, b, c, ab, ac, bc, abc) nanoseconds on one thread, a missing count being 1.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+__all__ = ["COST_TERMS", "Call", "Place", "Plan", "Port", "Space", "Variant", "plan_bytes"]
+
+MAGIC = b"DVXPLAN\0"
+VERSION = 1
+COST_TERMS = 8
+MAX_RANK = 6
+
+DTYPES = ("float32", "int64", "int32", "bool")
+"""Element types of ports, by their number in the file."""
+
+_HEADER = struct.Struct("<8sIIQIIQQQQ32s6I8x")
+"""Magic, version, header bytes, plan bytes, CRC-32 of what follows the header, CRC-32 of the weights,
+bytes of weights, arena, state and one half of the flip space, SHA-256 of the library, numbers of inputs,
+outputs, calls, variants, arguments, and bytes of strings."""
+
+_NONE = (1 << 64) - 1
+
+
+class Space(IntEnum):
+    """Where a place is.
+
+    `BEFORE` and `AFTER` are the halves of the flip space: what the previous step wrote and what this one
+    writes. They change places after every step, so a state that is rewritten whole is never copied.
+    """
+
+    WEIGHTS = 0
+    ARENA = 1
+    STATE = 2
+    BEFORE = 3
+    AFTER = 4
+
+
+@dataclass(frozen=True)
+class Place:
+    """Some bytes of a space; `offset` is a multiple of 64 unless it is a slice of a larger buffer."""
+
+    space: Space
+    offset: int
+    size: int
+
+    def packed(self) -> bytes:
+        """Return the 16 bytes of the file."""
+        return struct.pack("<QQ", self.space << 56 | self.offset, self.size)
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    place: Place
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel with its arguments and its cost model in nanoseconds (zeros: unknown)."""
+
+    kernel: str
+    arguments: tuple[Place, ...]
+    cost: tuple[float, ...] = (0.0,) * COST_TERMS
+
+
+@dataclass(frozen=True)
+class Call:
+    """One step of the list.
+
+    Attributes:
+        variants: ways to do it; one or more.
+        counts: lists of output channels, input channels and vectors that its work is proportional to.
+        label: the node it is made from.
+        gate: the gate it belongs to, or nothing.
+    """
+
+    variants: tuple[Variant, ...]
+    label: str
+    gate: str = ""
+    counts: tuple[Place | None, Place | None, Place | None] = (None, None, None)
+
+
+@dataclass
+class Plan:
+    """What one step does.
+
+    Attributes:
+        arena, state, flip: bytes of working memory, of states kept in place, and of one half of the states
+            that are rewritten whole.
+    """
+
+    inputs: list[Port]
+    outputs: list[Port]
+    calls: list[Call]
+    arena: int = 0
+    state: int = 0
+    flip: int = 0
+
+    @property
+    def memory(self) -> int:
+        """Bytes that a running instance allocates, weights left out."""
+        return self.arena + self.state + 2 * self.flip
+
+    @property
+    def kernels(self) -> list[str]:
+        """Names of the kernels called, sorted."""
+        return sorted({variant.kernel for call in self.calls for variant in call.variants})
+
+
+def plan_bytes(plan: Plan, kernels: Sequence[str], library: bytes, weights: bytes) -> bytes:
+    """Return the file of a plan.
+
+    Args:
+        plan: what to write.
+        kernels: names in the library's kernel table, in its order.
+        library: SHA-256 that the library was built with (32 bytes).
+        weights: the weights file.
+    """
+    strings, index = _Strings(), {name: i for i, name in enumerate(kernels)}
+    ports = b"".join(_port(port, strings) for port in (*plan.inputs, *plan.outputs))
+    calls, variants, arguments = bytearray(), bytearray(), bytearray()
+    variant_count = argument_count = 0
+    for call in plan.calls:
+        counts = b"".join(_optional(place) for place in call.counts)
+        head = (variant_count, len(call.variants), strings.add(call.label), strings.add(call.gate))
+        calls += struct.pack("<4I", *head) + counts
+        for variant in call.variants:
+            head = (index[variant.kernel], argument_count, len(variant.arguments), 0)
+            variants += struct.pack(f"<4I{COST_TERMS}f", *head, *variant.cost)
+            arguments += b"".join(place.packed() for place in variant.arguments)
+            argument_count += len(variant.arguments)
+        variant_count += len(call.variants)
+    text = strings.bytes()
+    body = ports + calls + variants + arguments + text
+    header = _HEADER.pack(
+        MAGIC, VERSION, _HEADER.size, _HEADER.size + len(body), zlib.crc32(body), zlib.crc32(weights),
+        len(weights), plan.arena, plan.state, plan.flip, library,
+        len(plan.inputs), len(plan.outputs), len(plan.calls), variant_count, argument_count, len(text),
+    )  # fmt: skip
+    return header + body
+
+
+class _Strings:
+    """The string table: each text once, the empty one at 0."""
+
+    def __init__(self) -> None:
+        self._offsets = {"": 0}
+        self._data = bytearray(b"\0")
+
+    def add(self, text: str) -> int:
+        if text not in self._offsets:
+            self._offsets[text] = len(self._data)
+            self._data += text.encode() + b"\0"
+        return self._offsets[text]
+
+    def bytes(self) -> bytes:
+        return bytes(self._data) + b"\0" * (-len(self._data) % 8)
+
+
+def _port(port: Port, strings: _Strings) -> bytes:
+    assert len(port.shape) <= MAX_RANK, port
+    sizes = (*port.shape, *[0] * (MAX_RANK - len(port.shape)))
+    head = struct.pack("<4I", strings.add(port.name), DTYPES.index(port.dtype), len(port.shape), 0)
+    return head + port.place.packed() + struct.pack(f"<{MAX_RANK}q", *sizes)
+
+
+def _optional(place: Place | None) -> bytes:
+    return struct.pack("<QQ", _NONE, _NONE) if place is None else place.packed()
