@@ -6,7 +6,9 @@ docs/adding-a-target.md for the keys.
 
 from __future__ import annotations
 
+import json
 import platform
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,6 +16,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dvexport.errors import UsageError, unknown_name
+from dvexport.targets.tvm.costs import Rates
 
 __all__ = [
     "HOST",
@@ -29,12 +32,16 @@ __all__ = [
     "load",
     "load_file",
     "names",
+    "path_of",
+    "rates_table",
+    "with_rates",
 ]
 
 HOST = "host"
 """Stands for the catalogue entry that fits the machine dvexport runs on."""
 
 _CATALOG = Path(__file__).parent / "catalog"
+_RATES = "[runtimes.tvm.rates]"
 
 Positive = Annotated[int, Field(ge=1)]
 Version = Annotated[str, Field(pattern=r"^\d+(\.\d+)*$")]
@@ -84,7 +91,16 @@ class Onnx(_Table):
 
 
 class Tvm(_Table):
-    """Compiled kernels with a C runtime of our own: nothing needs to be installed on the device."""
+    """Compiled kernels with a C runtime of our own: nothing needs to be installed on the device.
+
+    Attributes:
+        rates: how long a kernel's units of work take there (`dvexport tune`); None: estimated.
+        winograd: whether convolutions may be Winograd's, two to three times as fast where they apply, for
+            weights that take up to three times the memory.
+    """
+
+    rates: Rates | None = None
+    winograd: bool = True
 
 
 class Tflite(_Table):
@@ -169,14 +185,19 @@ def load(name_or_path: str | Path) -> Target:
     Raises:
         UsageError: an unknown name, a missing file, or a bad one, with file, key and reason.
     """
+    return load_file(path_of(name_or_path))
+
+
+def path_of(name_or_path: str | Path) -> Path:
+    """Return the file of that device; UsageError for an unknown name."""
     text = str(name_or_path)
     if text.endswith(".toml"):
-        return load_file(Path(name_or_path))
+        return Path(name_or_path)
     name = host_name() if text == HOST else text
     known = names()
     if name not in known:
         raise unknown_name("target", name, [HOST, *known])
-    return load_file(_CATALOG / f"{name}.toml")
+    return _CATALOG / f"{name}.toml"
 
 
 def load_file(path: Path) -> Target:
@@ -193,6 +214,29 @@ def load_file(path: Path) -> Target:
         return Target.model_validate(values)
     except ValidationError as error:
         raise _bad_key(path, error) from error
+
+
+def rates_table(rates: Rates) -> str:
+    """Return the table of a target file that says these rates, to four digits."""
+    lines = [f"{name} = {float(f'{value:.4g}')}" for name, value in rates.values().items()]
+    return "\n".join([_RATES, f"source = {json.dumps(rates.source, ensure_ascii=False)}", *lines, ""])
+
+
+def with_rates(text: str, rates: Rates) -> str:
+    """Return the text of a target file with these rates, in place of those it has.
+
+    Args:
+        text: of a file with `[runtimes.tvm]`.
+        rates: of its device.
+
+    Raises:
+        UsageError: compiled kernels are not among its runtimes, or it says so in another way.
+    """
+    without = re.sub(rf"^{re.escape(_RATES)}\n(?:(?!\[).*\n?)*", "", text, flags=re.MULTILINE)
+    head, line, tail = without.partition("[runtimes.tvm]\n")
+    if not line:
+        raise UsageError("the target file has no line [runtimes.tvm]", hint="add it, and run this again")
+    return f"{head}{line}\n{rates_table(rates)}\n{tail.lstrip()}".rstrip() + "\n"
 
 
 def host_name() -> str:

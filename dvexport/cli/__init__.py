@@ -15,6 +15,7 @@ from dvexport.cli.profile import profile
 from dvexport.cli.run import run
 from dvexport.cli.targets import targets
 from dvexport.cli.train import train
+from dvexport.cli.tune import tune
 from dvexport.cli.verify import verify
 from dvexport.errors import DeviceError, DvexportError, unknown_name
 
@@ -47,7 +48,7 @@ def cli() -> None:
     """
 
 
-for _command in (models, targets, export, inspect, verify, run, profile, train):
+for _command in (models, targets, export, inspect, verify, run, profile, tune, train):
     cli.add_command(_command)
 
 

@@ -63,8 +63,16 @@ def _one(target: Target, as_json: bool) -> None:
                 "cost table",
                 f"{len(target.costs)} points" + (f", {target.costs_source}" if target.costs else ""),
             ),
+            ("kernel rates", _rates(target)),
         ]
     )
+
+
+def _rates(target: Target) -> str:
+    if target.runtimes.tvm is None:
+        return "none"
+    rates = target.runtimes.tvm.rates
+    return rates.source if rates else "estimated from lanes and peak (dvexport tune measures them)"
 
 
 def _figure(quantity: Quantity, unit: str) -> str:

@@ -1,0 +1,103 @@
+"""`dvexport tune`: measure what the compiled kernels cost on this machine."""
+
+from __future__ import annotations
+
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from dvexport.cli.options import json_flag, path_option
+from dvexport.cli.output import checklist, print_json, print_lines
+from dvexport.errors import DeviceError, UsageError
+
+if TYPE_CHECKING:
+    from dvexport.targets import Target
+    from dvexport.targets.tvm.fit import Fit
+
+__all__ = ["tune"]
+
+
+@click.command()
+@click.option("--target", default="host", show_default=True, help="Device of the catalogue, or a .toml file.")
+@path_option("-o", "--output", help="Write the target's file with the rates in it: a .toml file for --target.")
+@click.option(
+    "--seconds",
+    default=60.0,
+    show_default=True,
+    type=click.FloatRange(min=0, max=3600),
+    help="How long to repeat the measurement.",
+)
+@json_flag
+def tune(target: str, output: Path | None, seconds: float, as_json: bool) -> None:
+    """Measure how long the compiled kernels' units of work take on this machine.
+
+    Backend tvm predicts from these rates which kernel is the fastest for what a gate decides, and which calls are
+    worth sharing between threads. Let nothing else run meanwhile.
+    """
+    from dvexport.files import atomic_write, writable_output
+    from dvexport.targets import devices
+
+    device = devices.load(target)
+    _check(device)
+    if output is not None:
+        writable_output(output)
+    with checklist() as progress:
+        from dvexport.targets.tvm.build import check_tools
+
+        check_tools()
+        from dvexport.targets.tvm import fit
+        from dvexport.targets.tvm import tune as measuring
+        from dvexport.targets.tvm.machine import machine_of
+
+        machine = machine_of(device.cpu)
+        samples = measuring.measure(machine, measuring.draw_works(), seconds, progress)
+        progress("fit the rates")
+        made = fit.fit(samples, machine, _source())
+    if output is not None:
+        text = devices.path_of(target).read_text(encoding="utf-8")
+        with atomic_write(output) as temporary:
+            temporary.write_text(devices.with_rates(text, made.rates), encoding="utf-8")
+    if as_json:
+        print_json(_as_json(device, made))
+        return
+    print_lines(devices.rates_table(made.rates))
+    print_lines(*_quality(made))
+
+
+def _source() -> str:
+    from dvexport.profile.environment import device_info
+
+    return f"measured: dvexport tune, {device_info(threads=1).cpu}, {datetime.now(UTC):%Y-%m-%d}"
+
+
+def _check(device: Target) -> None:
+    from dvexport.targets.tvm.artifact import runs_here
+
+    if device.runtimes.tvm is None:
+        raise UsageError("compiled kernels are not among the target's runtimes", where=device.name)
+    if not runs_here(device.cpu):
+        raise DeviceError(
+            "the target is not this machine, so its rates can't be measured here",
+            where=device.name,
+            why=f"it is {device.cpu.triple}, this machine is {platform.machine()}",
+            hint="run dvexport tune there; without rates they are estimated",
+        )
+
+
+def _quality(made: Fit) -> list[str]:
+    return [
+        f"predicted to {made.median:.0%} (half of the calls), {made.ninth:.0%} (nine of ten)",
+        f"the faster of two kernels in {made.right} of {made.choices} cases; the others cost {made.lost:.2%} of time",
+    ]
+
+
+def _as_json(device: Target, made: Fit) -> dict[str, object]:
+    return {
+        "target": device.name,
+        "rates": {"source": made.rates.source, **made.rates.values()},
+        "error": {"median": made.median, "p90": made.ninth},
+        "choices": {"cases": made.choices, "right": made.right, "lost": made.lost},
+    }
