@@ -149,6 +149,7 @@ class Manifest(_Entry):
         checkpoint: SHA-256 of the weights the model was given; None for random or shipped ones.
         tools: version of every package that had a part in it.
         passes: in the order they ran.
+        memory: bytes that an instance needs on the device, by use; empty where the backend does not know.
     """
 
     format: Literal[1] = 1
@@ -166,6 +167,7 @@ class Manifest(_Entry):
     checkpoint: Digest | None = None
     tools: dict[str, str] = {}
     passes: list[PassEntry] = []
+    memory: dict[str, Count] = {}
 
     @property
     def preprocess(self) -> Preprocess:

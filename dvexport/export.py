@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
+from dvexport.backends import backend_of
 from dvexport.bundle import GOLDEN, Bundle, write_bundle
 from dvexport.bundle_manifest import (
     GateEntry,
@@ -32,26 +33,23 @@ from dvexport.errors import CheckFailed, CheckpointError, UsageError, unknown_na
 from dvexport.files import writable_output
 from dvexport.golden import moving_texture, pack, sample_clip, torch_steps
 from dvexport.graph import DV, gate_name, static_shape
-from dvexport.passes.choose_lowering import LOWERINGS, Abilities, CostTable
+from dvexport.passes.choose_lowering import Abilities, CostTable
 from dvexport.passes.expose_probes import decision_values
-from dvexport.passes.pipeline import Lowered, Plan, lower
+from dvexport.passes.pipeline import Lowered, Plan
 from dvexport.session import GATE_LEVEL, Session, Step
 from dvexport.state import states_of
 from dvexport.targets import devices
-from dvexport.targets.onnx.backend import ARTIFACT, emit, model_bytes
-from dvexport.targets.onnx.runtime import OrtSession
+from dvexport.targets.onnx.backend import model_bytes
 from dvexport.trace import trace
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["BACKENDS", "MODES", "build_model", "export", "file_digest"]
+__all__ = ["MODES", "build_model", "export", "file_digest"]
 
-BACKENDS = ("onnx",)
-LATER_BACKENDS = ("tvm", "tflite")
 MODES = ("stream", "clip")
 
-_TOOLS = ("dvexport", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "torch")
+_TOOLS = ("dvexport", "onnx", "onnx-ir", "onnxscript", "torch")
 
 Progress = Callable[[str], None]
 
@@ -93,6 +91,7 @@ def export(
     """
     tell = progress or (lambda _: None)
     device = _check_request(backend, mode, target, lowering or {})
+    maker = backend_of(backend)
     writable_output(output)
     tell("load the model")
     source = build_model(model, checkpoint, settings or {})
@@ -104,29 +103,28 @@ def export(
     tell("trace")
     traced = trace(net, preprocess.size)
     calibration = _calibration(traced, calibration_frames)
-    tell("lower the gates")
-    lowered = lower(traced, _plan(mode, preprocess.frames, device, calibration, lowering or {}))
-    artifact = emit(lowered.model, opset=device.runtimes.onnx.opset)  # type: ignore[union-attr]
+    built = maker.build(traced, _plan(mode, preprocess.frames, device, calibration, lowering or {}), device, tell)
+    lowered = built.lowered
     tell("compare with PyTorch")
-    runtime = OrtSession(artifact, states_of(lowered.model))
-    golden = _verified(Session(runtime, mode=mode), net, golden_frames)
+    golden = _verified(Session(built.variant.open(), mode=mode), net, golden_frames)
     tell("write the bundle")
     manifest = Manifest(
         model=ModelEntry(name=source.name, settings=source.settings, assumed=_assumed(net)),
         target=device.name,
         backend=backend,
         mode="clip" if mode == "clip" else "stream",
-        inputs=[_input(lowered, preprocess)],
-        outputs=_outputs(lowered),
+        inputs=[_input(mode, preprocess)],
+        outputs=_outputs(lowered, mode, preprocess),
         labels=list(net.labels),
         states=[
             StateEntry(name=s.name, input=s.input, output=s.output, shape=s.shape, dtype=s.dtype)  # type: ignore[arg-type]
-            for s in states_of(lowered.model)
+            for s in (states_of(lowered.model) if mode == "stream" else ())
         ],
         gates=_gates(traced, lowered),
         flops=flop_table(traced).to_dict(),
         checkpoint=source.digest,
-        tools={name: version(name) for name in _TOOLS},
+        memory=dict(built.memory),
+        tools={name: version(name) for name in (*_TOOLS, *maker.tools)},
         passes=[
             PassEntry(
                 name=record.name,
@@ -137,7 +135,7 @@ def export(
         ],
     )
     files: dict[str, bytes | Path] = {
-        ARTIFACT: artifact,
+        **built.files,
         GATE_LEVEL: model_bytes(traced),
         GOLDEN: pack(golden_frames, golden),
     }
@@ -232,21 +230,11 @@ def _json_values(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_request(backend: str, mode: str, target: str, lowering: Mapping[str, str]) -> devices.Target:
-    if backend in LATER_BACKENDS:
-        raise UsageError(f"backend '{backend}' is not in this release", hint="--backend onnx")
-    if backend not in BACKENDS:
-        raise unknown_name("backend", backend, BACKENDS)
+    maker = backend_of(backend)
     if mode not in MODES:
         raise unknown_name("mode", mode, MODES)
-    for kind in lowering.values():
-        if kind not in LOWERINGS:
-            raise unknown_name("lowering", kind, LOWERINGS)
     device = devices.load(target)
-    if device.runtimes.onnx is None:
-        raise UsageError(
-            f"target '{device.name}' does not run ONNX Runtime",
-            why=f"its runtimes are: {', '.join(device.runtimes.available)}",
-        )
+    maker.check(device, lowering)
     return device
 
 
@@ -307,16 +295,17 @@ def _not_equal(row: Row, difference: object) -> CheckFailed:
     )
 
 
-def _input(lowered: Lowered, preprocess: Any) -> InputEntry:
-    (frames,) = (value for value in lowered.model.graph.inputs if value.name == "frames")
-    return InputEntry(name="frames", shape=static_shape(frames), dtype="float32", preprocess=preprocess)
+def _input(mode: str, preprocess: Any) -> InputEntry:
+    frames = preprocess.frames if mode == "clip" else 1
+    return InputEntry(name="frames", shape=(frames, 3, *preprocess.size), dtype="float32", preprocess=preprocess)
 
 
-def _outputs(lowered: Lowered) -> list[OutputEntry]:
-    """Return the outputs but the states, the logits first."""
+def _outputs(lowered: Lowered, mode: str, preprocess: Any) -> list[OutputEntry]:
+    """Return the outputs but the states, the logits first; the first size of all is frames."""
     states = {state.output for state in states_of(lowered.model)}
+    frames = preprocess.frames if mode == "clip" else 1
     return [
-        OutputEntry(name=value.name, shape=static_shape(value), dtype=str(value.dtype.numpy()))  # type: ignore[arg-type,union-attr]
+        OutputEntry(name=value.name, shape=(frames, *static_shape(value)[1:]), dtype=str(value.dtype.numpy()))  # type: ignore[arg-type,union-attr]
         for value in lowered.model.graph.outputs
         if value.name not in states
     ]

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dvexport.backends import backend_of, onnx_variant
 from dvexport.errors import BundleError, UsageError, unknown_name
-from dvexport.targets.onnx.backend import ARTIFACT, emit
-from dvexport.targets.onnx.runtime import OrtSession, StateSpec
+from dvexport.targets.runtime import Runtime, Variant
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -31,7 +31,6 @@ __all__ = [
     "Decisions",
     "Session",
     "Step",
-    "Variant",
     "open_session",
     "open_variant",
     "plan_of",
@@ -77,7 +76,7 @@ class Session:
         decisions: shape of every decision of one frame, by (gate, kind).
     """
 
-    def __init__(self, runtime: OrtSession, *, mode: str, labels: Sequence[str] = ()) -> None:
+    def __init__(self, runtime: Runtime, *, mode: str, labels: Sequence[str] = ()) -> None:
         self.runtime = runtime
         self.mode = mode
         self.labels = list(labels)
@@ -179,14 +178,6 @@ class Session:
         return stacked
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A model as ONNX Runtime reads it, and its states."""
-
-    model: bytes
-    states: Sequence[StateSpec]
-
-
 def open_session(bundle: Bundle, *, threads: int = 1, variant: str = "gated") -> Session:
     """Open a bundle for running on this machine, at the first frame of a stream.
 
@@ -197,41 +188,35 @@ def open_session(bundle: Bundle, *, threads: int = 1, variant: str = "gated") ->
     Raises:
         UsageError: an unknown variant, or a backend that can't run here.
         BundleError: the bundle changed meanwhile, or lacks the model.
-        DeviceError: ONNX Runtime is missing or can't load the artifact.
+        DeviceError: the backend's runtime is missing or can't load the artifact.
     """
     return open_variant(variant_of(bundle, variant), bundle.manifest, threads=threads)
 
 
 def variant_of(bundle: Bundle, variant: str) -> Variant:
-    """Return a variant of a bundle: what ships is read, the others are made; errors as `open_session`."""
-    manifest = bundle.manifest
-    if manifest.backend != "onnx":
-        raise UsageError(f"this release can't run bundles of backend '{manifest.backend}'", where=str(bundle.path))
+    """Return a variant of a bundle; errors as `open_session`."""
     if variant not in VARIANTS:
         raise unknown_name("variant", variant, VARIANTS)
-    if variant == "gated":
-        return Variant(bundle.read(ARTIFACT), manifest.states)
-    return _lowered(read_gate_level(bundle), plan_of(manifest, variant))
+    return backend_of(bundle.manifest.backend).variant(bundle, variant)
 
 
 def open_variant(variant: Variant, manifest: Manifest, *, threads: int = 1, profile: bool = False) -> Session:
     """Open a variant; with `profile`, every node's time is recorded for `runtime.end_profile()`.
 
     Raises:
-        DeviceError: ONNX Runtime is missing or can't load it.
+        DeviceError: the runtime is missing or can't load it.
     """
-    runtime = OrtSession(variant.model, variant.states, threads=threads, profile=profile)
+    runtime = variant.open(threads=threads, profile=profile)
     return Session(runtime, mode=manifest.mode, labels=manifest.labels)
 
 
 def session_of(gate_level: ir.Model, plan: Plan, *, threads: int = 1) -> Session:
-    """Lower a gate-level model as `plan` says and open it; errors as `open_session` and `lower`."""
-    made = _lowered(gate_level, plan)
-    return Session(OrtSession(made.model, made.states, threads=threads), mode=plan.mode)
+    """Lower a gate-level model for ONNX Runtime as `plan` says and open it; errors as `open_session` and `lower`."""
+    return Session(onnx_variant(gate_level, plan).open(threads=threads), mode=plan.mode)
 
 
 def plan_of(manifest: Manifest, variant: str) -> Plan:
-    """Return the plan that makes a variant of a bundle, every gate lowered as in its artifact."""
+    """Return the plan that makes a variant of an ONNX bundle, every gate lowered as in its artifact."""
     from dvexport.passes.pipeline import Plan
 
     return Plan(
@@ -263,14 +248,6 @@ def steps_of(outputs: Mapping[str, np.ndarray], seconds: float) -> list[Step]:
     probes = {_key(name, _PROBE): value for name, value in outputs.items() if name.startswith(_PROBE)}
     share = seconds / len(logits)
     return [Step(logits[i], {key: value[i] for key, value in probes.items()}, share) for i in range(len(logits))]
-
-
-def _lowered(gate_level: ir.Model, plan: Plan) -> Variant:
-    from dvexport.passes.pipeline import lower
-    from dvexport.state import states_of
-
-    lowered = lower(gate_level, plan)
-    return Variant(emit(lowered.model), states_of(lowered.model))
 
 
 def _key(name: str, prefix: str) -> tuple[str, str]:

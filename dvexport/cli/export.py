@@ -67,9 +67,18 @@ def export(
         f"{output}: {manifest.model.name} for {manifest.target} ({manifest.backend}, {manifest.mode}), "
         f"{file_size(bundle.path.stat().st_size)}",
         f"gates: {gates}",
+        *memory_line(manifest.memory),
         *assumed_line(manifest.model.assumed),
         f"next: dvexport verify {output}",
     )
+
+
+def memory_line(memory: Mapping[str, int]) -> list[str]:
+    """Return the line that says what an instance needs on the device, none where the backend does not know."""
+    if not memory:
+        return []
+    working, states, weights = (file_size(memory[key]) for key in ("arena", "states", "weights"))
+    return [f"memory: {working} for a step, {states} of states, {weights} of weights"]
 
 
 def assumed_line(assumed: Mapping[str, Any]) -> list[str]:

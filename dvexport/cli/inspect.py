@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dvexport.cli.export import memory_line
 from dvexport.cli.options import bundle_argument, json_flag
 from dvexport.cli.output import file_size, print_fields, print_json, print_table
 
@@ -66,6 +67,7 @@ def _summary(manifest: Manifest) -> None:
                 f"{video.frames} frames {video.sampling}, "
                 + (f"{video.frame_rate:g} frames/s" if video.frame_rate else "any frame rate"),
             ),
+            *(("memory", line.removeprefix("memory: ")) for line in memory_line(manifest.memory)),
             ("labels", str(len(manifest.labels))),
             ("checkpoint", manifest.checkpoint or "none given"),
             ("made with", " ".join(f"{name} {version}" for name, version in sorted(manifest.tools.items()))),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dvexport.passes.choose_lowering import KERNELS
 from dvexport.profile.result import GateStats, GateStep, ProfileResult, StepTimes
 
 __all__ = ["Advice", "advise", "better_lowering", "decisions", "overhead_share"]
@@ -64,6 +65,8 @@ def better_lowering(result: ProfileResult, gate: GateStats) -> str:
     unit is sparse, and sparser than the present lowering's; else `masked` (dense, then mask), which
     costs little more than dense does.
     """
+    if gate.lowering == KERNELS:  # these follow every decision, there is nothing to choose
+        return gate.lowering
     if gate.expected_ms:
         others = {name: ms for name, ms in gate.expected_ms.items() if name != gate.lowering}
         best = min(others, key=lambda name: others[name], default=gate.lowering)

@@ -11,17 +11,18 @@ from __future__ import annotations
 __all__ = ["ROLES", "node_role"]
 
 ROLES = {
-    "compute": {"Conv", "FusedConv", "ConvTranspose", "NhwcFusedConv", "QLinearConv", "ConvInteger",
+    "compute": {"conv", "Conv", "FusedConv", "ConvTranspose", "NhwcFusedConv", "QLinearConv", "ConvInteger",
                 "Gemm", "FusedGemm", "MatMul", "FusedMatMul"},
     "decide": {
         "GlobalAveragePool", "AveragePool", "ReduceMean", "ReduceSum", "ReduceMax", "ArgMax", "TopK", "NonZero",
         "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal", "And", "Or", "Not", "BatchNormalization",
-        "Softmax", "Sigmoid", "Tanh",
+        "Softmax", "Sigmoid", "Tanh", "avg_pool", "gemm", "island", "list", "mask", "mean",
     },
     "move": {
         "Gather", "GatherND", "GatherElements", "ScatterND", "ScatterElements", "Where", "Concat",
         "Slice", "Split", "Pad", "Transpose", "Reshape", "Expand", "Tile", "Resize", "Squeeze",
         "Unsqueeze", "Compress", "Cast", "Mul", "Add", "ReorderInput", "ReorderOutput", "Identity",
+        "add", "clear", "concat", "copy", "load", "merge", "pad", "relu", "slice", "store",
         "MemcpyFromHost", "MemcpyToHost", "SpaceToDepth", "DepthToSpace",
     },
     "control": {"If", "Loop", "Scan"},

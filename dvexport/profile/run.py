@@ -11,6 +11,7 @@ import numpy as np
 from dvexport.actions import COMPUTE, REUSE, SKIP
 from dvexport.dialect.flops import ExecutedFlops, FlopTable
 from dvexport.errors import DeviceError, UsageError, unknown_name
+from dvexport.profile.call_times import call_times
 from dvexport.profile.clip import ProfileClip, load_clip
 from dvexport.profile.environment import device_info
 from dvexport.profile.measure import Measured, interleaved, random_decisions, warm_up
@@ -25,7 +26,9 @@ from dvexport.profile.result import (
     StepTimes,
 )
 from dvexport.run import label_of, probabilities
-from dvexport.session import Decisions, Step, Variant, open_variant, variant_of
+from dvexport.session import Decisions, Step, open_variant, variant_of
+from dvexport.targets.onnx.runtime import OnnxVariant
+from dvexport.targets.runtime import Variant
 
 if TYPE_CHECKING:
     from dvexport.bundle import Bundle
@@ -89,7 +92,7 @@ def profile(
     device_state = device_info(threads)
     measured, measured_dense = interleaved(gated, dense, played.frames, forced, repeats)
     tell("time every node")
-    fixed = child_scopes(dense_model.model, gates)
+    fixed = child_scopes(dense_model.model, gates) if isinstance(dense_model, OnnxVariant) else set()
     nodes = _recorded(gated_model, manifest, threads, played, forced, gates, fixed)
     dense_nodes = _recorded(dense_model, manifest, threads, played, None, gates, fixed)
     flops = FlopTable.from_dict(manifest.flops)
@@ -144,6 +147,8 @@ def _recorded(
     count = len(played.frames) if manifest.mode == "clip" else min(_RECORDED_STEPS, len(played.frames))
     for _ in range(2):
         session.run_clip(played.frames[:count], forced[:count] if forced else None)
+    if not isinstance(model, OnnxVariant):
+        return call_times(session.runtime.end_profile(), skip=count)
     skip = 1 if manifest.mode == "clip" else count
     return node_times(session.runtime.end_profile(), gates_of_nodes(model.model, gates, fixed), skip)
 

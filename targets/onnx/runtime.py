@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from dvexport.errors import DeviceError
+from dvexport.targets.runtime import Port
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["NodeProfile", "OrtSession", "Port", "StateSpec"]
+__all__ = ["NodeProfile", "OnnxVariant", "OrtSession", "StateSpec"]
 
 _DTYPES: dict[str, np.dtype] = {
     "tensor(float)": np.dtype(np.float32),
@@ -55,14 +56,6 @@ class StateSpec(Protocol):
     @property
     def dtype(self) -> str:
         """NumPy's name of its type."""
-
-
-@dataclass(frozen=True)
-class Port:
-    """An input or output: its type, and its shape with a name where a size is open."""
-
-    shape: tuple[int | str, ...]
-    dtype: np.dtype
 
 
 @dataclass(frozen=True)
@@ -181,6 +174,18 @@ class OrtSession:
         for name in self.outputs:
             binding.bind_output(name)
         return binding
+
+
+@dataclass(frozen=True)
+class OnnxVariant:
+    """A model as ONNX Runtime reads it, and its states."""
+
+    model: bytes
+    states: Sequence[StateSpec]
+
+    def open(self, *, threads: int = 1, profile: bool = False) -> OrtSession:
+        """Open it; see `OrtSession`."""
+        return OrtSession(self.model, self.states, threads=threads, profile=profile)
 
 
 def _port(port: Any) -> Port:

@@ -1,0 +1,185 @@
+"""The backends by name: how each makes an artifact of a traced model, and opens the one in a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from dvexport.errors import TraceError, UsageError, unknown_name
+from dvexport.targets.devices import HOST, Target, load
+from dvexport.targets.runtime import Variant
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from dvexport.bundle import Bundle
+    from dvexport.passes.pipeline import Lowered, Plan
+
+__all__ = ["BACKENDS", "Backend", "Built", "backend_of", "onnx_variant"]
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a backend made of a model.
+
+    Attributes:
+        lowered: the gated variant's graph, as it was handed to the backend.
+        variant: the gated variant, to be opened on this machine.
+        files: what the bundle gets, by name.
+        memory: bytes on the device by use, where the backend knows them.
+    """
+
+    lowered: Lowered
+    variant: Variant
+    files: Mapping[str, bytes | Path]
+    memory: Mapping[str, int] = field(default_factory=dict)
+
+
+class Backend(Protocol):
+    """A backend.
+
+    Attributes:
+        tools: packages whose versions have a part in an artifact.
+    """
+
+    tools: tuple[str, ...]
+
+    def check(self, device: Target, lowering: Mapping[str, str]) -> None:
+        """Raise UsageError where a request can't be met, DeviceError where a package is missing."""
+
+    def build(self, traced: ir.Model, plan: Plan, device: Target, tell: Progress) -> Built:
+        """Lower a traced model as `plan` says and make its artifact."""
+
+    def variant(self, bundle: Bundle, variant: str) -> Variant:
+        """Return a variant of a bundle: `gated`, `dense` or `forced`."""
+
+
+class OnnxBackend:
+    """Standard operators for ONNX Runtime."""
+
+    tools: tuple[str, ...] = ("onnxruntime",)
+
+    def check(self, device: Target, lowering: Mapping[str, str]) -> None:
+        """See `Backend`."""
+        from dvexport.passes.choose_lowering import LOWERINGS
+
+        for kind in lowering.values():
+            if kind not in LOWERINGS:
+                raise unknown_name("lowering", kind, LOWERINGS)
+        if device.runtimes.onnx is None:
+            raise _not_available("ONNX Runtime", device)
+
+    def build(self, traced: ir.Model, plan: Plan, device: Target, tell: Progress) -> Built:
+        """See `Backend`."""
+        from dvexport.passes.pipeline import lower
+        from dvexport.state import states_of
+        from dvexport.targets.onnx.backend import ARTIFACT, emit
+        from dvexport.targets.onnx.runtime import OnnxVariant
+
+        assert device.runtimes.onnx is not None
+        tell("lower the gates")
+        lowered = lower(traced, plan)
+        artifact = emit(lowered.model, opset=device.runtimes.onnx.opset)
+        return Built(lowered, OnnxVariant(artifact, states_of(lowered.model)), {ARTIFACT: artifact})
+
+    def variant(self, bundle: Bundle, variant: str) -> Variant:
+        """What ships is read; the others are made from the gate-level model."""
+        from dvexport.session import plan_of, read_gate_level
+        from dvexport.targets.onnx.backend import ARTIFACT
+        from dvexport.targets.onnx.runtime import OnnxVariant
+
+        if variant == "gated":
+            return OnnxVariant(bundle.read(ARTIFACT), bundle.manifest.states)
+        return onnx_variant(read_gate_level(bundle), plan_of(bundle.manifest, variant))
+
+
+class TvmBackend:
+    """Kernels compiled with TVM, a static plan and a C runtime of our own."""
+
+    tools: tuple[str, ...] = ("apache-tvm", "ziglang")
+
+    def check(self, device: Target, lowering: Mapping[str, str]) -> None:
+        """See `Backend`."""
+        from dvexport.targets.tvm.build import check_tools
+
+        if device.runtimes.tvm is None:
+            raise _not_available("compiled kernels", device)
+        if lowering:
+            raise UsageError(
+                "backend 'tvm' takes no lowerings",
+                why="its kernels follow every decision, and are chosen at run time",
+                hint="leave out --lowering, or use --backend onnx",
+            )
+        check_tools()
+
+    def build(self, traced: ir.Model, plan: Plan, device: Target, tell: Progress) -> Built:
+        """See `Backend`. An artifact for another processor is compared with PyTorch by its twin for this one."""
+        from dvexport.targets.tvm.artifact import build_artifact, runs_here
+        from dvexport.targets.tvm.machine import machine_for
+
+        tell("lower the gates")
+        lowered = _native_variants(traced, replace(plan, kernels=True))
+        models = {name: made.model for name, made in lowered.items()}
+        assert device.runtimes.tvm is not None
+        algorithms = ("direct", "winograd") if device.runtimes.tvm.winograd else ("direct",)
+        artifact = build_artifact(models, machine_for(device), tell, algorithms)
+        twin = artifact
+        if not runs_here(device.cpu):
+            tell("build the twin for this machine")
+            twin = build_artifact(models, machine_for(load(HOST)), tell, algorithms)
+        frames = plan.frames if plan.mode == "clip" else 1
+        return Built(lowered["gated"], twin.variant("gated", frames), artifact.files(), artifact.memory)
+
+    def variant(self, bundle: Bundle, variant: str) -> Variant:
+        """All variants are plans over one library and one file of weights, and in the bundle."""
+        from dvexport.targets.tvm.artifact import read_variant
+
+        return read_variant(bundle, variant)
+
+
+def onnx_variant(gate_level: ir.Model, plan: Plan) -> Variant:
+    """Lower a gate-level model as `plan` says, for ONNX Runtime on this machine."""
+    from dvexport.passes.pipeline import lower
+    from dvexport.state import states_of
+    from dvexport.targets.onnx.backend import emit
+    from dvexport.targets.onnx.runtime import OnnxVariant
+
+    lowered = lower(gate_level, plan)
+    return OnnxVariant(emit(lowered.model), states_of(lowered.model))
+
+
+def _native_variants(traced: ir.Model, plan: Plan) -> dict[str, Lowered]:
+    """Return every variant lowered for kernels. A clip of a causal model is its stream, step by step."""
+    from dvexport.passes.pipeline import lower
+
+    plans = {"gated": plan, "dense": replace(plan, variant="dense"), "forced": replace(plan, forced=True)}
+    try:
+        return {name: lower(traced, replace(one, mode="stream")) for name, one in plans.items()}
+    except TraceError:
+        if plan.mode == "stream":
+            raise
+    return {name: lower(traced, one) for name, one in plans.items()}
+
+
+def _not_available(what: str, device: Target) -> UsageError:
+    return UsageError(
+        f"target '{device.name}' does not run {what}",
+        why=f"its runtimes are: {', '.join(device.runtimes.available)}",
+    )
+
+
+BACKENDS: dict[str, Backend] = {"onnx": OnnxBackend(), "tvm": TvmBackend()}
+LATER_BACKENDS = ("tflite",)
+
+
+def backend_of(name: str) -> Backend:
+    """Return a backend; UsageError if there is none of that name."""
+    if name in LATER_BACKENDS:
+        raise UsageError(f"backend '{name}' is not in this release", hint=f"one of: {', '.join(BACKENDS)}")
+    if name not in BACKENDS:
+        raise unknown_name("backend", name, BACKENDS)
+    return BACKENDS[name]

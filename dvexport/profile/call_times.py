@@ -1,0 +1,44 @@
+"""The time of every kernel call of a native artifact, and of every gate, from the runtime's own clock."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from dvexport.profile.node_times import NodeTimes
+from dvexport.profile.result import NodeTime
+from dvexport.profile.roles import node_role
+from dvexport.targets.tvm.session import CallTime
+
+__all__ = ["call_times"]
+
+
+def call_times(steps: Sequence[Sequence[CallTime]], skip: int) -> NodeTimes:
+    """Return what a recording says of every call.
+
+    Args:
+        steps: the calls of every step, in order.
+        skip: steps to leave out at the beginning, as a warm-up.
+    """
+    steps = steps[skip:]
+    shown = sorted(steps, key=lambda calls: sum(call.seconds for call in calls))[len(steps) // 2]
+    per_gate: dict[str, list[float]] = defaultdict(lambda: [0.0] * len(steps))
+    for index, calls in enumerate(steps):
+        for call in calls:
+            if call.gate:
+                per_gate[call.gate][index] += call.seconds * 1e3
+    medians = np.median([[call.seconds for call in calls] for calls in steps], axis=0) * 1e6
+    starts = np.cumsum([0.0, *(call.seconds for call in shown)]) * 1e6
+    nodes = [
+        _node(call, float(median), float(start)) for call, median, start in zip(shown, medians, starts, strict=False)
+    ]
+    return NodeTimes(nodes, {gate: float(np.median(times)) for gate, times in per_gate.items()})
+
+
+def _node(call: CallTime, median_us: float, start_us: float) -> NodeTime:
+    kind, _, value = call.label.partition(" ")
+    kernel = f" ({call.kernel})" if call.kernel else ""
+    decides = bool(call.gate) and node_role(kind) == "decide"
+    return NodeTime(value + kernel, kind, call.gate or None, median_us, start_us, call.seconds * 1e6, decides)
