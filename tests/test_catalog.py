@@ -1,3 +1,4 @@
+import dataclasses
 import tomllib
 from pathlib import Path
 
@@ -166,3 +167,46 @@ def test_the_example_of_the_documentation(tmp_path):
     assert tomllib.loads(example)
     (tmp_path / "board.toml").write_text(example)
     assert targets.load(tmp_path / "board.toml").costs
+
+
+@pytest.fixture
+def rates():
+    """Rates of a catalogue entry."""
+    return targets.load("x86-64-avx512").runtimes.tvm.rates
+
+
+def test_rates_are_put_into_a_target_file(tmp_path, rates):
+    path = tmp_path / "board.toml"
+    path.write_text(devices.with_rates(REAL, rates))
+    loaded = targets.load(path)
+    assert loaded.runtimes.tvm.rates == rates
+    assert loaded.runtimes.tflite == targets.load("raspberry-pi-5").runtimes.tflite
+    faster = dataclasses.replace(rates, product=0.01, source='measured "here"')
+    path.write_text(devices.with_rates(path.read_text(), faster))
+    assert path.read_text().count("[runtimes.tvm.rates]") == 1
+    assert targets.load(path).runtimes.tvm.rates == faster
+
+
+def test_rates_need_a_table_of_their_own(rates):
+    with pytest.raises(UsageError, match=r"no line \[runtimes.tvm\]"):
+        devices.with_rates(REAL.replace("[runtimes.tvm]", "[runtimes]\ntvm = {}"), rates)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key", "why"),
+    [
+        ("call = ", "call = -", "runtimes.tvm.rates.call", "greater than or equal to 0"),
+        ("call = ", "call = nan # ", "runtimes.tvm.rates.call", "finite|greater"),
+        ("row = ", "# row = ", "runtimes.tvm.rates.row", "required"),
+        ("call = ", "colour = 1.0\ncall = ", "runtimes.tvm.rates.colour", "Unexpected"),
+        ("source = ", "# ", "runtimes.tvm.rates.source", "required"),
+    ],
+)
+def test_bad_rates_give_key_and_reason(tmp_path, rates, old, new, key, why):
+    path = tmp_path / "board.toml"
+    head, table, tail = devices.with_rates(REAL, rates).partition("[runtimes.tvm.rates]\n")
+    path.write_text(head + table + tail.replace(old, new, 1))
+    with pytest.raises(UsageError) as caught:
+        targets.load(path)
+    assert f"bad key '{key}'" in str(caught.value)
+    assert any(part in caught.value.why for part in why.split("|"))

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 import subprocess
@@ -72,11 +73,13 @@ def test_help_is_fast_and_imports_nothing_heavy():
         times.append(time.perf_counter() - start)
     assert done.stdout.splitlines()[-1] == "[]"
     assert min(times) < 0.5
-    for command in ("models", "targets", "export", "inspect", "verify", "run", "profile", "train"):
+    for command in ("models", "targets", "export", "inspect", "verify", "run", "profile", "tune", "train"):
         assert f"\n  {command} " in done.stdout
 
 
-@pytest.mark.parametrize("command", ["models", "targets", "export", "inspect", "verify", "run", "profile", "train"])
+@pytest.mark.parametrize(
+    "command", ["models", "targets", "export", "inspect", "verify", "run", "profile", "tune", "train"]
+)
 def test_every_command_has_help(call, command):
     code, out, _ = call(command, "--help")
     assert code == 0
@@ -163,6 +166,9 @@ def test_targets(call):
     assert any(line.startswith("raspberry-pi-5 ") for line in out.splitlines())
     code, out, _ = call("targets", "raspberry-pi-5")
     assert "38.4 GFLOP/s a core (estimate: 2.4 GHz" in out
+    assert "kernel rates    estimated from lanes and peak" in out
+    code, out, _ = call("targets", "x86-64-avx512")
+    assert "kernel rates    measured: dvexport tune" in out
     code, out, _ = call("targets", "--json")
     assert {"rk3588", "rv1126"} <= {target["name"] for target in json.loads(out)}
     code, out, _ = call("targets", "rv1126", "--json")
@@ -392,3 +398,42 @@ def test_profile_writes_what_was_asked_for(call, monkeypatch, bundle, tmp_path):
     assert (tmp_path / "p.json").read_text() == "{}"
     assert out.splitlines()[0] == "the table"
     assert f"wrote {tmp_path / 'p.trace'}" in out
+
+
+def test_tune_writes_a_target_file(call, tmp_path, monkeypatch):
+    from dvexport.targets import devices
+    from dvexport.targets.tvm import fit, tune
+
+    seconds = []
+    rates = dataclasses.replace(devices.load("x86-64-avx512").runtimes.tvm.rates, product=0.123456)
+    made = fit.Fit(rates, median=0.0812, ninth=0.3, choices=40, right=38, lost=0.004)
+    monkeypatch.setattr(tune, "measure", lambda _machine, works, time, _tell: seconds.append(time) or works)
+    monkeypatch.setattr(fit, "fit", lambda works, machine, source: dataclasses.replace(made, rates=rates))
+    path = tmp_path / "mine.toml"
+    code, out, _ = call("tune", "-o", path, "--seconds", "3")
+    assert (code, seconds) == (0, [3.0])
+    assert "[runtimes.tvm.rates]" in out
+    assert "product = 0.1235" in out
+    assert "predicted to 8% (half of the calls), 30% (nine of ten)" in out
+    assert "the faster of two kernels in 38 of 40 cases; the others cost 0.40% of time" in out
+    assert devices.load(path).runtimes.tvm.rates.product == 0.1235
+    assert devices.load(path).cpu == devices.load("host").cpu
+    code, out, _ = call("tune", "--target", path, "--json")
+    result = json.loads(out)
+    assert result["rates"]["product"] == 0.123456
+    assert result["choices"] == {"cases": 40, "right": 38, "lost": 0.004}
+
+
+def test_tune_measures_only_the_machine_it_runs_on(call, tmp_path):
+    from dvexport.targets import devices
+
+    away = "x86-64-avx2" if devices.load("host").cpu.lanes == 4 else "raspberry-pi-4"
+    code, out, err = call("tune", "--target", away)
+    assert (code, out) == (3, "")
+    assert f"the target is not this machine, so its rates can't be measured here\n  where: {away}" in err
+    assert "run dvexport tune there" in err
+    text = devices.path_of("host").read_text()
+    (tmp_path / "none.toml").write_text(text.partition("[runtimes.tvm]")[0])
+    code, _, err = call("tune", "--target", tmp_path / "none.toml")
+    assert code == 2
+    assert "compiled kernels are not among the target's runtimes" in err

@@ -60,7 +60,7 @@ def test_every_other_command_runs_in_order(folder):
         done = _run(command, folder)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         outputs |= set(re.findall(r"(?:-o|--html|--json) (\S+)", command))
-    assert outputs == {"my.dvx", "report.html", "motion.dvx", "forced.json"}
+    assert outputs == {"my.dvx", "report.html", "motion.dvx", "forced.json", "native.dvx", "pi.dvx"}
     assert all((folder / name).stat().st_size > 0 for name in outputs)
 
 

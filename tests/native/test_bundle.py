@@ -1,0 +1,110 @@
+"""Native bundles from export to profile, through the same calls as any other."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+import numpy as np
+import pytest
+
+import dvexport
+from dvexport.bundle import Bundle
+from dvexport.errors import DeviceError, UsageError
+from dvexport.oracle import Oracle
+from dvexport.profile.run import profile
+from dvexport.session import open_session, read_gate_level
+from dvexport.targets import devices
+from dvexport.targets.tvm import artifact
+from dvexport.verify import verify
+
+MODEL = {"width": 0.25, "classes": 5, "size": (64, 64), "frames": 4}
+
+
+def small(tmp_path, name="x.dvx", **options) -> Bundle:
+    settings = {**MODEL, **options.pop("settings", {})}
+    return dvexport.export("dstep_resnet18", settings=settings, backend="tvm", output=tmp_path / name, **options)
+
+
+@pytest.fixture(scope="module")
+def stream(tmp_path_factory) -> Bundle:
+    return small(tmp_path_factory.mktemp("native"))
+
+
+def test_a_bundle_holds_all_that_a_device_needs(stream):
+    names = {f"native/{name}" for name in ("libdvx.so", "runner", "weights.bin", "dvx.h", "gated.plan", "dense.plan")}
+    assert names <= set(stream.manifest.files)
+    assert {gate.lowering for gate in stream.manifest.gates} == {"kernels"}
+    memory = stream.manifest.memory
+    assert memory["arena_bound"] <= memory["arena"] <= 1.1 * memory["arena_bound"]
+    assert memory["weights"] == stream.manifest.files["native/weights.bin"].size
+
+
+@pytest.mark.slow
+def test_the_same_export_gives_the_same_bytes(stream, tmp_path):
+    assert small(tmp_path).path.read_bytes() == stream.path.read_bytes()
+
+
+def test_verify_compares_with_the_oracle_and_with_pytorch(stream):
+    report = verify(stream)
+    assert report.ok, report.rows
+    assert {row.name.partition(":")[0] for row in report.rows} >= {"golden data", "gate-level oracle", "PyTorch"}
+
+
+def test_a_profile_tells_the_time_of_every_gate(stream):
+    result = profile(stream, runs=1, warmup_s=0.0, force={"tiles": 0.5})
+    assert result.backend == "tvm"
+    assert all(gate.median_ms > 0 and gate.dense_median_ms > 0 for gate in result.gates)
+    roles = {node.role for node in result.nodes}
+    assert {"compute", "decide", "move"} <= roles
+    assert {node.op for node in result.nodes if node.role == "other"} <= {"max_pool"}
+
+
+@pytest.mark.slow
+def test_a_clip_is_its_stream_from_a_reset(stream, tmp_path):
+    clip = small(tmp_path, mode="clip")
+    frames = clip.golden()["frames"]
+    session = open_session(clip)
+    assert session.frames == len(frames)
+    once, again, stepped = session.run_clip(frames), session.run_clip(frames), open_session(stream).run_clip(frames)
+    for one, two, three in zip(once, again, stepped, strict=True):
+        np.testing.assert_array_equal(one.logits, two.logits)
+        np.testing.assert_array_equal(one.logits, three.logits)
+
+
+@pytest.mark.slow
+def test_a_model_that_looks_ahead_runs_as_a_clip(tmp_path):
+    bundle = dvexport.export("tsm_resnet18", settings=MODEL, backend="tvm", mode="clip", output=tmp_path / "tsm.dvx")
+    frames = bundle.golden()["frames"]
+    want = Oracle(read_gate_level(bundle)).run_clip(frames)
+    for got, expected in zip(open_session(bundle).run_clip(frames), want, strict=True):
+        np.testing.assert_allclose(got.logits, expected.logits, atol=1e-4)
+
+
+def test_lowerings_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="takes no lowerings"):
+        small(tmp_path, lowering={"*": "tiles"})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_packages_are_named(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ziglang" else find(name))
+    with pytest.raises(DeviceError, match=r"dvexport\[tvm\]"):
+        small(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_bundle_for_another_processor_is_made_here_and_refused_here(tmp_path, monkeypatch):
+    bundle = small(tmp_path, target="raspberry-pi-4")
+    with pytest.raises(DeviceError):
+        open_session(bundle)
+
+
+def test_it_is_told_whether_code_runs_here():
+    here = devices.load("host").cpu
+    other = devices.load("raspberry-pi-4" if here.triple.startswith("x86") else "x86-64-avx2").cpu
+    assert artifact.runs_here(here)
+    assert not artifact.runs_here(other)
+    assert "tvm" in sys.modules or importlib.util.find_spec("tvm")
