@@ -1,4 +1,8 @@
-"""Run the benchmarks and print their tables: `python -m benchmarks [--rounds N] [--json FILE]`."""
+"""Run the benchmarks and print their tables: `python -m benchmarks [SUITE ...] [--rounds N] [--json FILE]`.
+
+Suites: `forced` (forced decisions, ONNX Runtime), `peers` (static networks in every runtime), `native` (our kernels:
+forced and trained decisions, what gates cost), `artifacts` (export times and sizes). All of them by default.
+"""
 
 from __future__ import annotations
 
@@ -9,51 +13,118 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import resnet18
 from benchmarks.document import DOCS, markdown_table, replace_block
 
-COLUMNS = ("threads", "side", "ms", "spread", "flops", "speedup", "realisation")
+
+@dataclass(frozen=True)
+class _Measured:
+    """One table."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[dict[str, Any]]
 
 
 def main() -> None:
     """Measure, print, and write the rows to a file if asked."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=30, help="rounds of each interleaved run")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/benchmarks.md")
-    arguments = parser.parse_args()
-    results: dict[str, list[dict[str, Any]]] = {
-        "D-STEP ResNet-18, tiles forced": [],
-        "AdaFuse ResNet-18, channels forced": [],
-    }
-    for threads in arguments.threads:
-        results["D-STEP ResNet-18, tiles forced"] += resnet18.tile_rows(threads, arguments.rounds)
-        results["AdaFuse ResNet-18, channels forced"] += resnet18.channel_rows(threads, arguments.rounds)
-    for title, rows in results.items():
-        _print(title, rows)
-    start = {name: _startup(code) for name, code in STARTS.items()}
+    arguments = _arguments()
+    results = {suite: _SUITES[suite](arguments) for suite in arguments.suites or _SUITES}
+    start = {name: _startup(code) for name, code in STARTS.items()} if "forced" in results else {}
     for name, seconds in start.items():
         print(f"{name}: {seconds:.2f} s (median of 5)")
     if arguments.write:
-        blocks = [f"**{title}**\n\n{markdown_table(COLUMNS, rows)}" for title, rows in results.items()]
-        times = [f"- `{name}`: {seconds:.2f} s" for name, seconds in start.items()]
-        replace_block(DOCS / "benchmarks.md", "forced", "\n\n".join([*blocks, "\n".join(times)]))
+        for suite, tables in results.items():
+            blocks = [f"**{table.title}**\n\n{markdown_table(table.columns, table.rows)}" for table in tables]
+            if suite == "forced":
+                blocks.append("\n".join(f"- `{name}`: {seconds:.2f} s" for name, seconds in start.items()))
+            replace_block(DOCS / "benchmarks.md", suite, "\n\n".join(blocks))
     if arguments.json:
-        content = {"machine": platform.processor() or platform.machine(), "tables": results, "startup_s": start}
+        rows = {table.title: table.rows for suite in results.values() for table in suite}
+        content = {"machine": platform.processor() or platform.machine(), "tables": rows, "startup_s": start}
         arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
+
+def _arguments() -> argparse.Namespace:
+    about, _, details = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(description=about, epilog=details)
+    parser.add_argument("suites", nargs="*", choices=list(_SUITES), metavar="SUITE", help=", ".join(_SUITES))
+    parser.add_argument("--rounds", type=int, default=30, help="rounds of each interleaved run")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--networks", nargs="+", default=["tsn_resnet18", "tsn_resnet50"], help="of the suite peers")
+    parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has the peers' packages")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/benchmarks.md")
+    return parser.parse_args()
+
+
+def _forced(arguments: argparse.Namespace) -> list[_Measured]:
+    from benchmarks import resnet18
+
+    suites = {"D-STEP ResNet-18, tiles forced": resnet18.tile_rows,
+              "AdaFuse ResNet-18, channels forced": resnet18.channel_rows}  # fmt: skip
+    return [
+        _show(title, resnet18.COLUMNS, _by_threads(arguments, lambda n, make=make: make(n, arguments.rounds)))  # type: ignore[misc]
+        for title, make in suites.items()
+    ]
+
+
+def _peers(arguments: argparse.Namespace) -> list[_Measured]:
+    from benchmarks import peers
+
+    return [
+        _show(
+            f"{network}, every runtime", peers.COLUMNS,
+            peers.peer_rows(network, arguments.threads, arguments.rounds, arguments.peer_python),
+        )
+        for network in arguments.networks
+    ]  # fmt: skip
+
+
+def _native(arguments: argparse.Namespace) -> list[_Measured]:
+    from benchmarks import native, trained
+
+    network = native.load_network("dstep_resnet18")
+    curves = _by_threads(arguments, lambda n: native.curve_rows(network, n, arguments.rounds))
+    gating = _by_threads(arguments, lambda n: native.gating_rows(network, n, arguments.rounds))
+    clips = [
+        row for model in trained.MODELS for row in trained.trained_rows(model, arguments.threads, arguments.rounds)
+    ]
+    return [
+        _show("D-STEP ResNet-18, native kernels, decisions forced", native.CURVES, curves),
+        _show("D-STEP ResNet-18, native kernels, ms by what they are for", native.GATING, gating),
+        _show("Shipped models on the shipped clips, native kernels", trained.COLUMNS, clips),
+    ]
+
+
+def _artifacts(arguments: argparse.Namespace) -> list[_Measured]:
+    from benchmarks import artifacts
+
+    return [_show("Native artifacts", artifacts.COLUMNS, artifacts.artifact_rows(["dstep_resnet18"]))]
+
+
+_SUITES: dict[str, Callable[[argparse.Namespace], list[_Measured]]] = {
+    "forced": _forced,
+    "peers": _peers,
+    "native": _native,
+    "artifacts": _artifacts,
+}
 
 STARTS = {
     "import dvexport": ["-c", "import dvexport"],
     "dvexport --help": ["-c", "from dvexport.cli import main; main(['--help'])"],
 }
+
+
+def _by_threads(arguments: argparse.Namespace, rows: Callable[[int], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return [row for threads in arguments.threads for row in rows(threads)]
 
 
 def _startup(arguments: list[str]) -> float:
@@ -66,11 +137,13 @@ def _startup(arguments: list[str]) -> float:
     return statistics.median(times)
 
 
-def _print(title: str, rows: list[dict[str, Any]]) -> None:
-    table = Table(*COLUMNS, title=f"{title} (224 x 224, one frame a step, against the dense artifact)")
+def _show(title: str, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> _Measured:
+    """Print a table as soon as it is there."""
+    table = Table(*columns, title=title)
     for row in rows:
-        table.add_row(*[str(row[column]) for column in COLUMNS])
-    Console().print(table)
+        table.add_row(*[str(row[column]) for column in columns])
+    Console(width=max(Console().width, 150)).print(table)
+    return _Measured(title, columns, rows)
 
 
 if __name__ == "__main__":

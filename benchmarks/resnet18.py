@@ -5,8 +5,6 @@ FLOP ratios count the network without its policies, which the dense artifact doe
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,8 +12,9 @@ import numpy as np
 import onnx_ir as ir
 
 from benchmarks.forced import decisions, group_decisions
+from benchmarks.static import SIZE, executed, frame, plain_module, plain_onnx
 from benchmarks.timing import Timing, interleave
-from dvexport.dialect.flops import FlopTable, flop_table
+from dvexport.dialect.flops import flop_table
 from dvexport.models import zoo
 from dvexport.passes.choose_lowering import Abilities, CostTable
 from dvexport.passes.pipeline import Plan, lower
@@ -25,9 +24,9 @@ from dvexport.targets.onnx.backend import emit
 from dvexport.targets.onnx.runtime import OrtSession
 from dvexport.trace import trace
 
-__all__ = ["channel_rows", "plain_export", "tile_rows"]
+__all__ = ["COLUMNS", "channel_rows", "tile_rows"]
 
-SIZE = (224, 224)
+COLUMNS = ("threads", "side", "ms", "spread", "flops", "speedup", "realisation")
 GROUPS = 4
 
 
@@ -36,15 +35,15 @@ def tile_rows(threads: int, rounds: int) -> list[dict[str, Any]]:
     traced = trace(zoo.create("dstep_resnet18"), SIZE)
     table = flop_table(traced)
     gated = _lowered(traced, threads)
-    frame = _frame()
-    runs = {"plain static export": _runner(plain_export(), threads, frame)}
-    runs["dense artifact"] = _runner(lower(traced, Plan(variant="dense")).model, threads, frame)
+    x = frame()
+    runs = {"plain static export": _runner(plain_onnx(plain_module("tsn_resnet18")), threads, x)}
+    runs["dense artifact"] = _runner(lower(traced, Plan(variant="dense")).model, threads, x)
     session = OrtSession(emit(gated), states_of(gated), threads=threads)
     fractions = {"plain static export": 1.0, "dense artifact": 1.0}
     for rate in (1.0, 0.75, 0.5, 0.25, 0.1, 0.0):
         feeds = decisions(gated, tiles=rate)
-        runs[f"tiles {rate:.0%}"] = lambda feeds=feeds: session.run({"frames": frame, **feeds})  # type: ignore[misc]
-        fractions[f"tiles {rate:.0%}"] = _executed(table, feeds)
+        runs[f"tiles {rate:.0%}"] = lambda feeds=feeds: session.run({"frames": x, **feeds})  # type: ignore[misc]
+        fractions[f"tiles {rate:.0%}"] = executed(table, feeds)
     return _rows(interleave(runs, rounds), fractions, threads)
 
 
@@ -52,8 +51,8 @@ def channel_rows(threads: int, rounds: int) -> list[dict[str, Any]]:
     """Measure AdaFuse with a share of the channels computed: scattered, and in calibrated groups."""
     traced = trace(zoo.create("adafuse_resnet18"), SIZE)
     table = flop_table(traced)
-    frame = _frame()
-    runs = {"dense artifact": _runner(lower(traced, Plan(variant="dense")).model, threads, frame)}
+    x = frame()
+    runs = {"dense artifact": _runner(lower(traced, Plan(variant="dense")).model, threads, x)}
     fractions = {"dense artifact": 1.0}
     for kind in ("channels", "groups"):
         model = lower(traced, Plan(forced=True, overrides={"*": kind})).model
@@ -62,30 +61,9 @@ def channel_rows(threads: int, rounds: int) -> list[dict[str, Any]]:
             scattered = kind == "channels"
             draw = decisions(model, channels=rate) if scattered else group_decisions(model, GROUPS, rate)
             name = f"{kind} {rate:.0%}"
-            runs[name] = lambda session=session, feeds=draw: session.run({"frames": frame, **feeds})  # type: ignore[misc]
-            fractions[name] = _executed(table, draw)
+            runs[name] = lambda session=session, feeds=draw: session.run({"frames": x, **feeds})  # type: ignore[misc]
+            fractions[name] = executed(table, draw)
     return _rows(interleave(runs, rounds), fractions, threads)
-
-
-def plain_export() -> ir.Model:
-    """Return the static ResNet-18 of the same shape as torch's own exporter writes it."""
-    import torch
-
-    class PerFrame(torch.nn.Module):
-        """The network without its consensus."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = zoo.create("tsn_resnet18")
-
-        def forward(self, frame: torch.Tensor) -> torch.Tensor:
-            """Return the frame's logits."""
-            return self.model.per_frame_logits(frame)
-
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        program = torch.onnx.export(PerFrame().eval(), (torch.zeros(1, 3, *SIZE),), dynamo=True, verbose=False)
-    assert program is not None
-    return program.model
 
 
 def _lowered(traced: ir.Model, threads: int) -> ir.Model:
@@ -96,20 +74,10 @@ def _lowered(traced: ir.Model, threads: int) -> ir.Model:
     return lower(traced, plan).model
 
 
-def _runner(model: ir.Model, threads: int, frame: np.ndarray) -> Callable[[], object]:
+def _runner(model: ir.Model, threads: int, x: np.ndarray) -> Callable[[], object]:
     session = OrtSession(emit(model), states_of(model), threads=threads)
     (name,) = [name for name, port in session.inputs.items() if len(port.shape) == 4]
-    return lambda: session.run({name: frame})
-
-
-def _frame() -> np.ndarray:
-    return np.random.default_rng(1).standard_normal((1, 3, *SIZE)).astype(np.float32)
-
-
-def _executed(table: FlopTable, feeds: Mapping[str, np.ndarray]) -> float:
-    """Fraction of the dense MACs that forced decisions ask for, policies left out."""
-    one = {tuple(name.removeprefix("force.").rsplit(".", 1)): value for name, value in feeds.items()}
-    return (table.executed([one]).frames[0] - table.decisions) / table.dense  # type: ignore[list-item]
+    return lambda: session.run({name: x})
 
 
 def _rows(timings: Mapping[str, Timing], fractions: Mapping[str, float], threads: int) -> list[dict[str, Any]]:
