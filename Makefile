@@ -3,12 +3,15 @@
 
 TORCH ?= torch==2.13.0
 MODEL ?= dstep_motion_d40
+BACKEND ?= tvm
 CLIP ?= models/clips/move_left.mp4
 OUT ?= out
 
 VENV := .venv
 BIN := $(VENV)/bin
+PEERS := $(VENV)/peers
 READY := $(VENV)/.ready
+EMULATORS := $(VENV)/.emulators
 # The package as it is installed: mypy follows folders, not the import hooks of an editable install.
 TYPED := .mypy_cache/tree/dvexport
 FIND_PYTHON := for p in $(PYTHON) python3.11 python3; do \
@@ -22,20 +25,20 @@ export OMP_NUM_THREADS ?= 1
 
 demo: $(READY)
 	mkdir -p $(OUT)
-	$(BIN)/dvexport export $(MODEL) --target host --backend onnx --mode stream --calibrate $(CLIP) -o $(OUT)/$(MODEL).dvx
+	$(BIN)/dvexport export $(MODEL) --target host --backend $(BACKEND) --mode stream --calibrate $(CLIP) -o $(OUT)/$(MODEL).dvx
 	$(BIN)/dvexport verify $(OUT)/$(MODEL).dvx --clip $(CLIP)
 	$(BIN)/dvexport run $(OUT)/$(MODEL).dvx --clip $(CLIP)
 	$(BIN)/dvexport profile $(OUT)/$(MODEL).dvx --clip $(CLIP) --html $(OUT)/report.html --json $(OUT)/profile.json
 	@echo "the page: $(abspath $(OUT)/report.html)"
 
-test: lint
+test: lint $(EMULATORS)
 	$(BIN)/python -m pytest -n 2
 
 test-fast: $(READY)
 	$(BIN)/python -m pytest -n 2 -m 'not slow'
 
-bench: $(READY)
-	$(BIN)/python -m benchmarks
+bench: $(READY) $(PEERS)/.ready
+	$(BIN)/python -m benchmarks --peer-python $(PEERS)/bin/python
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -52,5 +55,24 @@ $(READY): pyproject.toml
 	@echo "setting up $(VENV), once: this takes a few minutes"
 	@python=$$($(FIND_PYTHON)) && $$python -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --progress-bar on '$(TORCH)'
-	$(BIN)/python -m pip install --quiet --progress-bar on --editable '.[dev,bench]'
+	$(BIN)/python -m pip install --quiet --progress-bar on --editable '.[dev,tvm]'
 	@touch $@
+
+# For the tests of ARM code, where they may be installed; where not, those tests are skipped and say why.
+$(EMULATORS): $(READY)
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+		! { command -v qemu-aarch64-static && command -v qemu-aarch64; } >/dev/null; then \
+		export DEBIAN_FRONTEND=noninteractive; \
+		install() { apt-get install -qq --no-install-recommends $$1 >/dev/null 2>&1; }; \
+		for p in qemu-user-static qemu-user; do \
+			install $$p || { apt-get update -qq >/dev/null 2>&1 && install $$p; } || true; \
+		done; fi
+	@touch $@
+
+# Apart, since what they depend on would set back packages of ours. Without them only our own sides are measured.
+$(PEERS)/.ready: pyproject.toml | $(READY)
+	@echo "setting up $(PEERS), the runtimes to measure against, once: 4 GB"
+	@$(BIN)/python -m venv $(PEERS)
+	@$(PEERS)/bin/python -m pip install --quiet --progress-bar on '$(TORCH)' && \
+	$(PEERS)/bin/python -m pip install --quiet --progress-bar on --editable '.[bench]' && touch $@ || \
+	echo "some of them can't be installed; their rows will say so"
