@@ -15,6 +15,7 @@ from dvexport.passes.choose_lowering import Abilities, Choice, ChooseLowering, C
 from dvexport.passes.clean_up import CleanUp
 from dvexport.passes.drop_gates import DropGates
 from dvexport.passes.expose_probes import ExposeProbes, ForceDecisions
+from dvexport.passes.fold_scores import FoldScores
 from dvexport.passes.fuse_residual import FuseResidual
 from dvexport.passes.group_channels import ChannelStatistics, GroupChannels
 from dvexport.passes.keep_rows import KeepRows
@@ -119,7 +120,7 @@ def lower(traced: ir.Model, plan: Plan, *, check: bool = False) -> Lowered:
 def _table(plan: Plan, chooser: ChooseLowering | ChooseKernels) -> list[ir.passes.PassBase]:
     """Return the passes of a plan, in order."""
     frames = SetStream() if plan.mode == "stream" else SetClip(plan.frames)
-    head: list[ir.passes.PassBase] = [Simplify(), PropagateInactive(), SharePooling(), frames]
+    head: list[ir.passes.PassBase] = [Simplify(), PropagateInactive(), SharePooling(), FoldScores(), frames]
     if plan.variant == "dense":
         return [*head, DropGates(), LowerMasked(), CleanUp()]
     head.append(ExposeProbes())

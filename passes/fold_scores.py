@@ -1,0 +1,106 @@
+"""Take the score of the first action off the others where a policy compares them.
+
+A policy scores K actions for each channel by one linear layer and takes the largest. Only differences matter:
+
+    argmax(s_0, s_1, s_2) = argmax(0, s_1 - s_0, s_2 - s_0)
+
+and the difference of two linear forms is a linear form, so its weights are subtracted at export. A third (K = 3) or a
+half (K = 2) of the layer's weights need not be read, and what is left of the maximum are comparisons. Of equal scores
+the first action wins, as in ArgMax. Scores round differently, by as much as in any other order of summation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from dvexport.graph import Builder, array_of, replace_node
+
+__all__ = ["FoldScores"]
+
+
+class FoldScores(ir.passes.InPlacePass):
+    """Rewrite Gemm, Reshape `[N, C, K]`, ArgMax over K, for K of 2 or 3. Requires: weights are constants."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite every match; what scored all actions becomes dead code."""
+        matches = [match for node in model.graph if (match := _match(node)) is not None]
+        for match in matches:
+            _rewrite(match)
+        return ir.passes.PassResult(model, bool(matches))
+
+
+@dataclass(frozen=True)
+class _Match:
+    argmax: ir.Node
+    gemm: ir.Node
+    channels: int
+    actions: int
+
+
+def _match(node: ir.Node) -> _Match | None:
+    if node.op_type != "ArgMax" or node.domain:
+        return None
+    scores = node.inputs[0]
+    reshape = None if scores is None else scores.producer()
+    if reshape is None or reshape.op_type != "Reshape" or scores is None or scores.shape is None:
+        return None
+    gemm = reshape.inputs[0].producer() if reshape.inputs[0] is not None else None
+    if gemm is None or gemm.op_type != "Gemm" or not _is_linear(gemm) or not _takes_first_over_last(node, scores):
+        return None
+    _, channels, actions = scores.shape
+    flat = array_of(gemm.inputs[1])
+    if flat is None or not isinstance(channels, int) or actions not in (2, 3) or len(flat) != channels * int(actions):
+        return None
+    return _Match(node, gemm, channels, int(actions))
+
+
+def _takes_first_over_last(node: ir.Node, scores: ir.Value) -> bool:
+    given = {name: attribute.value for name, attribute in node.attributes.items()}
+    last = given.get("axis", 0) in (-1, 2) and scores.shape is not None and len(scores.shape) == 3
+    return last and given.get("keepdims", 1) == 0 and given.get("select_last_index", 0) == 0
+
+
+def _is_linear(gemm: ir.Node) -> bool:
+    given = {name: attribute.value for name, attribute in gemm.attributes.items()}
+    plain = given.get("alpha", 1.0) == given.get("beta", 1.0) == 1.0
+    bias = gemm.inputs[2] if len(gemm.inputs) > 2 else None
+    constant = bias is None or array_of(bias) is not None
+    return plain and constant and given.get("transB", 0) == 1 and given.get("transA", 0) == 0
+
+
+def _rewrite(match: _Match) -> None:
+    node, gemm, channels = match.argmax, match.gemm, match.channels
+    build = Builder(metadata=node.metadata_props)
+    weight = _differences(array_of(gemm.inputs[1]), match)
+    bias = _differences(array_of(gemm.inputs[2]) if len(gemm.inputs) > 2 else None, match)
+    assert weight is not None and gemm.outputs[0].shape is not None
+    frames = gemm.outputs[0].shape[0]
+
+    def op(op_type: str, *inputs: ir.Value, dtype: ir.DataType, columns: int = channels, **attributes: int) -> ir.Value:
+        return build.op(op_type, *inputs, shape=[frames, columns], dtype=dtype, **attributes)
+
+    boolean, whole, real = ir.DataType.BOOL, ir.DataType.INT64, ir.DataType.FLOAT
+    inputs = [build.const(array) for array in (weight, bias) if array is not None]
+    scores = build.op("Gemm", gemm.inputs[0], *inputs, shape=[frames, len(weight)], dtype=real, transB=1)
+    zero = build.const(np.float32(0))
+    if match.actions == 2:
+        action = op("Cast", op("Greater", scores, zero, dtype=boolean), dtype=whole, to=int(whole))
+    else:
+        first = op("Slice", scores, build.ints(0), build.ints(channels), build.ints(1), dtype=real)
+        second = op("Slice", scores, build.ints(channels), build.ints(2 * channels), build.ints(1), dtype=real)
+        is_second = op("Greater", second, op("Relu", first, dtype=real), dtype=boolean)
+        is_first = op("Cast", op("Greater", first, zero, dtype=boolean), dtype=whole, to=int(whole))
+        action = op("Where", is_second, build.const(np.int64(2)), is_first, dtype=whole)
+    replace_node(node, build, [action])
+
+
+def _differences(array: np.ndarray | None, match: _Match) -> np.ndarray | None:
+    """Return rows `[(K - 1) * C, ...]`, action by action, of `[C * K, ...]`, whose actions are next to each other."""
+    if array is None:
+        return None
+    rows = array.reshape(match.channels, match.actions, -1)
+    less = np.moveaxis(rows[:, 1:] - rows[:, :1], 1, 0)
+    return np.ascontiguousarray(less.reshape(-1, *array.shape[1:]))
