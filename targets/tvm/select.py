@@ -58,13 +58,16 @@ def _gemm(program: Program, unit: Unit) -> None:
     weight, bias = array_of(node.inputs[1]), array_of(node.inputs[2]) if len(node.inputs) > 2 else None
     assert weight is not None and node.inputs[0] is not None
     outputs, inputs = weight.shape
-    spec = dense.dense_spec(outputs, machine, relu=len(unit.nodes) > 1)
+    rows, producer = static_shape(node.inputs[0])[0], node.inputs[0].producer()
+    skips = rows == 1 and producer is not None and producer.op_type == "Relu"
+    spec = dense.dense_spec(outputs, machine, relu=len(unit.nodes) > 1, skips=skips)
     given = np.zeros(outputs, np.float32) if bias is None else bias
     arguments = [
         program.flat(node.inputs[0]),
         program.constants.add(dense.dense_weights(weight, spec, machine)),
         program.constants.add(dense.dense_bias(given, spec, machine)),
-        program.constants.add(dense.dense_shape(static_shape(node.inputs[0])[0], outputs, (inputs,))),
+        *([program.scratch(dense.dense_scratch(inputs, MAX_THREADS))] if skips else []),
+        program.constants.add(dense.dense_shape(rows, outputs, (inputs,))),
         program.new_flat(unit.output),
     ]
     program.call(dense.dense(spec, machine), arguments, _label(unit), unit.gate)

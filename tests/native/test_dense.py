@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from plane_kernels import compiled, every_machine, every_split, machine, rng, run
 
-from dvexport.targets.tvm.kernels.dense import Dense, dense, dense_bias, dense_shape, dense_spec, dense_weights
+from dvexport.targets.tvm.kernels.dense import (
+    Dense,
+    dense,
+    dense_bias,
+    dense_scratch,
+    dense_shape,
+    dense_spec,
+    dense_weights,
+)
 
 
 def check(spec: Dense, lanes: int, threads: int, rows: int, outputs: int, inputs: tuple[int, ...]) -> None:
@@ -51,3 +59,27 @@ def test_classifier(lanes):
 def test_a_spec_pads_outputs_by_little(lanes, outputs):
     spec = dense_spec(outputs, machine(lanes))
     assert -(-outputs // (spec.vectors * lanes)) * spec.vectors <= 1.15 * -(-outputs // lanes)
+
+
+@every_machine
+@every_split
+@pytest.mark.parametrize("vectors", [1, 4, 8])
+@pytest.mark.parametrize("zeros", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (131, 77), (384, 130)])
+def test_zeros_are_left_out(lanes, threads, vectors, zeros, outputs, inputs):
+    random, target = rng(), machine(lanes)
+    if vectors == 8 and lanes == 8:
+        vectors = 4  # more than the registers hold
+    spec = Dense(vectors, skips=True)
+    x = random.standard_normal((1, inputs)).astype(np.float32)
+    x[0, random.random(inputs) < zeros] = 0
+    weights = random.standard_normal((outputs, inputs)).astype(np.float32)
+    bias = random.standard_normal(outputs).astype(np.float32)
+    expected = x.astype(np.float64) @ weights.T.astype(np.float64) + bias
+    poisoned = weights.copy()
+    poisoned[:, x[0] == 0] = np.nan  # whoever reads these weights fails
+    constants = dense_weights(poisoned, spec, target), dense_bias(bias, spec, target)
+    listed = np.zeros(dense_scratch(inputs, threads), np.int32)
+    shape, rubbish = dense_shape(1, outputs, (inputs,)), np.full((1, outputs), np.nan, np.float32)
+    y = run(compiled(dense, lanes, spec), x, *constants, listed, shape, rubbish, threads=threads)[-1]
+    np.testing.assert_allclose(y, expected, rtol=0, atol=2e-6 * np.abs(expected).max())

@@ -1,8 +1,11 @@
 """Matrix products of few rows: the classifier and the policies. They are bound by reading the weights once.
 
-Weights are packed at export as [blocks][K][block] with a block of 1, 2 or 4 vectors of outputs, so one block is one
+Weights are packed at export as [blocks][K][block] with a block of 1, 2, 4 or 8 vectors of outputs, so one block is one
 ascending stream. Its products are summed in registers over all of K, for up to 4 rows of X at a time; with fewer
 rows several K are under way at a time. Threads share blocks.
+
+What a ReLU has made is to a good part zero. A kernel that *skips* first lists the K whose X is not, and reads the
+weights of those alone; it takes one row of X.
 """
 
 from __future__ import annotations
@@ -18,7 +21,10 @@ from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, share, write_ke
 from dvexport.targets.tvm.kernels.planes_vectors import ceil_div, load, splat, store
 from dvexport.targets.tvm.machine import Machine
 
-__all__ = ["Dense", "dense", "dense_bias", "dense_shape", "dense_spec", "dense_weights"]
+__all__ = ["Dense", "dense", "dense_bias", "dense_scratch", "dense_shape", "dense_spec", "dense_weights"]
+
+_LINE = 16
+"""Elements of a cache line."""
 
 _WASTE = 1.15
 """Padded outputs over outputs that a wider block may cost."""
@@ -29,27 +35,30 @@ class Dense:
     """What a kernel is generated for.
 
     Attributes:
-        vectors: of outputs in a block: 1, 2 or 4.
+        vectors: of outputs in a block: 1, 2 or 4; 8 too of one that skips.
         segments: X is this many tensors side by side, such as the state and the mean that a policy reads.
         relu: whether Y = max(Y, 0).
+        skips: whether zeros of X are left out; of one row and one segment.
     """
 
     vectors: int
     segments: int = 1
     relu: bool = False
+    skips: bool = False
 
     @property
     def name(self) -> str:
         """The kernel's symbol."""
-        return f"dense_v{self.vectors}_x{self.segments}{'_relu' if self.relu else ''}"
+        marks = [mark for mark in ("skips", "relu") if getattr(self, mark)]
+        return "_".join([f"dense_v{self.vectors}_x{self.segments}", *marks])
 
 
-def dense_spec(outputs: int, machine: Machine, *, segments: int = 1, relu: bool = False) -> Dense:
+def dense_spec(outputs: int, machine: Machine, *, segments: int = 1, relu: bool = False, skips: bool = False) -> Dense:
     """Return the spec for a number of outputs: the widest block that pads them by little."""
-    padded = {vectors: _padded(outputs, vectors * machine.lanes) for vectors in (4, 2, 1)}
-    widest = _registers(machine)[0]
+    padded = {vectors: _padded(outputs, vectors * machine.lanes) for vectors in (8, 4, 2, 1)}
+    widest = _registers(machine)[0] * (2 if skips else 1)  # what is skipped should be whole pieces of memory
     fitting = [v for v, size in padded.items() if v <= widest and size <= padded[1] * _WASTE]
-    return Dense(fitting[0], segments, relu)
+    return Dense(fitting[0], segments, relu, skips)
 
 
 def dense_weights(weights: np.ndarray, spec: Dense, machine: Machine) -> np.ndarray:
@@ -73,6 +82,11 @@ def dense_shape(rows: int, outputs: int, inputs: tuple[int, ...]) -> np.ndarray:
     return np.array([rows, outputs, sum(inputs), *inputs], np.int32)
 
 
+def dense_scratch(inputs: int, threads: int) -> int:
+    """Return the int32 elements of `scratch` of a kernel that skips, for `threads` parts."""
+    return threads * (-(-inputs // _LINE) * _LINE + _LINE)
+
+
 def _padded(outputs: int, block: int) -> int:
     return -(-outputs // block) * block
 
@@ -84,23 +98,54 @@ def _registers(machine: Machine) -> tuple[int, int]:
 
 
 def dense(spec: Dense, machine: Machine) -> Kernel:
-    """Y `[M, N]` = X `[M, K]` W^T + B. Buffers: X0 (, X1), W, B, shape, Y; W and B as packed above."""
+    """Y `[M, N]` = X `[M, K]` W^T + B.
+
+    Buffers: X0 (, X1), W, B, scratch (`dense_scratch`, of one that skips), shape, Y; W and B as packed above.
+    """
     inputs = [f"X{index}" for index in range(spec.segments)]
-    types = dict.fromkeys([*inputs, "W", "B"], "float32")
+    types = dict.fromkeys([*inputs, "W", "B"], "float32") | ({"scratch": "int32"} if spec.skips else {})
     with write_kernel(spec.name, **types, shape="int32", Y="float32") as frame:
         rows, outputs = T.bind(frame.shape[0]), T.bind(frame.shape[1])
         low, high = share(ceil_div(outputs, spec.vectors * machine.lanes), frame.part, frame.parts)
-        most = _registers(machine)[1]
-        with T.serial(low, high) as block:
-            with T.serial(0, tx.truncdiv(rows, most)) as group:
-                _product(frame, spec, machine, (block, T.bind(group * most)), most)
-            for left in range(1, most):
-                with T.If(tx.EQ(tx.truncmod(rows, most), left)), T.Then():
-                    _product(frame, spec, machine, (block, T.bind(rows - left)), left)
+        if spec.skips:
+            nonzero = _nonzero(frame)
+            with T.serial(low, high) as block:
+                _product(frame, spec, machine, (block, tx.IntImm("int32", 0)), 1, nonzero)
+        else:
+            most = _registers(machine)[1]
+            with T.serial(low, high) as block:
+                with T.serial(0, tx.truncdiv(rows, most)) as group:
+                    _product(frame, spec, machine, (block, T.bind(group * most)), most)
+                for left in range(1, most):
+                    with T.If(tx.EQ(tx.truncmod(rows, most), left)), T.Then():
+                        _product(frame, spec, machine, (block, T.bind(rows - left)), left)
     return frame.kernel
 
 
-def _product(frame: Frame, spec: Dense, machine: Machine, place: tuple[Any, Any], rows: int) -> None:
+@dataclass(frozen=True)
+class _Nonzero:
+    """The K of which X is not zero: `count` of them, listed from `start`."""
+
+    start: Any
+    count: Any
+
+
+def _nonzero(frame: Frame) -> _Nonzero:
+    """List them in this thread's part of scratch; branch-free, as half of them would be guessed wrong."""
+    size = T.bind(frame.shape[3])
+    start = T.bind(i64(frame.part) * i64(tx.truncdiv(size + (_LINE - 1), _LINE) * _LINE + _LINE))
+    end = T.alloc_buffer((1,), "int32", scope="global")
+    T.buffer_store(end, tx.IntImm("int32", 0), [0])
+    with T.serial(0, size) as k:
+        T.buffer_store(frame.scratch, k, [start + i64(end[0])])
+        found = tx.Cast("int32", tx.NE(frame.X0[i64(k)], tx.FloatImm("float32", 0.0)))
+        T.buffer_store(end, end[0] + found, [0])
+    return _Nonzero(start, T.bind(end[0]))
+
+
+def _product(
+    frame: Frame, spec: Dense, machine: Machine, place: tuple[Any, Any], rows: int, nonzero: _Nonzero | None = None
+) -> None:
     """Compute `rows` rows of one block of outputs; `place` is (block, first row)."""
     lanes, (block, row) = machine.lanes, place
     width = spec.vectors * lanes
@@ -119,7 +164,7 @@ def _product(frame: Frame, spec: Dense, machine: Machine, place: tuple[Any, Any]
     for segment in range(spec.segments):
         size = T.bind(frame.shape[3 + segment])
         source = T.bind(i64(row) * i64(size))
-        _accumulate(frame, frame.buffers[f"X{segment}"], sums, (done, source, size), lanes)
+        _accumulate(frame, frame.buffers[f"X{segment}"], sums, (done, source, size), lanes, nonzero)
         done = T.bind(done + i64(size) * width)
     values = [
         [_finish([chain[each][v] for chain in sums], spec, lanes) for v in range(spec.vectors)] for each in range(rows)
@@ -127,8 +172,10 @@ def _product(frame: Frame, spec: Dense, machine: Machine, place: tuple[Any, Any]
     _write(frame, values, first, T.bind(i64(row) * i64(frame.shape[1]) + first), lanes)
 
 
-def _accumulate(frame: Frame, x: Any, sums: Any, places: tuple[Any, Any, Any], lanes: int) -> None:
-    """Add the products of one segment: `places` is (its weights, its first X, its K)."""
+def _accumulate(
+    frame: Frame, x: Any, sums: Any, places: tuple[Any, Any, Any], lanes: int, nonzero: _Nonzero | None
+) -> None:
+    """Add the products of one segment, or of its listed K: `places` is (its weights, its first X, its K)."""
     weights, source, size = places
     chains, rows, vectors = len(sums), len(sums[0]), len(sums[0][0])
     width = vectors * lanes
@@ -142,13 +189,17 @@ def _accumulate(frame: Frame, x: Any, sums: Any, places: tuple[Any, Any, Any], l
                 total = sums[chain][each][vector]
                 store(total, 0, load(total, 0, lanes) + value * column, lanes)
 
-    turns = T.bind(tx.truncdiv(size, chains))
+    def place(index: Any) -> Any:
+        return T.bind(i64(index if nonzero is None else frame.scratch[nonzero.start + i64(index)]))
+
+    count = size if nonzero is None else nonzero.count
+    turns = T.bind(tx.truncdiv(count, chains))
     with T.serial(0, turns) as turn:
         for chain in range(chains):
-            step(T.bind(i64(turn * chains + chain)), chain)
+            step(place(turn * chains + chain), chain)
     if chains > 1:
-        with T.serial(turns * chains, size) as k:
-            step(T.bind(i64(k)), 0)
+        with T.serial(turns * chains, count) as index:
+            step(place(index), 0)
 
 
 def _finish(chains: list[Any], spec: Dense, lanes: int) -> Any:
