@@ -30,7 +30,7 @@ __all__ = ["DirectConv", "direct_conv", "spec_for"]
 
 
 _SMALL_PLANE = 128
-"""Pixels up to which packing pays for any window: what is packed is small, and weights come by once."""
+"""Pixels up to which packing pays for any window, if a few rows share what is packed: weights come by once."""
 
 _FEW_ROWS = 64
 """Output channels up to which a 1 x 1 window is not worth packing for."""
@@ -129,7 +129,7 @@ def _reads_planes(window: Window, runs: Runs, rows: int, machine: Machine) -> bo
     if window.kernel != (3, 3) or window.dilations != (1, 1):
         return False
     wide = runs.run >= (8 if machine.lanes == 16 else machine.lanes)
-    return wide and len(runs.outputs) * runs.run > _SMALL_PLANE
+    return wide and (len(runs.outputs) * runs.run > _SMALL_PLANE or rows < machine.block[0])
 
 
 def _check(spec: DirectConv, machine: Machine) -> None:
