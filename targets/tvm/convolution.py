@@ -2,7 +2,8 @@
 
 What a gate decides becomes three lists: output channels, input channels, and runs of pixels (for Winograd, tiles). The
 same list is made once, however many convolutions read it. Where several kernels fit, all of them are in the plan
-with their cost models, and the runtime takes the cheapest for the counts of the moment.
+with their cost models, and the runtime takes the cheapest for the counts of the moment. One of them is for the moment
+when every tile is active: a plane without holes is read in whole vectors.
 """
 
 from __future__ import annotations
@@ -115,6 +116,7 @@ class _Option:
         pixels: its list of runs or tiles.
         vectors: of the direct kernel, over the whole image.
         scratch: floats.
+        only: vectors of active tiles that it is for; 0: any number.
     """
 
     kernel: Kernel
@@ -124,6 +126,7 @@ class _Option:
     scratch: int
     shape: np.ndarray
     cost: costs.Cost
+    only: int = 0
 
 
 def _options(program: Program, layer: _Layer, index: int, residual: bool) -> Iterator[_Option]:
@@ -142,6 +145,8 @@ def _options(program: Program, layer: _Layer, index: int, residual: bool) -> Ite
         direct_data.direct_shape(layer.x, layer.y, layer.window, channels, **how),  # type: ignore[arg-type]
         costs.direct_cost(spec, layer.window.size, machine),
     )
+    if layer.grid is not None:
+        yield from _whole_plane(program, layer, runs, residual)
     if "winograd" not in program.algorithms or layer.window != _SQUARE or channels[1] < machine.block[0]:
         return
     tiled = winograd.spec_for(layer.x, layer.y, layer.grid, machine, residual=residual, relu=unit.relu)
@@ -160,6 +165,31 @@ def _options(program: Program, layer: _Layer, index: int, residual: bool) -> Ite
         )
 
 
+def _whole_plane(program: Program, layer: _Layer, tiled: Runs, residual: bool) -> Iterator[_Option]:
+    """Yield the direct kernel over all pixels, where it can do better than the one over the runs of tiles.
+
+    It may be chosen only if every tile is active. The runtime counts vectors: a tile less has to be a vector less.
+    """
+    unit, machine, channels = layer.unit, program.machine, layer.channels
+    runs = direct_data.dense_runs(layer.x, layer.y, layer.window, machine)
+    pieces, cells = machine.lanes // tiled.run, np.diff(tiled.starts)
+    vectors = -(-len(tiled.outputs) // pieces)
+    if not runs.inside or -(-(len(tiled.outputs) - int(cells[cells > 0].min())) // pieces) == vectors:
+        return
+    spec = direct.spec_for(layer.window, runs, channels, machine, residual=residual, relu=unit.relu)
+    how = {"packed": spec.packed, "block": spec.block, "machine": machine}
+    yield _Option(
+        direct.direct_conv(spec, machine),
+        direct_data.direct_weights(unit.weight),
+        program.constants.add(direct_data.run_list(runs, np.ones(1, bool), machine)),
+        vectors,
+        direct_data.scratch_floats(layer.window.size, channels[0], MAX_THREADS, **how),  # type: ignore[arg-type]
+        direct_data.direct_shape(layer.x, layer.y, layer.window, channels, **how),  # type: ignore[arg-type]
+        costs.fixed(costs.direct_cost(spec, layer.window.size, machine), None, None, len(runs.outputs)),
+        only=vectors,
+    )
+
+
 def _way(
     program: Program, layer: _Layer, option: _Option, x: Part, residual: Part | None, rows: Part, cols: Part,
     target: Part, given: tuple[float | None, float | None, float | None],
@@ -174,7 +204,7 @@ def _way(
         "Y": target,
     }  # fmt: skip
     arguments = tuple(parts[name] for name in option.kernel.buffers)
-    return Way(option.kernel, arguments, costs.fixed(option.cost, *given))  # type: ignore[arg-type]
+    return Way(option.kernel, arguments, costs.fixed(option.cost, *given), option.only)  # type: ignore[arg-type]
 
 
 def _runs(layer: _Layer, machine: Machine) -> Runs:

@@ -6,7 +6,7 @@ both sides check it. All numbers are little-endian, every table starts at a mult
     header    128 bytes: see `_HEADER`
     ports     inputs, then outputs          name u32, type u32, rank u32, 0 u32, place, 6 x i64 sizes
     calls     in the order of execution     first variant u32, variants u32, label u32, gate u32, 3 x place
-    variants  ways to do a call             kernel u32, first argument u32, arguments u32, 0 u32, 8 x f32 cost
+    variants  ways to do a call             kernel u32, first argument u32, arguments u32, only u32, 8 x f32 cost
     arguments                               place
     strings   NUL-terminated UTF-8; names, labels and gates are offsets into it
 
@@ -14,6 +14,7 @@ A *place* is u64 (space << 56 | offset) and u64 bytes; all ones: none. The three
 int32 lists whose first element is a count: output channels, input channels, vectors of pixels. A call without output
 channels or without pixels is skipped; without input channels it still writes the bias. Of several variants the one
 with the least cost is called: cost · (1, a, b, c, ab, ac, bc, abc) nanoseconds on one thread, a missing count being 1.
+One with an `only` other than 0 fits exactly so many vectors; the first fits any.
 """
 
 from __future__ import annotations
@@ -81,11 +82,16 @@ class Port:
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel with its arguments and its cost model in nanoseconds (zeros: unknown)."""
+    """A kernel with its arguments and its cost model in nanoseconds (zeros: unknown).
+
+    Attributes:
+        only: vectors of pixels that it is for; 0: any number. The first variant of a call is for any.
+    """
 
     kernel: str
     arguments: tuple[Place, ...]
     cost: tuple[float, ...] = (0.0,) * COST_TERMS
+    only: int = 0
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,7 @@ def plan_bytes(plan: Plan, kernels: Sequence[str], library: bytes, weights: byte
         head = (variant_count, len(call.variants), strings.add(call.label), strings.add(call.gate))
         calls += struct.pack("<4I", *head) + counts
         for variant in call.variants:
-            head = (index[variant.kernel], argument_count, len(variant.arguments), 0)
+            head = (index[variant.kernel], argument_count, len(variant.arguments), variant.only)
             variants += struct.pack(f"<4I{COST_TERMS}f", *head, *variant.cost)
             arguments += b"".join(place.packed() for place in variant.arguments)
             argument_count += len(variant.arguments)

@@ -37,11 +37,12 @@ NO_COST = (0.0,) * COST_TERMS
 
 @dataclass(frozen=True)
 class Way:
-    """A kernel with its arguments and its cost model (`plan.Variant` before memory is placed)."""
+    """A kernel with its arguments, its cost model and what it is for (`plan.Variant` before memory is placed)."""
 
     kernel: Kernel
     arguments: tuple[Part, ...]
     cost: tuple[float, ...] = NO_COST
+    only: int = 0
 
 
 @dataclass(frozen=True)
@@ -262,7 +263,10 @@ class Program:
         calls = [
             Call(
                 tuple(
-                    Variant(way.kernel.name, tuple(placement.place(a, self.constants) for a in way.arguments), way.cost)
+                    Variant(
+                        way.kernel.name, tuple(placement.place(a, self.constants) for a in way.arguments),
+                        way.cost, way.only,
+                    )
                     for way in step.ways
                 ),
                 step.label, step.gate, tuple(place(part) for part in step.counts),  # type: ignore[arg-type]

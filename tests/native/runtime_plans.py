@@ -128,6 +128,12 @@ def sample_plan() -> Plan:
             "g",
             (rows, None, None),
         ),
+        Call(
+            (Variant("copy_few", (y, rows, copied), expensive), Variant("copy_many", (y, rows, copied), cheap, only=7)),
+            "gate/exact",
+            "g",
+            (None, None, rows),
+        ),
         Call((Variant("who", (ran[0],), expensive),), "who/expensive"),
         Call((Variant("who", (ran[1],), cheap),), "who/cheap"),
         Call((Variant("who_alone", (ran[2],)),), "who/alone"),

@@ -144,6 +144,15 @@ def test_calls_are_chosen_by_cost_and_skipped_at_zero():
         assert len(session.end_profile()) == 5
 
 
+def test_a_variant_for_some_number_of_vectors_is_taken_for_no_other():
+    with opened(sample_network(), profile=True) as session:
+        for count, kernel in [(0, None), (6, "copy_few"), (7, "copy_many"), (8, "copy_few")]:
+            frame = np.where(np.arange(CHANNELS) < count, 1, -1).astype(np.float32)[None]
+            session.run({"x": frame})
+            exact = next(call for call in session.call_times() if call.label == "gate/exact")
+            assert (exact.kernel, exact.counts) == (kernel, (None, None, count))
+
+
 def test_only_expensive_kernels_that_split_are_shared():
     steps = 200
     with opened(sample_network(), threads=3, profile=True) as session:
@@ -272,6 +281,7 @@ DAMAGE = {
     "large arena": (_set(40, "<Q", 1 << 50), "MiB of memory, this device has"),
     "small arena": (_set(40, "<Q", 64), "lies outside its memory space"),
     "weights size": (_set(32, "<Q", 128), "the weights are truncated: 64 of 128 bytes"),
+    "first variant for some": (_set(VARIANTS_AT + 12, "<I", 7), "call 0 has no variant for any number of vectors"),
     "port type": (_set(HEADER + 4, "<I", 4), "port 0 has a bad name, type or rank"),
     "port rank": (_set(HEADER + 8, "<I", 7), "port 0 has a bad name, type or rank"),
     "port name": (_set(HEADER, "<I", 1 << 31), "port 0 has a bad name, type or rank"),

@@ -9,6 +9,7 @@
 #define LINE 64
 #define HALVES 2
 #define INPUT_CHANNELS 1 /* among the counts of a call */
+#define PIXELS 2
 /* Below this, waking and meeting the other threads costs more than they save. */
 #define SHARED_NS 4000
 
@@ -233,13 +234,15 @@ static int read_counts(call_state *state, int half, float n[COUNTS]) {
     return any;
 }
 
+/* The cheapest variant that fits; the first always does. */
 static const variant *choose(const plan *p, const call *c, const float n[COUNTS], float *ns) {
     const variant *best = &p->variant[c->first_variant];
     *ns = cost_of(best, n);
     for (uint32_t i = 1; i < c->variants; i++) {
         const variant *v = &p->variant[c->first_variant + i];
         float cost = cost_of(v, n);
-        if (cost < *ns) {
+        int fits = !v->only || (float)v->only == n[PIXELS];
+        if (fits && cost < *ns) {
             best = v;
             *ns = cost;
         }

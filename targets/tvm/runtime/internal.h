@@ -62,6 +62,7 @@ typedef struct {
     const kernel_entry *kernel;
     uint32_t first_argument;
     uint32_t costed; /* 1: the cost model is known */
+    uint32_t only;   /* fits only so many vectors of pixels; 0: any */
     float cost[COST_TERMS];
 } variant;
 

@@ -111,10 +111,11 @@ static int read_variant(plan *p, uint32_t index, const uint8_t **at, char *error
     variant *v = &p->variant[index];
     uint32_t kernel = read_u32(at);
     v->first_argument = read_u32(at);
-    uint32_t arguments = read_u32(at), reserved = read_u32(at);
+    uint32_t arguments = read_u32(at);
+    v->only = read_u32(at);
     memcpy(v->cost, *at, sizeof v->cost);
     *at += sizeof v->cost;
-    if (kernel >= dvx_kernel_count || reserved)
+    if (kernel >= dvx_kernel_count)
         return dvx_fail(error, "damaged plan: variant %u names kernel %u of %u", index, kernel, dvx_kernel_count);
     v->kernel = &dvx_kernels[kernel];
     if (arguments != v->kernel->buffers)
@@ -203,6 +204,9 @@ static int read_tables(plan *p, const uint8_t *at, char *error) {
         if (read_call(p, i, &at, error)) return -1;
     for (uint32_t i = 0; i < p->variants; i++)
         if (read_variant(p, i, &at, error)) return -1;
+    for (uint32_t i = 0; i < p->calls; i++)
+        if (p->variant[p->call[i].first_variant].only)
+            return dvx_fail(error, "damaged plan: call %u has no variant for any number of vectors", i);
     for (uint32_t i = 0; i < p->arguments; i++)
         if (read_argument(p, i, &at, error)) return -1;
     return 0;
