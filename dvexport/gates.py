@@ -4,7 +4,8 @@ Each function computes in eager mode exactly what its dialect operator specifies
 (`dvexport.dialect`), and becomes that operator when the model is traced by
 `torch.export`. Shapes are written for one clip, frames first: `[N, C, H, W]`.
 Training on batches of clips stacks them along the frame axis (frame fastest) under
-`frames_per_clip(T)`, so that history never crosses from one clip into the next.
+`frames_per_clip(T)`, so that history never crosses from one clip into the next. Tokens
+of a video transformer are `[B, N, C]`, one row of tokens a clip.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ __all__ = [
     "frame_mean",
     "frames_per_clip",
     "gated_conv",
+    "select_tokens",
     "upsample_tiles",
 ]
 
@@ -92,6 +94,34 @@ def upsample_tiles(tiles: Tensor, size: tuple[int, int]) -> Tensor:
     columns = torch.arange(size[1], device=tiles.device) * tiles.shape[2] // size[1]
     # Traced, this is a Gather along each axis; indexing by brackets would move the frame axis meanwhile.
     return tiles.index_select(1, rows).index_select(2, columns).unsqueeze(1)
+
+
+def select_tokens(x: Tensor, score: Tensor, keep: int, *, gate: str) -> tuple[Tensor, Tensor]:
+    """Keep the `keep` tokens of smallest score, in the order of their scores (`dv.SelectTokens`).
+
+    Args:
+        x: `[B, N, C]`.
+        score: `[B, N]`, finite; of equal ones the lower index comes first.
+        keep: 1 to N, the same for every input, so that all shapes stay static.
+        gate: name of the decision, such as `sta.0.3` (call 0, group 3).
+
+    Returns:
+        The tokens `[B, keep, C]`, and their places int64 `[B, keep]` on the token axis of `x`.
+    """
+    if torch.compiler.is_exporting():
+        kept, index = torch.onnx.ops.symbolic_multi_out(
+            "dv::SelectTokens",
+            (x, score),
+            attrs={"keep": keep, "gate": gate},
+            dtypes=(x.dtype, torch.int64),
+            shapes=((x.shape[0], keep, x.shape[2]), (x.shape[0], keep)),
+            version=1,
+        )
+        return kept, index
+    if not 1 <= keep <= x.shape[1]:
+        raise ValueError(f"gate {gate} keeps {keep} of {x.shape[1]} tokens")
+    index = score.argsort(dim=1, stable=True)[:, :keep]
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2])), index
 
 
 def fold_batch_norm(conv: nn.Conv2d, bn: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor | None]:
