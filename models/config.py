@@ -235,9 +235,7 @@ class ViTConfig:
         return StaSettings(**{f.name: getattr(self, f"sta_{f.name}") for f in dataclasses.fields(StaSettings)})
 
 
-def _check_common(
-    classes: int, frames: int, size: tuple[int, ...], shift_div: int = 8, width: float = 1.0
-) -> None:
+def _check_common(classes: int, frames: int, size: tuple[int, ...], shift_div: int = 8, width: float = 1.0) -> None:
     for name, value in (("classes", classes), ("frames", frames)):
         if value < 1:
             raise UsageError(f"{name}={value} is not a positive number")

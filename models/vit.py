@@ -25,8 +25,8 @@ def position_table(tokens: int, dim: int) -> Tensor:
 
     Even channels are sines, odd ones cosines; both of a pair have one wavelength (Vaswani et al. 2017, 3.5).
     """
-    channel = torch.arange(dim)
-    wavelength = torch.pow(torch.tensor(10000.0, dtype=torch.float64), 2 * (channel // 2) / dim)
+    channel = torch.arange(dim, dtype=torch.float64)
+    wavelength = 10000 ** (2 * (channel // 2) / dim)
     angle = torch.arange(tokens, dtype=torch.float64)[:, None] / wavelength
     return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()[None]
 
