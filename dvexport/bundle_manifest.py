@@ -32,6 +32,7 @@ __all__ = [
     "OutputEntry",
     "PassEntry",
     "StateEntry",
+    "TokenEntry",
     "check_member_name",
     "parse_manifest",
 ]
@@ -117,6 +118,18 @@ class GateEntry(_Entry):
     expected_ms: dict[str, float] = {}
 
 
+class TokenEntry(_Entry):
+    """How the decisions of kind `tokens` map to a clip (`dvexport.tokens`).
+
+    Attributes:
+        grid: first tokens in time, height and width.
+        stages: for each stage of pruning the gates of its groups, in the order of time.
+    """
+
+    grid: tuple[int, int, int]
+    stages: list[list[str]]
+
+
 class ModelEntry(_Entry):
     """The model, the options given for it, and those that neither they nor its weights told."""
 
@@ -151,6 +164,7 @@ class Manifest(_Entry):
         checkpoint: SHA-256 of the weights the model was given; None for random or shipped ones.
         tools: version of every package that had a part in it.
         passes: in the order they ran.
+        tokens: where its tokens lie, for a model that chooses them and tells.
         memory: bytes that an instance needs on the device, by use; empty where the backend does not know.
     """
 
@@ -170,6 +184,7 @@ class Manifest(_Entry):
     tools: dict[str, str] = {}
     passes: list[PassEntry] = []
     memory: dict[str, Count] = {}
+    tokens: TokenEntry | None = None
 
     @property
     def preprocess(self) -> Preprocess:

@@ -25,6 +25,7 @@ from dvexport.bundle_manifest import (
     OutputEntry,
     PassEntry,
     StateEntry,
+    TokenEntry,
 )
 from dvexport.calibrate import gate_rates, gate_statistics
 from dvexport.compare import Row, compare, first_difference
@@ -128,6 +129,7 @@ def export(
         flops=flop_table(traced, dense).to_dict(),
         checkpoint=source.digest,
         memory=dict(built.memory),
+        tokens=_tokens(net),
         tools={name: version(name) for name in (*_TOOLS, *maker.tools)},
         passes=[
             PassEntry(
@@ -376,6 +378,17 @@ def _gates(traced: ir.Model, lowered: Lowered) -> list[GateEntry]:
     return entries + [
         _token_gate(node) for node in traced.graph if node.domain == DV and node.op_type == "SelectTokens"
     ]
+
+
+def _tokens(net: Any) -> TokenEntry | None:
+    """Return where the tokens lie of a model that tells (`token_grid`, `token_groups`: see docs/adding-a-model.md)."""
+    stages = getattr(net, "token_groups", None)
+    if not stages:
+        return None
+    return TokenEntry(
+        grid=tuple(net.token_grid),  # type: ignore[arg-type]
+        stages=[[stage.gate(group) for group in range(stage.groups)] for stage in stages],
+    )
 
 
 def _token_gate(node: ir.Node) -> GateEntry:

@@ -46,6 +46,18 @@ class Block(nn.Module):
         return x + self.fc2(nn.functional.gelu(self.fc1(self.norm2(x))))
 
 
+@dataclass(frozen=True)
+class ToyStage:
+    """A place where both groups lose tokens."""
+
+    call: int
+    groups: int = 2
+
+    def gate(self, group: int) -> str:
+        """Return the name of a group's decision."""
+        return f"sta.{self.call}.{group}"
+
+
 class Toy(VideoModel):
     """Patches of frame pairs, blocks, two groups of tokens that each lose `drop` after blocks 0 and 1."""
 
@@ -63,6 +75,8 @@ class Toy(VideoModel):
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
         self.norm, self.head = nn.LayerNorm(config.width), nn.Linear(config.width, config.classes)
         self.drop = config.drop
+        self.token_grid = (config.frames // 2, *(side // config.patch for side in config.size))
+        self.token_groups = [ToyStage(0), ToyStage(1)] if config.drop else []
 
     def forward(self, frames: Tensor) -> Tensor:
         clips = frames.reshape(-1, self.preprocess.frames, *frames.shape[1:]).permute(0, 2, 1, 3, 4)

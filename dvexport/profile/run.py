@@ -25,6 +25,7 @@ from dvexport.profile.result import (
     StepStats,
     StepTimes,
 )
+from dvexport.profile.token_stages import token_stages
 from dvexport.run import label_of, probabilities
 from dvexport.session import Decisions, Step, open_variant, variant_of
 from dvexport.targets.onnx.runtime import OnnxVariant
@@ -82,10 +83,12 @@ def profile(
     tell("read the clip")
     played = load_clip(bundle, clip)
     tell("make the dense version")
-    manifest, gates = bundle.manifest, [gate.name for gate in bundle.manifest.gates]
+    manifest = bundle.manifest
+    convolving = [gate for gate in manifest.gates if gate.kind != "tokens"]
+    gates = [gate.name for gate in convolving]
     gated_model, dense_model = variant_of(bundle, "forced" if rates else "gated"), variant_of(bundle, "dense")
     gated, dense = (open_variant(model, manifest, threads=threads) for model in (gated_model, dense_model))
-    forced = random_decisions(gated.decisions, rates, len(played.frames)) if rates else None
+    forced = random_decisions(gated.decisions, rates, 1 if gated.whole_clip else len(played.frames)) if rates else None
     tell("warm up")
     warmup = warm_up(gated, dense, played.frames, forced, warmup_s)
     tell(f"measure {repeats} x {len(played.frames)} frames, gated and dense in turn")
@@ -108,9 +111,10 @@ def profile(
         forced=rates or None,
         gated=StepTimes(measured.samples_ms),
         dense=StepTimes(measured_dense.samples_ms),
-        steps=_steps(manifest, measured, executed, flops),
-        gates=[_gate_stats(gate, executed, flops, nodes, dense_nodes) for gate in manifest.gates],
+        steps=_steps(manifest, convolving, measured, executed, flops),
+        gates=[_gate_stats(gate, executed, flops, nodes, dense_nodes) for gate in convolving],
         nodes=nodes.nodes,
+        tokens=token_stages(manifest, measured.steps[0].decisions),
     )
 
 
@@ -148,12 +152,14 @@ def _recorded(
     for _ in range(2):
         session.run_clip(played.frames[:count], forced[:count] if forced else None)
     if not isinstance(model, OnnxVariant):
-        return call_times(session.runtime.end_profile(), skip=count)
+        return call_times(session.runtime.end_profile(), skip=1 if session.whole_clip else count)
     skip = 1 if manifest.mode == "clip" else count
     return node_times(session.runtime.end_profile(), gates_of_nodes(model.model, gates, fixed), skip)
 
 
-def _steps(manifest: Manifest, measured: Measured, executed: ExecutedFlops, flops: FlopTable) -> list[StepStats]:
+def _steps(
+    manifest: Manifest, gates: Sequence[GateEntry], measured: Measured, executed: ExecutedFlops, flops: FlopTable
+) -> list[StepStats]:
     medians = np.median(measured.frame_ms, axis=0)
     steps = []
     for t, step in enumerate(measured.steps):
@@ -165,7 +171,7 @@ def _steps(manifest: Manifest, measured: Measured, executed: ExecutedFlops, flop
                 latency_ms=float(medians[t]),
                 executed_macs=executed.frames[t],
                 dense_macs=flops.dense,
-                gates={gate.name: _gate_step(gate, step) for gate in manifest.gates},
+                gates={gate.name: _gate_step(gate, step) for gate in gates},
                 label=label_of(manifest.labels, best),
                 prob=float(chances[best]),
             )
