@@ -88,7 +88,7 @@ def _proto(model: ir.Model, file: WeightFile | None) -> tuple[onnx.ModelProto, d
     """Return a model's text, and its weights where `file` takes them."""
     if file is None:
         _check_size(sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None))
-        proto, weights = ir.to_proto(model), {}
+        proto, weights = ir.to_proto(model), dict[str, np.ndarray]()
     else:
         proto, weights = split_weights(model, file)
     proto.producer_name, proto.producer_version = "dvexport", ""
