@@ -47,7 +47,7 @@ from dvexport.weights import WEIGHTS, share_weights
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["MODES", "build_model", "export", "file_digest"]
+__all__ = ["MODES", "build_model", "export", "file_digest", "traced_levels"]
 
 MODES = ("stream", "clip")
 
@@ -104,8 +104,7 @@ def export(
     golden_frames = _golden_frames(clip, preprocess)
     calibration_frames = _clip_frames(calibrate or clip, preprocess)
     tell("trace")
-    traced = trace(net, preprocess.size)
-    dense = _traced_dense(net, traced)
+    traced, dense = traced_levels(net)
     calibration = _calibration(traced, calibration_frames)
     plan = _plan(mode, preprocess.frames, device, calibration, lowering or {})
     built = maker.build(traced, plan, device, tell, dense)
@@ -258,10 +257,15 @@ def _check_mode(net: Any, mode: str) -> None:
         )
 
 
-def _traced_dense(net: Any, traced: ir.Model) -> ir.Model | None:
-    """Return the model traced without pruning, where it chooses tokens; its equal weights are the same arrays."""
+def traced_levels(net: Any) -> tuple[ir.Model, ir.Model | None]:
+    """Return a model traced, and traced without pruning where it chooses tokens; equal weights are the same arrays.
+
+    Raises:
+        TraceError: a model that can't be traced, or chooses tokens and has no dense version.
+    """
+    traced = trace(net, net.preprocess.size)
     if not any(kind == "tokens" for _, kind in decision_values(traced)):
-        return None
+        return traced, None
     if not hasattr(net, "without_pruning"):
         raise TraceError(
             "the model chooses tokens, and offers no dense version of itself",
@@ -270,7 +274,7 @@ def _traced_dense(net: Any, traced: ir.Model) -> ir.Model | None:
         )
     dense = trace(net.without_pruning(), net.preprocess.size)
     share_weights(traced, dense)
-    return dense
+    return traced, dense
 
 
 def _golden_frames(clip: Path | None, preprocess: Any) -> np.ndarray:

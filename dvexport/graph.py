@@ -11,6 +11,7 @@ import onnx_ir as ir
 from dvexport.errors import PassError
 
 __all__ = [
+    "DECIDES",
     "DV",
     "FRAMES",
     "OPSET",
@@ -29,6 +30,8 @@ __all__ = [
 
 DV = "dv"
 """The custom operator domain."""
+DECIDES = "dv.decides"
+"""Metadata of a node that is there for decisions: of which kind (`passes/mark_decisions.py`)."""
 FRAMES = "frames"
 """The symbol of the frame axis in a traced model."""
 OPSET = 20

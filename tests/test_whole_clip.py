@@ -196,6 +196,10 @@ def test_profile_and_page(bundle, tmp_path):
     assert [(stage.name, stage.groups, stage.tokens, stage.keep) for stage in result.tokens] == [
         ("sta.0", 2, 12, 9), ("sta.1", 2, 9, 6),
     ]  # fmt: skip
+    deciding = [node for node in result.nodes if node.gate == "tokens"]
+    assert {"TopK", "Gather", "Abs", "ReduceSum"} <= {node.op for node in deciding}
+    assert all(node.decides for node in deciding) and not {"LayerNormalization", "Gelu"} & {n.op for n in deciding}
+    assert result.tokens_ms is not None and 0 < result.tokens_ms < sum(node.median_us for node in result.nodes) / 1e3
     assert [np.asarray(stage.left).sum() for stage in result.tokens] == [18, 12]
     assert np.asarray(result.tokens[0].left).shape == (2, 3, 4)
     assert ProfileResult.from_dict(json.loads(json.dumps(result.to_dict()))).tokens == result.tokens

@@ -25,7 +25,7 @@ from dvexport.dialect.masks import tile_index
 from dvexport.dialect.spec import operator_of
 from dvexport.graph import gate_name
 
-__all__ = ["Decisions", "ExecutedFlops", "FlopTable", "GatedMacs", "flop_table", "operator_flops"]
+__all__ = ["Decisions", "ExecutedFlops", "FlopTable", "GatedMacs", "dense_nodes", "flop_table", "operator_flops"]
 
 Decisions = Mapping[tuple[str, str], np.ndarray]
 """One frame's decisions by (gate, `action` or `tiles`): int `[C]` and bool `[gh, gw]`; a leading 1 is allowed.
@@ -165,7 +165,7 @@ def flop_table(model: ir.Model, dense: ir.Model | None = None) -> FlopTable:
         model: with a fixed frame axis, one clip is counted.
         dense: the model without pruning, where it was traced apart.
     """
-    in_dense = _dense_nodes(model)
+    in_dense = dense_nodes(model)
     actions = _actions(model)
     fixed = decisions = 0
     gated = []
@@ -205,7 +205,7 @@ def operator_flops(model: ir.Model) -> int:
 _LAYER_NORM = 5
 
 
-def _dense_nodes(model: ir.Model) -> set[ir.Node]:
+def dense_nodes(model: ir.Model) -> set[ir.Node]:
     """Nodes the logits depend on when every gate computes everything."""
     found: set[ir.Node] = set()
     waiting = [value.producer() for value in model.graph.outputs if not (value.name or "").startswith("probe.")]

@@ -238,6 +238,7 @@ class ProfileResult:
     """The profile of one bundle on one clip.
 
     `forced` holds the rates of random decisions that replaced the model's, None with its own.
+    `tokens_ms` is the median time of choosing tokens in all stages, None where that is not known.
     `dense` is the dense artifact of the same model and backend, None when it was not measured.
     """
 
@@ -255,6 +256,7 @@ class ProfileResult:
     gates: list[GateStats] = field(default_factory=list)
     nodes: list[NodeTime] = field(default_factory=list)
     tokens: list[TokenStage] = field(default_factory=list)
+    tokens_ms: float | None = None
 
     @property
     def executed_gmacs(self) -> MinMeanMax:
@@ -319,6 +321,7 @@ class ProfileResult:
                 gates=[_gate(item) for item in data["gates"]],
                 nodes=[NodeTime(**item) for item in data["nodes"]],
                 tokens=[TokenStage(**item) for item in data.get("tokens", [])],
+                tokens_ms=data.get("tokens_ms"),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise UsageError(

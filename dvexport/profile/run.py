@@ -116,6 +116,7 @@ def profile(
         gates=[_gate_stats(gate, executed, flops, nodes, dense_nodes) for gate in convolving],
         nodes=nodes.nodes,
         tokens=token_stages(manifest, measured.steps[0].decisions),
+        tokens_ms=nodes.gate_ms.get("tokens"),
     )
 
 

@@ -13,7 +13,7 @@ import onnx
 import onnx_ir as ir
 
 from dvexport.errors import UsageError
-from dvexport.graph import DV, OPSET
+from dvexport.graph import DECIDES, DV, OPSET
 from dvexport.targets.onnx.gelu import expand_gelu
 from dvexport.weights import WeightFile, split_weights
 
@@ -25,9 +25,9 @@ ARTIFACT = "model.onnx"
 MAX_BYTES = (1 << 31) - (1 << 20)
 """Protocol buffers end at 2 GiB; a margin is left for what is not weights."""
 
-_KEPT_METADATA = frozenset({"pkg.torch.onnx.name_scopes"})
-"""Where a node came from in the model. The exporter's stack traces are dropped: they hold paths of the
-machine that exported, and would make equal exports differ."""
+_KEPT_METADATA = frozenset({"pkg.torch.onnx.name_scopes", DECIDES})
+"""Where a node came from in the model, and that it decides. The exporter's stack traces are dropped: they
+hold paths of the machine that exported, and would make equal exports differ."""
 
 _REDEFINED = {"AveragePool": "ceil_mode", "LpPool": "ceil_mode", "GridSample": "", "Resize": "", "DFT": ""}
 """Operators that opset 19 or 20 defined anew where older ones have the same signature, and the attribute
