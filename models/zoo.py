@@ -26,7 +26,10 @@ from dvexport.preprocess import Preprocess
 if TYPE_CHECKING:
     from dvexport.models.base import VideoModel
 
-__all__ = ["ModelInfo", "create", "describe", "names", "weights_folder"]
+__all__ = ["DIRECTORY", "ModelInfo", "create", "describe", "names", "saved_directory", "weights_folder"]
+
+DIRECTORY = "huggingface"
+"""How bundles call a model that came from a directory; its checkpoint is the directory."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,8 @@ def create(
     """Make a model, in evaluation mode.
 
     Args:
-        name: a name of `names()`, or `package.module:factory` for a model of your own.
+        name: a name of `names()`, `package.module:factory` for a model of your own, or a directory that
+            Hugging Face's `save_pretrained` wrote (`dvexport.models.huggingface`).
         checkpoint: weights in any layout that `dvexport.models.importers` knows. Without them an
             architecture has random weights, a shipped model its own. What an import inferred and
             assumed is then in the model's `import_report`.
@@ -183,13 +187,41 @@ def create(
         UsageError: for an unknown model, an unknown or unfit option, labels that don't fit.
         CheckpointError: for a checkpoint that is damaged, unsafe or of another model.
     """
-    if ":" in name:
+    name, checkpoint = saved_directory(name, checkpoint)
+    if name == DIRECTORY:
+        model = _from_directory(checkpoint, settings)
+    elif ":" in name:
         model = _from_factory(name, checkpoint, settings)
     else:
         model = _from_zoo(describe(name), checkpoint, settings)
     if labels is not None:
         model.set_labels(_read_labels(labels) if isinstance(labels, (str, Path)) else list(labels))
     return model.eval()
+
+
+def saved_directory(name: str, checkpoint: str | Path | None) -> tuple[str, str | Path | None]:
+    """Return a directory given as a model as `DIRECTORY` with the directory as its checkpoint; others unchanged.
+
+    Raises:
+        UsageError: a directory together with a checkpoint, or a path where no directory is.
+    """
+    if name in names() or name == DIRECTORY:
+        return name, checkpoint
+    if Path(name).is_dir():
+        if checkpoint is not None:
+            raise UsageError("a directory holds its own weights", where=name, hint="leave out --checkpoint")
+        return DIRECTORY, name
+    if "/" in name and ":" not in name:
+        raise UsageError("there is no such directory", where=name, hint="give what save_pretrained wrote")
+    return name, checkpoint
+
+
+def _from_directory(folder: str | Path | None, settings: Mapping[str, Any]) -> VideoModel:
+    from dvexport.models.huggingface import load_directory
+
+    if folder is None:
+        raise UsageError("a saved model needs its directory", hint="give the directory as the model")
+    return load_directory(folder, settings)
 
 
 def _read_labels(path: str | Path) -> list[str]:
