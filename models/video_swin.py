@@ -26,7 +26,7 @@ from dvexport.errors import UsageError
 from dvexport.models import sta
 from dvexport.models.base import VideoModel, imagenet_preprocess
 from dvexport.models.config import VideoSwinConfig
-from dvexport.models.vit import DropPath, Mlp
+from dvexport.models.vit import DropPath, Mlp, drop_rates
 
 __all__ = ["PatchMerging", "SwinBlock", "VideoSwin", "WindowAttention"]
 
@@ -278,7 +278,7 @@ class VideoSwin(VideoModel):
             causal=False,
             whole_clip=True,
         )
-        rates = torch.linspace(0, config.drop_path, sum(config.depths), device="cpu").tolist()
+        rates = drop_rates(config.drop_path, sum(config.depths))
         self.patch_embed = PatchEmbedding(config)
         self.layers = nn.ModuleList(
             Stage(i, config, [rates.pop(0) for _ in range(depth)]) for i, depth in enumerate(config.depths)
