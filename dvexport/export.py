@@ -72,7 +72,8 @@ def export(
     """Export a model to a bundle at `output`.
 
     Args:
-        model: a name of the zoo, `package.module:factory`, or a `VideoModel`.
+        model: a name of the zoo, `package.module:factory`, a directory that Hugging Face's library saved,
+            or a `VideoModel`.
         output: written whole or not at all; the same export gives the same bytes.
         checkpoint, settings: weights and options, see `dvexport.models.zoo.create`.
         target: name in the device catalogue, `host`, or a TOML file.
@@ -183,6 +184,7 @@ def build_model(model: str | nn.Module, checkpoint: str | Path | None, settings:
 
         from dvexport.models import zoo
 
+        model, checkpoint = zoo.saved_directory(model, checkpoint)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             net = zoo.create(model, checkpoint, **settings)
@@ -193,7 +195,11 @@ def build_model(model: str | nn.Module, checkpoint: str | Path | None, settings:
 
 
 def file_digest(path: str | Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal; CheckpointError if it can't be read."""
+    """Return the SHA-256 of a file or a saved directory, in hexadecimal; CheckpointError if it can't be read."""
+    if Path(path).is_dir():
+        from dvexport.models.huggingface import directory_digest
+
+        return directory_digest(path)
     try:
         with open(path, "rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -17,16 +17,29 @@ from torch import Tensor, nn
 from dvexport.errors import CheckpointError, UsageError
 from dvexport.models.checkpoint import Checkpoint, read_checkpoint
 from dvexport.models.layouts import Layout, infer_mobilenet, infer_resnet, recognise
+from dvexport.models.transformer_layouts import (
+    infer_video_swin,
+    infer_vit,
+    recognise_transformer,
+    swin_name,
+    vit_name,
+)
 
 __all__ = ["ImportPlan", "ImportReport", "load_weights", "plan_import"]
 
 _UNTOLD = {
     "resnet": ("frames", "shift", "shift_div", "size", "gate_relu", "semantics"),
     "mobilenet": ("frames", "shift", "shift_div", "size"),
+    "vit": ("frames", "size"),
+    "video_swin": ("frames", "size", "window"),
 }
 """Options that no shape tells, by family."""
-_IDENTITY = ("depth", "channel_gates", "tile_gates")
-"""Options that make one zoo model another."""
+_IDENTITY = {
+    "resnet": ("depth", "channel_gates", "tile_gates"),
+    "vit": ("embed_dim", "depth"),
+    "video_swin": ("embed_dim", "depths"),
+}
+"""Options that make one zoo model another, by family."""
 
 
 @dataclass(frozen=True)
@@ -95,16 +108,18 @@ def plan_import(
     checkpoint = read_checkpoint(path)
     if checkpoint.metadata is not None:
         return _plan_own(checkpoint, name, settings)
-    layout = recognise(checkpoint.state, str(path))
+    layout = _recognise(checkpoint.state, str(path))
     facts = _infer(layout, str(path))
     likely = likely_name(layout.family, facts)
-    mismatch = _mismatch(family, defaults, layout, facts)
+    # A transformer's size may be given by name; a ResNet's is its zoo name.
+    asked = {**defaults, **settings} if family in _TRANSFORMERS else defaults
+    mismatch = _mismatch(family, asked, layout, facts)
     if mismatch:
         raise CheckpointError(
             f"the checkpoint is of another model than {name}",
             where=str(path),
             why=mismatch,
-            hint=f"use {likely}, the most likely model",
+            hint=f"use {likely}, the most likely model" if likely else "give its size with --set, see the options",
         )
     if defaults.get("shift") == "online" and facts.get("shift") == "bidirectional":
         # The official layout marks a shifted convolution, not the direction of its shift.
@@ -117,10 +132,23 @@ def plan_import(
                 why=f"its weights say {option}={_plain(value)}",
                 hint=f"leave {option} out",
             )
+    if family == "vit" and "heads" not in facts and "heads" not in settings:
+        raise _unclear_heads(str(path), facts["embed_dim"])
     options = {**defaults, **facts, **settings}
     untold = [o for o in _UNTOLD[family] if o not in facts and o not in settings]
     report = ImportReport(str(path), layout.kind, facts, {option: options[option] for option in untold})
     return ImportPlan(options, layout.state, report)
+
+
+def _unclear_heads(where: str, dim: int) -> CheckpointError:
+    return CheckpointError(
+        f"nothing in the checkpoint tells how many attention heads a width of {dim} has",
+        where=where,
+        why="official files of width 384 have 6 heads, converted ones 16: both load, one computes nonsense"
+        if dim == 384
+        else "the width is not one of VideoMAE's",
+        hint="--set heads=6" if dim == 384 else "--set heads=...",
+    )
 
 
 def _plan_own(checkpoint: Checkpoint, name: str, settings: Mapping[str, Any]) -> ImportPlan:
@@ -138,12 +166,27 @@ def _plan_own(checkpoint: Checkpoint, name: str, settings: Mapping[str, Any]) ->
     return ImportPlan({**about.get("settings", {}), **settings}, checkpoint.state, report)
 
 
+_INFER = {
+    "resnet": infer_resnet,
+    "mobilenet": infer_mobilenet,
+    "vit": infer_vit,
+    "video_swin": infer_video_swin,
+}
+_TRANSFORMERS = ("vit", "video_swin")
+
+
+def _recognise(state: Mapping[str, Any], where: str) -> Layout:
+    return recognise_transformer(state, where) or recognise(state, where)
+
+
 def _infer(layout: Layout, where: str) -> dict[str, Any]:
-    return infer_resnet(layout, where) if layout.family == "resnet" else infer_mobilenet(layout, where)
+    return _INFER[layout.family](layout, where)
 
 
-def likely_name(family: str, facts: Mapping[str, Any]) -> str:
-    """Return the zoo name of the model that inferred options describe."""
+def likely_name(family: str, facts: Mapping[str, Any]) -> str | None:
+    """Return the zoo name of the model that inferred options describe, None if there is none."""
+    if family in _TRANSFORMERS:
+        return vit_name(facts) if family == "vit" else swin_name(facts)
     if family == "mobilenet":
         return "tsm_mobilenetv2" if facts.get("shift") == "bidirectional" else "tsm_online_mobilenetv2"
     suffix = f"resnet{facts['depth']}"
@@ -159,7 +202,7 @@ def _mismatch(family: str, defaults: Mapping[str, Any], layout: Layout, facts: M
     """Return in what the checkpoint is another model than the one with `defaults`, empty if in nothing."""
     if layout.family != family:
         return f"its layers are those of a {layout.family}"
-    differing = [o for o in _IDENTITY if o in facts and facts[o] != defaults[o]]
+    differing = [o for o in _IDENTITY.get(family, ()) if o in facts and facts[o] != defaults[o]]
     if family == "resnet" and "shift" in facts and _shifts(facts) != _shifts(defaults):
         differing.append("shift")
     return "its weights say " + _as_settings({o: facts[o] for o in differing}) if differing else ""
@@ -210,7 +253,8 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, where: str) -
 def _hint(state: Mapping[str, Tensor]) -> str | None:
     """Return which zoo model the keys belong to, None if they tell nothing."""
     try:
-        layout = recognise(state, "")
-        return f"the most likely model is {likely_name(layout.family, _infer(layout, ''))}"
+        layout = _recognise(state, "")
+        likely = likely_name(layout.family, _infer(layout, ""))
+        return f"the most likely model is {likely}" if likely else None
     except CheckpointError:
         return None

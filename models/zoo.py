@@ -20,13 +20,16 @@ from typing import TYPE_CHECKING, Any
 
 from dvexport.errors import DvexportError, UsageError, unknown_name
 from dvexport.models.checkpoint import read_metadata
-from dvexport.models.config import MobileNetConfig, ResNetConfig, ViTConfig, parse_settings
+from dvexport.models.config import MobileNetConfig, ResNetConfig, VideoSwinConfig, ViTConfig, parse_settings
 from dvexport.preprocess import Preprocess
 
 if TYPE_CHECKING:
     from dvexport.models.base import VideoModel
 
-__all__ = ["ModelInfo", "create", "describe", "names", "weights_folder"]
+__all__ = ["DIRECTORY", "ModelInfo", "create", "describe", "names", "saved_directory", "weights_folder"]
+
+DIRECTORY = "huggingface"
+"""How bundles call a model that came from a directory; its checkpoint is the directory."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class ModelInfo:
     Attributes:
         name: how to ask for it.
         summary: one line for a person.
-        family: `resnet`, `mobilenet`, `vit`, or `factory` for a model of the user's.
+        family: `resnet`, `mobilenet`, `vit`, `video_swin`, or `factory` for a model of the user's.
         options: every option with its value by default.
         weights: the shipped weights, None for an architecture to be given a checkpoint.
         architecture: zoo name of the architecture that shipped weights belong to.
@@ -58,6 +61,7 @@ _FAMILIES: dict[str, tuple[type, str]] = {
     "resnet": (ResNetConfig, "dvexport.models.resnet:ResNet"),
     "mobilenet": (MobileNetConfig, "dvexport.models.mobilenet:MobileNetV2"),
     "vit": (ViTConfig, "dvexport.models.vit:VisionTransformer"),
+    "video_swin": (VideoSwinConfig, "dvexport.models.video_swin:VideoSwin"),
 }
 
 _ADAFUSE18 = {"channel_gates": True, "hidden": 512, "shared_policies": True, "shift_place": "block"}
@@ -75,6 +79,7 @@ _ADAFUSE50_LAST = {
     "enabled_stages": (3,),
     "shift_place": "block",
 }
+_SWIN_BASE = {"embed_dim": 128, "depths": (2, 2, 18, 2), "heads": (4, 8, 16, 32)}
 _TILES = {"tile_gates": True}
 
 _ZOO: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -125,6 +130,14 @@ _ZOO: dict[str, tuple[str, str, dict[str, Any]]] = {
         "VideoMAE, ViT-H; sta.r prunes tokens",
         {"depth": 32, "embed_dim": 1280, "heads": 16},
     ),
+    "video_swin_tiny": ("video_swin", "Video-Swin-T: 32 frames; sta.r prunes tokens, on a schedule of ours", {}),
+    "video_swin_small": ("video_swin", "Video-Swin-S; sta.r prunes tokens", {"depths": (2, 2, 18, 2)}),
+    "video_swin_base": ("video_swin", "Video-Swin-B; sta.r prunes tokens", _SWIN_BASE),
+    "video_swin_base_ssv2": (
+        "video_swin",
+        "Video-Swin-B with windows of 16 frames, as for Something-Something V2",
+        {**_SWIN_BASE, "window": (16, 7, 7), "classes": 174},
+    ),
 }
 
 
@@ -172,7 +185,8 @@ def create(
     """Make a model, in evaluation mode.
 
     Args:
-        name: a name of `names()`, or `package.module:factory` for a model of your own.
+        name: a name of `names()`, `package.module:factory` for a model of your own, or a directory that
+            Hugging Face's `save_pretrained` wrote (`dvexport.models.huggingface`).
         checkpoint: weights in any layout that `dvexport.models.importers` knows. Without them an
             architecture has random weights, a shipped model its own. What an import inferred and
             assumed is then in the model's `import_report`.
@@ -183,13 +197,41 @@ def create(
         UsageError: for an unknown model, an unknown or unfit option, labels that don't fit.
         CheckpointError: for a checkpoint that is damaged, unsafe or of another model.
     """
-    if ":" in name:
+    name, checkpoint = saved_directory(name, checkpoint)
+    if name == DIRECTORY:
+        model = _from_directory(checkpoint, settings)
+    elif ":" in name:
         model = _from_factory(name, checkpoint, settings)
     else:
         model = _from_zoo(describe(name), checkpoint, settings)
     if labels is not None:
         model.set_labels(_read_labels(labels) if isinstance(labels, (str, Path)) else list(labels))
     return model.eval()
+
+
+def saved_directory(name: str, checkpoint: str | Path | None) -> tuple[str, str | Path | None]:
+    """Return a directory given as a model as `DIRECTORY` with the directory as its checkpoint; others unchanged.
+
+    Raises:
+        UsageError: a directory together with a checkpoint, or a path where no directory is.
+    """
+    if name in names() or name == DIRECTORY:
+        return name, checkpoint
+    if Path(name).is_dir():
+        if checkpoint is not None:
+            raise UsageError("a directory holds its own weights", where=name, hint="leave out --checkpoint")
+        return DIRECTORY, name
+    if "/" in name and ":" not in name:
+        raise UsageError("there is no such directory", where=name, hint="give what save_pretrained wrote")
+    return name, checkpoint
+
+
+def _from_directory(folder: str | Path | None, settings: Mapping[str, Any]) -> VideoModel:
+    from dvexport.models.huggingface import load_directory
+
+    if folder is None:
+        raise UsageError("a saved model needs its directory", hint="give the directory as the model")
+    return load_directory(folder, settings)
 
 
 def _read_labels(path: str | Path) -> list[str]:

@@ -228,8 +228,6 @@ def test_misshapen_weight_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "family"),
     [
-        (["blocks.0.attn.q_bias", "patch_embed.proj.weight"], "VideoMAE or STA"),
-        (["backbone.layers.0.blocks.0.attn.relative_position_bias_table"], "Video Swin"),
         (["module.lite_backbone.features.0.weight", "module.rnn.weight_ih"], "AR-Net"),
         (["blocks.0.conv.conv_xy.weight"], "X3D"),
     ],

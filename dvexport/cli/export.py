@@ -38,7 +38,8 @@ def export(
 ) -> None:
     """Export MODEL to a bundle.
 
-    MODEL is a name of the zoo (`dvexport models`), or package.module:factory.
+    MODEL is a name of the zoo (`dvexport models`), package.module:factory, or a directory that
+    save_pretrained of Hugging Face's library wrote.
     """
     options = parse_pairs("--set", settings)
     overrides = parse_pairs("--lowering", lowering)

@@ -1,0 +1,210 @@
+"""Directories of Hugging Face's library, with that library as the oracle."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dvexport.errors import CheckpointError, UsageError
+from dvexport.export import build_model, file_digest
+from dvexport.models import zoo
+from dvexport.models.huggingface import load_directory
+
+SMALL = {
+    "image_size": 32, "num_frames": 4, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3,
+    "intermediate_size": 60, "id2label": {0: "wave", 1: "nod", 2: "hold"},
+}  # fmt: skip
+
+
+def saved(folder, *, shards=None, mean=None, **options):
+    """Save a tiny random model as the library does; return it."""
+    transformers = pytest.importorskip("transformers", reason="needs the library that writes these directories")
+    torch.manual_seed(0)
+    model = transformers.VideoMAEForVideoClassification(transformers.VideoMAEConfig(**{**SMALL, **options})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    model.save_pretrained(folder, **({"max_shard_size": shards} if shards else {}))
+    if mean is not None:
+        about = {"image_mean": mean, "image_std": [0.5, 0.25, 0.125], "size": {"shortest_edge": 40}}
+        (folder / "preprocessor_config.json").write_text(json.dumps({"do_normalize": True, **about}))
+    return model
+
+
+def close(model, oracle, frames=4, size=32):
+    clips = torch.randn(2, frames, 3, size, size)
+    with torch.no_grad():
+        want, got = oracle(pixel_values=clips).logits, model(clips.flatten(0, 1))
+    return torch.allclose(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_attention_heads": 6},
+        {"qv_bias": False},
+        {"use_mean_pooling": False},
+        {"tubelet_size": 4},
+        {"patch_size": 8, "num_hidden_layers": 1},
+        {"layer_norm_eps": 0.5},
+    ],
+)
+def test_logits_are_those_of_the_library(tmp_path, options):
+    oracle = saved(tmp_path, **options)
+    model = zoo.create(str(tmp_path))
+    assert close(model, oracle)
+    assert model.labels == ["wave", "nod", "hold"]
+    assert not model.training
+
+
+def test_epsilons_and_heads_are_the_configs(tmp_path):
+    saved(tmp_path, num_attention_heads=8)
+    config = zoo.create(str(tmp_path)).config
+    assert (config.norm_eps, config.head_eps, config.heads) == (1e-12, 1e-5, 8)
+
+
+def test_shards(tmp_path):
+    oracle = saved(tmp_path, shards="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    assert close(zoo.create(str(tmp_path)), oracle)
+
+
+def test_an_old_pickle_with_other_names_of_the_biases(tmp_path):
+    oracle = saved(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    keys = oracle.state_dict()
+    assert "videomae.encoder.layer.0.attention.attention.query.bias" in keys
+    torch.save(keys, tmp_path / "pytorch_model.bin")
+    assert close(zoo.create(str(tmp_path)), oracle)
+
+
+def test_preprocessing(tmp_path):
+    saved(tmp_path, mean=[0.1, 0.2, 0.3])
+    model = zoo.create(str(tmp_path))
+    assert model.preprocess.mean == (0.1, 0.2, 0.3)
+    assert model.preprocess.std == (0.5, 0.25, 0.125)
+    assert (model.preprocess.resize, model.preprocess.size, model.preprocess.frames) == (40, (32, 32), 4)
+    assert model.import_report.assumed == {}
+    (tmp_path / "preprocessor_config.json").unlink()
+    assert set(zoo.create(str(tmp_path)).import_report.assumed) == {"mean", "std"}
+
+
+def test_settings_and_labels(tmp_path):
+    oracle = saved(tmp_path)
+    pruned = zoo.create(str(tmp_path), labels=["a", "b", "c"], **{"sta.r": "1", "sta.groups": "2,1,1"})
+    assert pruned.labels == ["a", "b", "c"]
+    assert [stage.keep for stage in pruned.token_groups] == [3, 5, 4]
+    assert close(pruned.without_pruning(), oracle)
+
+
+def test_build_for_export_and_digest(tmp_path):
+    saved(tmp_path)
+    source = build_model(str(tmp_path), None, {"sta.r": "1", "sta.groups": "2,1,1"})
+    assert source.name == "huggingface"
+    assert source.digest == file_digest(tmp_path)
+    assert build_model("huggingface", tmp_path, {}).digest == source.digest
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text() + " ")
+    assert file_digest(tmp_path) != source.digest
+
+
+def edited(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def rewritten(folder, change):
+    from safetensors.torch import load_file, save_file
+
+    keys = load_file(folder / "model.safetensors")
+    change(keys)
+    save_file(keys, folder / "model.safetensors")
+
+
+BIAS = "videomae.encoder.layer.1.output.dense.bias"
+
+
+@pytest.mark.parametrize(
+    ("damage", "what", "why"),
+    [
+        (lambda d: (d / "config.json").unlink(), "holds no model of Hugging Face", "no config.json"),
+        (lambda d: (d / "config.json").write_text("{"), "can't read a file", "Expecting"),
+        (lambda d: (d / "config.json").write_text("[]"), "can't read a file", "no JSON object"),
+        (lambda d: (d / "model.safetensors").unlink(), "holds no weights", "model.safetensors"),
+        (lambda d: edited(d, architectures=["VideoMAEForPreTraining"]), "does not read", "VideoMAEForPreTraining"),
+        (lambda d: edited(d, model_type="vivit", architectures=["Vivit"]), "does not read", "Vivit"),
+        (lambda d: edited(d, hidden_act="relu"), "hidden_act=relu", "gelu is read"),
+        (lambda d: edited(d, hidden_size=25), "describes no VideoMAE", "not a multiple"),
+        (lambda d: edited(d, patch_size=[16, 8]), "describes no VideoMAE", ""),
+        (lambda d: edited(d, num_hidden_layers=4), "don't fit config.json", "15 missing: videomae.encoder.layer.3"),
+        (lambda d: edited(d, num_hidden_layers=2), "don't fit config.json", "15 left over: videomae.encoder.layer.2"),
+        (lambda d: edited(d, hidden_size=48), "don't fit the model", "of another shape"),
+        (lambda d: edited(d, id2label={"0": "a", "2": "b", "3": "c"}), "not numbered from 0", "1"),
+        (lambda d: rewritten(d, lambda k: k.pop(BIAS)), "don't fit config.json", f"1 missing: {BIAS}"),
+        (lambda d: rewritten(d, lambda k: k.update(x=k[BIAS] + 0)), "don't fit config.json", "1 left over: x"),
+        (lambda d: rewritten(d, lambda k: k[BIAS].fill_(float("nan"))), "NaN or infinite", "24 of 24"),
+        (lambda d: (d / "preprocessor_config.json").write_text('{"size": {}}'), "the preprocessing", "height"),
+    ],
+)
+def test_a_directory_that_is_not_as_it_should_be(tmp_path, damage, what, why):
+    saved(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(CheckpointError) as error:
+        zoo.create(str(tmp_path))
+    assert what in error.value.what
+    assert why in (error.value.why or "")
+
+
+@pytest.mark.parametrize("damage", ["absent", "elsewhere", "empty"])
+def test_shards_that_are_not_there(tmp_path, damage):
+    saved(tmp_path, shards="20KB")
+    index = tmp_path / "model.safetensors.index.json"
+    if damage == "absent":
+        next(tmp_path.glob("model-*.safetensors")).unlink()
+    else:
+        index.write_text(json.dumps({"weight_map": {"x": "../model.safetensors"} if damage == "elsewhere" else {}}))
+    with pytest.raises(CheckpointError, match="can't read the checkpoint|names no files beside it"):
+        zoo.create(str(tmp_path))
+
+
+def test_settings_that_contradict_the_directory(tmp_path):
+    saved(tmp_path)
+    with pytest.raises(UsageError, match="heads=6 contradicts the directory") as error:
+        zoo.create(str(tmp_path), heads=6)
+    assert "heads=3" in error.value.why
+    assert zoo.create(str(tmp_path), heads=3).config.heads == 3
+    with pytest.raises(UsageError, match="a directory holds its own weights"):
+        zoo.create(str(tmp_path), tmp_path / "model.safetensors")
+    with pytest.raises(UsageError, match="sta.r=3 is too large"):
+        zoo.create(str(tmp_path), **{"sta.r": 3, "sta.groups": "2,1,1"})
+    with pytest.raises(UsageError, match="a clip of 2 frames of tokens can't be joined to 8 groups"):
+        load_directory(tmp_path, {"sta.r": 1})
+
+
+def test_weights_without_their_config(tmp_path):
+    saved(tmp_path)
+    with pytest.raises(CheckpointError, match=r"need its config.json") as error:
+        zoo.create("vit_small", tmp_path / "model.safetensors")
+    assert "dvexport export DIR" in error.value.hint
+
+
+def test_no_such_directory():
+    with pytest.raises(UsageError, match="no such directory"):
+        zoo.create("models/that/is/absent")
+    with pytest.raises(UsageError, match="needs its directory"):
+        zoo.create("huggingface")
+
+
+def test_the_command_line_leaves_nothing_behind(tmp_path):
+    saved(tmp_path)
+    edited(tmp_path, num_hidden_layers=4)
+    out = tmp_path / "out.dvx"
+    command = [sys.executable, "-m", "dvexport", "export", str(tmp_path), "--mode", "clip", "-o", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "don't fit config.json" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not out.exists()
