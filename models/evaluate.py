@@ -14,7 +14,7 @@ from dvexport.models.base import VideoModel
 from dvexport.models.motion import MotionDataset
 from dvexport.models.policies import Decision, executed_macs
 
-__all__ = ["Evaluation", "GateShares", "batches", "decisions_of", "dense_macs", "evaluate", "normalised"]
+__all__ = ["Evaluation", "GateShares", "batches", "clip_logits", "decisions_of", "dense_macs", "evaluate", "normalised"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,15 @@ def normalised(frames: Tensor, model: VideoModel) -> Tensor:
     return (frames.flatten(0, 1).float() / 255 - mean) / std
 
 
+def clip_logits(model: VideoModel, x: Tensor, frames: int) -> Tensor:
+    """Return logits `[B, classes]` of clips `[B*T, 3, H, W]` of T = `frames`, under `gates.frames_per_clip(T)`.
+
+    A whole-clip model returns just them; any other has the consensus of a clip in its last frame's row.
+    """
+    logits: Tensor = model(x)
+    return logits if model.whole_clip else logits[frames - 1 :: frames]
+
+
 def batches(indices: Sequence[int], batch: int) -> Iterator[list[int]]:
     """Yield `indices` in lists of `batch`; the last may be shorter."""
     for start in range(0, len(indices), batch):
@@ -102,9 +111,9 @@ def evaluate(
     for part in batches(chosen, batch):
         frames, truth = dataset.batch(part, device)
         with gates.frames_per_clip(dataset.frames):
-            logits = model(normalised(frames, model))
+            logits = clip_logits(model, normalised(frames, model), dataset.frames)
             tally.add(decisions_of(model))
-        predictions += logits[dataset.frames - 1 :: dataset.frames].argmax(1).tolist()
+        predictions += logits.argmax(1).tolist()
         labels += truth.tolist()
         progress(len(labels), len(chosen))
     model.train(training)
@@ -158,6 +167,8 @@ def dense_macs(model: VideoModel, size: tuple[int, int]) -> int:
         assert isinstance(weight, Tensor)
         total += weight.numel() * (output[0, 0].numel() if isinstance(layer, nn.Conv2d) else 1)
 
+    if model.whole_clip:
+        return _whole_clip_macs(model, size)
     layers = [layer for layer in model.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
     hooks = [layer.register_forward_hook(count) for layer in layers]
     training = model.training
@@ -168,3 +179,18 @@ def dense_macs(model: VideoModel, size: tuple[int, int]) -> int:
         for hook in hooks:
             hook.remove()
     return total
+
+
+def _whole_clip_macs(model: VideoModel, size: tuple[int, int]) -> int:
+    """Return the MACs per frame of a model that reads a clip as one, products within attention included."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    frames = model.preprocess.frames
+    training = model.training
+    counter = FlopCounterMode(display=False)
+    try:
+        with counter:
+            model.eval()(torch.zeros(frames, 3, *size, device=next(model.parameters()).device))
+    finally:
+        model.train(training)
+    return int(counter.get_total_flops()) // 2 // frames

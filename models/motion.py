@@ -20,7 +20,7 @@ from torch import Tensor
 from dvexport.errors import UsageError, unknown_name
 from dvexport.models.textures import Draws, noise, painted, square_grid, star_distance
 
-__all__ = ["CLASSES", "SPLITS", "MotionDataset", "Scene", "motion_order", "write_sample_clips"]
+__all__ = ["CLASSES", "SPLITS", "MotionDataset", "Scene", "mirror_images", "motion_order", "write_sample_clips"]
 
 _PROGRAMS = {
     "move_left": ("x", "backward"),
@@ -44,6 +44,18 @@ CLASSES = tuple(_PROGRAMS)
 SPLITS = {"train": 2**20, "validation": 1536, "test": 1200}
 """Clips of each split; a clip of one split is in no other."""
 
+_MIRRORED = {
+    "across": ("move_left", "move_right"),
+    "upside_down": ("move_up", "move_down"),
+    "turning": ("rotate_clockwise", "rotate_counterclockwise"),
+    "size": ("approach", "recede"),
+}
+_MIRRORS: tuple[tuple[int, tuple[str, ...]], ...] = (
+    (1, ("across", "upside_down", "turning", "size")),  # frames in reverse
+    (3, ("upside_down", "turning")),  # rows upside down
+    (4, ("across", "turning")),  # columns left to right
+)
+
 _CANVAS = 1.7  # the background reaches this far beyond the frame, which spans [-1, 1]
 _OBJECT = 1.6  # extent of the object's canvas, in object radii
 
@@ -64,6 +76,33 @@ def motion_order(order: str, frames: int, phase: int = 0) -> Tensor:
     if order != "there_and_back":
         raise unknown_name("motion order", order, ("forward", "backward", "there_and_back"))
     return torch.cat([steps[::2], steps[1::2].flip(0)]).roll(phase)
+
+
+def mirror_images(frames: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return clips with all their mirror images in time, height and width, each with the class it then shows.
+
+    The eight share every pixel, so that nothing but motion tells their classes apart.
+
+    Args:
+        frames: `[B, T, 3, H, W]`.
+        labels: `[B]`.
+
+    Returns:
+        `[8 B, T, 3, H, W]` and `[8 B]`; the first B are those given.
+    """
+    for axis, pairs in _MIRRORS:
+        frames = torch.cat([frames, frames.flip(axis)])
+        labels = torch.cat([labels, _mirrored_classes(pairs).to(labels.device)[labels]])
+    return frames, labels
+
+
+def _mirrored_classes(pairs: tuple[str, ...]) -> Tensor:
+    """Return for each class the one that takes its place when `pairs` of opposite motions change places."""
+    order = list(range(len(CLASSES)))
+    for name in pairs:
+        first, second = (CLASSES.index(label) for label in _MIRRORED[name])
+        order[first], order[second] = second, first
+    return torch.tensor(order)
 
 
 @dataclass(frozen=True)

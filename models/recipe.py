@@ -39,6 +39,9 @@ class DataOptions:
         seed: of the data set.
         clips_per_epoch: new clips in each epoch.
         validation_clips: how many of the validation split are scored after each epoch.
+        mirrored: train on each clip's eight mirror images in time, height and width, with the classes
+            they then show (`motion.mirror_images`); a step then renders an eighth of `batch`, and an
+            epoch an eighth of `clips_per_epoch`.
     """
 
     name: str = "motion"
@@ -48,6 +51,7 @@ class DataOptions:
     seed: int = 0
     clips_per_epoch: int = 24576
     validation_clips: int = 384
+    mirrored: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,8 +131,11 @@ class Recipe:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, as they stand in JSON."""
-        return dataclasses.asdict(self)
+        """Return plain values, as they stand in JSON; `mirrored` only where it is set."""
+        values = dataclasses.asdict(self)
+        if not self.data.mirrored:  # recipes from before there was such a choice stay what they were
+            del values["data"]["mirrored"]
+        return values
 
     @property
     def digest(self) -> str:
@@ -207,6 +214,8 @@ def _check(recipe: Recipe) -> None:
         (optimiser.epochs >= 1, f"epochs = {optimiser.epochs}", "at least 1"),
         (1 <= optimiser.batch <= data.clips_per_epoch, f"batch = {optimiser.batch}",
          f"from 1 to clips_per_epoch, {data.clips_per_epoch}"),
+        (not data.mirrored or optimiser.batch % 8 == 0, f"batch = {optimiser.batch} of mirrored clips",
+         "a multiple of 8: each clip has eight mirror images"),
         (optimiser.learning_rate > 0, f"learning_rate = {optimiser.learning_rate}", "above 0"),
         (recipe.start_from != recipe.name, f"start_from = '{recipe.start_from}', its own name",
          "the name of another training, or a file"),

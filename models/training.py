@@ -27,9 +27,9 @@ from dvexport.files import atomic_write
 from dvexport.models import losses, zoo
 from dvexport.models.base import VideoModel
 from dvexport.models.checkpoint import read_checkpoint
-from dvexport.models.evaluate import Evaluation, decisions_of, evaluate, normalised
+from dvexport.models.evaluate import Evaluation, clip_logits, decisions_of, evaluate, normalised
 from dvexport.models.importers import load_weights
-from dvexport.models.motion import MotionDataset
+from dvexport.models.motion import MotionDataset, mirror_images
 from dvexport.models.policies import ChannelPolicy, TileMask
 from dvexport.models.recipe import Recipe, load_recipe
 from dvexport.models.training_state import (
@@ -126,7 +126,9 @@ class _Run:
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
-        self.model = _new_model(recipe).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = _new_model(recipe).to(device)
+        if not self.model.whole_clip:  # that has no layers but linear ones to speak of, and a 3-D kernel
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimiser = _optimiser(self.model, recipe)
         self.data = MotionDataset("train", recipe.data.size, recipe.data.frames, recipe.data.seed)
         self.epoch = 0
@@ -162,10 +164,11 @@ class _Run:
         with torch.random.fork_rng():
             torch.manual_seed(self.recipe.seed * 100003 + self.epoch)
             self._seed_gates()
+            images = 8 if data.mirrored else 1
             for step in range(steps):
-                first = self.epoch * data.clips_per_epoch + step * batch
+                first = (self.epoch * data.clips_per_epoch + step * batch) // images
                 # Consecutive clips are independent and balanced: the label is the index mod classes.
-                indices = torch.arange(first, first + batch) % len(self.data)
+                indices = torch.arange(first, first + batch // images) % len(self.data)
                 for name, value in self._step(indices, self.epoch + step / steps).items():
                     sums[name] = sums.get(name, torch.zeros((), device=self.device)) + value.detach()
                 if time.monotonic() - told > _SECONDS_BETWEEN_LINES:
@@ -195,6 +198,8 @@ class _Run:
         for group in self.optimiser.param_groups:
             group["lr"] = _learning_rate(self.recipe, epoch)
         frames, labels = self.data.batch(indices, self.device)
+        if self.recipe.data.mirrored:
+            frames, labels = mirror_images(frames, labels)
         parts = self._losses(frames, labels, epoch)
         self.optimiser.zero_grad(set_to_none=True)
         parts["loss"].backward()
@@ -210,7 +215,7 @@ class _Run:
         x = normalised(frames, self.model).contiguous(memory_format=torch.channels_last)
         half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
         with gates.frames_per_clip(frames.shape[1]), half:
-            logits = self.model(x)[frames.shape[1] - 1 :: frames.shape[1]].float()
+            logits = clip_logits(self.model, x, frames.shape[1]).float()
             task = F.cross_entropy(logits, labels)
             parts = {
                 "loss": task,
