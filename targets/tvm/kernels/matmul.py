@@ -16,8 +16,8 @@ import numpy as np
 import tvm.tirx as tx
 from tvm.tirx.script import builder as T
 
-from dvexport.targets.tvm.generic_math import FUNCTIONS
 from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, write_kernel
+from dvexport.targets.tvm.kernels.activations import NUMBERS, Numbers, gelu_numbers
 from dvexport.targets.tvm.kernels.blocks import Rows, balanced, product, register_block
 from dvexport.targets.tvm.kernels.direct_vectors import choose
 from dvexport.targets.tvm.kernels.planes_vectors import ceil_div, load, splat, store
@@ -25,8 +25,8 @@ from dvexport.targets.tvm.machine import Machine
 
 __all__ = ["MatMul", "matmul", "matmul_bias", "matmul_scratch", "matmul_shape", "matmul_weights"]
 
-_TOGETHER = 128 * 1024
-"""Floats of X that all panels pass over together."""
+_TOGETHER = 16 * 1024
+"""Floats of X, by lanes, that all panels pass over together: processors with wide vectors have large caches."""
 
 _FEW = 4
 """Groups of rows a thread below which threads rather share panels."""
@@ -68,14 +68,18 @@ def matmul_bias(bias: np.ndarray, machine: Machine) -> np.ndarray:
 
 
 def matmul_shape(rows: int, inputs: int, outputs: int, machine: Machine) -> np.ndarray:
-    """Return `shape` of `matmul`: M, N, K and the groups of rows of a block."""
-    together = max(1, _TOGETHER // (inputs * register_block(machine)[0]))
-    return np.array([rows, outputs, inputs, together], np.int32)
+    """Return `shape` of `matmul`: M, N, K, the groups of rows of a block and the floats of a tile."""
+    together = max(1, _TOGETHER * machine.lanes // (inputs * register_block(machine)[0]))
+    return np.array([rows, outputs, inputs, together, _tile(machine)], np.int32)
 
 
 def matmul_scratch(threads: int, machine: Machine) -> int:
     """Return the floats of `scratch` for so many parts."""
-    return threads * register_block(machine)[0] * _panel(machine)
+    return threads * (_tile(machine) + NUMBERS)
+
+
+def _tile(machine: Machine) -> int:
+    return register_block(machine)[0] * _panel(machine)
 
 
 def _panel(machine: Machine) -> int:
@@ -100,7 +104,10 @@ class _Writer:
     def write(self) -> None:
         frame, panel = self.frame, self.panel
         count, outputs, self.depth, together = (T.bind(frame.shape[i]) for i in range(4))
-        self.outputs, self.tile = T.bind(i64(outputs)), T.bind(i64(frame.part) * (self.most * panel))
+        self.outputs, self.tile = T.bind(i64(outputs)), T.bind(i64(frame.part) * (self.most * panel + NUMBERS))
+        self.numbers = Numbers(frame.scratch, T.bind(self.tile + i64(frame.shape[4])))
+        if self.spec.activation == "gelu":
+            self.numbers.write(gelu_numbers())
         part, parts = frame.part, frame.parts
         zero, panels = tx.IntImm("int32", 0), T.bind(ceil_div(outputs, panel))
         by_rows = T.bind(count >= parts * (_FEW * self.most))
@@ -150,8 +157,7 @@ class _Writer:
         if self.spec.activation == "relu":
             value = tx.max(value, splat(0.0, lanes))
         elif self.spec.activation == "gelu":
-            half = T.bind(value * splat(0.5, lanes))
-            value = half + half * FUNCTIONS["erf"](T.bind(value * splat(0.5**0.5, lanes)), lanes, T.bind)
+            value = self.numbers.gelu(value, lanes)
         if self.spec.residual:
             value = value + load(self.frame.R, target, lanes)
         store(self.frame.Y, target, value, lanes)
