@@ -96,9 +96,10 @@ class GateEntry(_Entry):
     """A gate and what it became.
 
     Attributes:
-        kind: `channels`, `tiles`, `channels+tiles`, ... as its lowering knows it.
+        kind: `channels`, `tiles`, `channels+tiles`, `tokens`, ... as its lowering knows it.
         channels: output channels under the gate.
         grid: rows and columns of its tile grid; None without tiles.
+        tokens: how many tokens go on, and of how many; None for a gate that chooses none.
         lowering: what it became in this artifact.
         reason: why that lowering was chosen.
         overridden: the user chose it.
@@ -109,6 +110,7 @@ class GateEntry(_Entry):
     kind: str
     channels: Count
     grid: tuple[int, int] | None = None
+    tokens: tuple[int, int] | None = None
     lowering: str
     reason: str = ""
     overridden: bool = False

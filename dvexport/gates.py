@@ -4,12 +4,13 @@ Each function computes in eager mode exactly what its dialect operator specifies
 (`dvexport.dialect`), and becomes that operator when the model is traced by
 `torch.export`. Shapes are written for one clip, frames first: `[N, C, H, W]`.
 Training on batches of clips stacks them along the frame axis (frame fastest) under
-`frames_per_clip(T)`, so that history never crosses from one clip into the next.
+`frames_per_clip(T)`, so that history never crosses from one clip into the next. Tokens
+of a video transformer are `[B, N, C]`, one row of tokens a clip.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -27,11 +28,15 @@ __all__ = [
     "frame_mean",
     "frames_per_clip",
     "gated_conv",
+    "select_tokens",
+    "token_decisions",
     "upsample_tiles",
 ]
 
 SKIP, REUSE, COMPUTE = 0, 1, 2
 """The actions of an output channel (AdaFuse, section 3; D-STEP, section 3.1)."""
+
+_tokens: ContextVar[tuple[dict[str, Tensor], Mapping[str, Tensor]] | None] = ContextVar("tokens", default=None)
 
 _clip_length: ContextVar[int | None] = ContextVar("clip_length", default=None)
 
@@ -44,6 +49,23 @@ def frames_per_clip(frames: int) -> Iterator[None]:
         yield
     finally:
         _clip_length.reset(token)
+
+
+@contextmanager
+def token_decisions(follow: Mapping[str, Tensor] | None = None) -> Iterator[dict[str, Tensor]]:
+    """Yield what every `select_tokens` within this context chooses, by gate: int64 `[B, keep]`.
+
+    Args:
+        follow: choices to go on with in the place of the model's own, which are told all the same. Scores that
+            two programs round differently may swap, and all later choices follow from the order: programs are
+            compared under the same choices.
+    """
+    found: dict[str, Tensor] = {}
+    token = _tokens.set((found, follow or {}))
+    try:
+        yield found
+    finally:
+        _tokens.reset(token)
 
 
 def _by_clip(x: Tensor) -> Tensor:
@@ -92,6 +114,39 @@ def upsample_tiles(tiles: Tensor, size: tuple[int, int]) -> Tensor:
     columns = torch.arange(size[1], device=tiles.device) * tiles.shape[2] // size[1]
     # Traced, this is a Gather along each axis; indexing by brackets would move the frame axis meanwhile.
     return tiles.index_select(1, rows).index_select(2, columns).unsqueeze(1)
+
+
+def select_tokens(x: Tensor, score: Tensor, keep: int, *, gate: str) -> tuple[Tensor, Tensor]:
+    """Keep the `keep` tokens of smallest score, in the order of their scores (`dv.SelectTokens`).
+
+    Args:
+        x: `[B, N, C]`.
+        score: `[B, N]`, finite; of equal ones the lower index comes first.
+        keep: 1 to N, the same for every input, so that all shapes stay static.
+        gate: name of the decision, such as `sta.0.3` (call 0, group 3).
+
+    Returns:
+        The tokens `[B, keep, C]`, and their places int64 `[B, keep]` on the token axis of `x`.
+    """
+    if torch.compiler.is_exporting():
+        kept, index = torch.onnx.ops.symbolic_multi_out(
+            "dv::SelectTokens",
+            (x, score),
+            attrs={"keep": keep, "gate": gate},
+            dtypes=(x.dtype, torch.int64),
+            shapes=((x.shape[0], keep, x.shape[2]), (x.shape[0], keep)),
+            version=1,
+        )
+        return kept, index
+    if not 1 <= keep <= x.shape[1]:
+        raise ValueError(f"gate {gate} keeps {keep} of {x.shape[1]} tokens")
+    index = score.argsort(dim=1, stable=True)[:, :keep]
+    context = _tokens.get()
+    if context is not None:
+        found, follow = context
+        found[gate] = index
+        index = follow.get(gate, index)
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2])), index
 
 
 def fold_batch_norm(conv: nn.Conv2d, bn: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor | None]:

@@ -35,15 +35,29 @@ class VideoModel(nn.Module):
         preprocess: how its frames are made from a video.
         labels: one name per class.
         causal: False if a frame's result depends on later frames, which rules out stream mode.
+        whole_clip: the model reads a clip as one: `forward` takes exactly `preprocess.frames` frames a clip
+            and returns one row of logits for each clip, `[B, classes]`. It exports in clip mode only.
     """
 
-    def __init__(self, *, name: str, config: Any, preprocess: Preprocess, labels: list[str], causal: bool) -> None:
+    def __init__(
+        self,
+        *,
+        name: str,
+        config: Any,
+        preprocess: Preprocess,
+        labels: list[str],
+        causal: bool,
+        whole_clip: bool = False,
+    ) -> None:
         super().__init__()
+        if whole_clip and causal:
+            raise ValueError("a model that reads a clip as one is not causal")
         self.name = name
         self.config = config
         self.preprocess = preprocess
         self.labels = labels
         self.causal = causal
+        self.whole_clip = whole_clip
 
     def per_frame_logits(self, x: Tensor) -> Tensor:
         """Return logits `[N, classes]` of each frame of `x` `[N, 3, H, W]`, before consensus."""
@@ -58,6 +72,7 @@ class VideoModel(nn.Module):
 
         Returns:
             `[N, classes]`; the last row of a clip is its result (TSN, average consensus before softmax).
+            A model that reads whole clips overrides this and returns one row a clip.
         """
         return gates.frame_mean(self.per_frame_logits(frames))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ __all__ = [
     "Preprocess",
     "ResNetConfig",
     "Shift",
+    "StaSettings",
+    "ViTConfig",
     "option_names",
     "parse_settings",
 ]
@@ -135,7 +138,104 @@ class MobileNetConfig:
         return self.shift != "bidirectional"
 
 
-def _check_common(classes: int, frames: int, size: tuple[int, ...], shift_div: int, width: float) -> None:
+@dataclass(frozen=True)
+class StaSettings:
+    """How STA prunes the tokens of a plain transformer (defaults: the paper's, for 8 frames of tokens).
+
+    Attributes:
+        r: tokens that each group drops each time; 0 prunes nothing.
+        groups: groups of adjacent frames at each pruning; later ones join the survivors of earlier ones.
+        stages: blocks after which tokens are pruned, 0-based; empty: 0, a third and two thirds of all.
+        direction: `forward` or `reverse` in time, for each pruning.
+        method: `sta`, or `random` for the same number of tokens dropped at random, the baseline.
+        seed: of the random choice.
+    """
+
+    r: int = 0
+    groups: tuple[int, ...] = (8, 4, 2)
+    stages: tuple[int, ...] = ()
+    direction: tuple[str, ...] = ("forward", "reverse", "forward")
+    method: Literal["sta", "random"] = "sta"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Options of the plain video transformer, VideoMAE's ViT. Options `sta_*` are also written `sta.*`.
+
+    Attributes:
+        depth: number of blocks.
+        embed_dim: channels of a token.
+        heads: attention heads; no shape of the weights tells them.
+        mlp_ratio: hidden units of the MLPs, in multiples of `embed_dim`.
+        patch: height and width of a tubelet, in pixels.
+        tubelet: frames of a tubelet.
+        classes: number of labels.
+        frames: frames in a clip.
+        size: height and width of the input.
+        norm_eps: epsilon of the layer norms in the blocks.
+        head_eps: epsilon of the layer norm before the classifier.
+        mean_pooling: classify the mean of the tokens, not the first token.
+        drop_path: rate of stochastic depth in the last block, in training; earlier blocks have less.
+        dropout: before the classifier, in training.
+        sta_r, sta_groups, sta_stages, sta_direction, sta_method, sta_seed: see `StaSettings`.
+    """
+
+    depth: int = 12
+    embed_dim: int = 384
+    heads: int = 6
+    mlp_ratio: float = 4.0
+    patch: int = 16
+    tubelet: int = 2
+    classes: int = 400
+    frames: int = 16
+    size: tuple[int, int] = (224, 224)
+    norm_eps: float = 1e-6
+    head_eps: float = 1e-6
+    mean_pooling: bool = True
+    drop_path: float = 0.0
+    dropout: float = 0.0
+    sta_r: int = 0
+    sta_groups: tuple[int, ...] = (8, 4, 2)
+    sta_stages: tuple[int, ...] = ()
+    sta_direction: tuple[str, ...] = ("forward", "reverse", "forward")
+    sta_method: Literal["sta", "random"] = "sta"
+    sta_seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_common(self.classes, self.frames, self.size)
+        for name in ("depth", "embed_dim", "heads", "patch", "tubelet"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}={getattr(self, name)} is not a positive number")
+        if self.embed_dim % self.heads:
+            raise UsageError(f"embed_dim={self.embed_dim} is not a multiple of heads={self.heads}")
+        if self.frames % self.tubelet:
+            raise UsageError(f"frames={self.frames} are not whole tubelets of {self.tubelet} frames")
+        if self.size[0] % self.patch or self.size[1] % self.patch:
+            raise UsageError(f"size={self.size[0]}x{self.size[1]} is not whole patches of {self.patch} pixels")
+
+    @property
+    def causal(self) -> bool:
+        """Every token sees the whole clip."""
+        return False
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Tokens in time, height and width."""
+        return self.frames // self.tubelet, self.size[0] // self.patch, self.size[1] // self.patch
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a clip."""
+        return math.prod(self.grid)
+
+    @property
+    def sta(self) -> StaSettings:
+        """The options of the token pruning."""
+        return StaSettings(**{f.name: getattr(self, f"sta_{f.name}") for f in dataclasses.fields(StaSettings)})
+
+
+def _check_common(classes: int, frames: int, size: tuple[int, ...], shift_div: int = 8, width: float = 1.0) -> None:
     for name, value in (("classes", classes), ("frames", frames)):
         if value < 1:
             raise UsageError(f"{name}={value} is not a positive number")
@@ -165,9 +265,10 @@ def parse_settings(config: type, settings: Mapping[str, Any]) -> dict[str, Any]:
     types = typing.get_type_hints(config)
     known = option_names(config)
     parsed = {}
-    for name, value in settings.items():
+    for given, value in settings.items():
+        name = given.replace(".", "_")  # sta.r is the field sta_r
         if name not in known:
-            raise unknown_name("option", name, known)
+            raise unknown_name("option", given, known)
         parsed[name] = _parse_value(name, value, types[name])
     return parsed
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from dvexport.errors import DvexportError, UsageError, unknown_name
 from dvexport.models.checkpoint import read_metadata
-from dvexport.models.config import MobileNetConfig, ResNetConfig, parse_settings
+from dvexport.models.config import MobileNetConfig, ResNetConfig, ViTConfig, parse_settings
 from dvexport.preprocess import Preprocess
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class ModelInfo:
     Attributes:
         name: how to ask for it.
         summary: one line for a person.
-        family: `resnet`, `mobilenet`, or `factory` for a model of the user's.
+        family: `resnet`, `mobilenet`, `vit`, or `factory` for a model of the user's.
         options: every option with its value by default.
         weights: the shipped weights, None for an architecture to be given a checkpoint.
         architecture: zoo name of the architecture that shipped weights belong to.
@@ -57,6 +57,7 @@ class ModelInfo:
 _FAMILIES: dict[str, tuple[type, str]] = {
     "resnet": (ResNetConfig, "dvexport.models.resnet:ResNet"),
     "mobilenet": (MobileNetConfig, "dvexport.models.mobilenet:MobileNetV2"),
+    "vit": (ViTConfig, "dvexport.models.vit:VisionTransformer"),
 }
 
 _ADAFUSE18 = {"channel_gates": True, "hidden": 512, "shared_policies": True, "shift_place": "block"}
@@ -111,6 +112,18 @@ _ZOO: dict[str, tuple[str, str, dict[str, Any]]] = {
         "resnet",
         "D-STEP, ResNet-50, as its paper says (policy under the mask)",
         {**_ADAFUSE50, **_TILES, "semantics": "paper"},
+    ),
+    "vit_small": ("vit", "VideoMAE, ViT-S: 16 frames as 1568 tokens; sta.r prunes them", {}),
+    "vit_base": ("vit", "VideoMAE, ViT-B; sta.r prunes tokens", {"embed_dim": 768, "heads": 12}),
+    "vit_large": (
+        "vit",
+        "VideoMAE, ViT-L; sta.r prunes tokens",
+        {"depth": 24, "embed_dim": 1024, "heads": 16},
+    ),
+    "vit_huge": (
+        "vit",
+        "VideoMAE, ViT-H; sta.r prunes tokens",
+        {"depth": 32, "embed_dim": 1280, "heads": 16},
     ),
 }
 

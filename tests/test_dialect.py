@@ -315,3 +315,43 @@ def test_two_shapes_in_one_model_run():
 @pytest.mark.parametrize(("size", "grid"), [(7, 3), (8, 4), (11, 4), (5, 5), (3, 5)])
 def test_tile_index(size, grid):
     assert tile_index(size, grid).tolist() == [y * grid // size for y in range(size)]
+
+
+@pytest.mark.parametrize(("batch", "tokens", "keep"), [(1, 9, 4), (1, 5, 5), (3, 8, 1), (2, 8, 7)])
+def test_select_tokens(batch, tokens, keep):
+    """Few values, so that ties are many: of equal scores the lower index comes first."""
+    rng = np.random.default_rng(tokens)
+    x, score = data(batch, tokens, 6), rng.integers(0, 3, (batch, tokens)).astype(np.float32)
+    model = graph(
+        f"""g (float[{batch},{tokens},6] x, float[{batch},{tokens}] score) => (float[b,k,c] kept, int64[b,k] index) {{
+            kept, index = dv.SelectTokens<keep={keep}, gate="sta.0.0">(x, score)
+        }}"""
+    )
+    node = node_of(model, "SelectTokens")
+    for output in node.outputs:
+        output.shape = None
+    OPERATORS["SelectTokens"].infer(node)
+    found = run(model, x=x, score=score)
+    expected = np.array([sorted(range(tokens), key=lambda i, row=row: (row[i], i))[:keep] for row in score])
+    np.testing.assert_array_equal(found["index"], expected)
+    np.testing.assert_array_equal(found["kept"], np.stack([x[b, expected[b]] for b in range(batch)]))
+    assert [output.shape for output in node.outputs] == [[batch, keep, 6], [batch, keep]]
+    assert problems(node) == []
+
+
+@pytest.mark.parametrize(
+    ("x", "score", "attributes", "said"),
+    [
+        ((1, 4, 8), (1, 4), {"keep": 5, "gate": "g"}, "keeps 5 of 4 tokens"),
+        ((1, 4, 8), (1, 4), {"keep": 0, "gate": "g"}, "keeps 0 of 4 tokens"),
+        ((1, 4, 8), (1, 3), {"keep": 2, "gate": "g"}, "needs tokens [B, N, C] and scores [B, N]"),
+        ((4, 8), (4, 8), {"keep": 2, "gate": "g"}, "needs tokens [B, N, C] and scores [B, N]"),
+        ((1, "n", 8), (1, "n"), {"keep": 2, "gate": "g"}, "needs a fixed number of tokens"),
+        ((1, 4, 8), (1, 4), {"gate": "g"}, "lacks attribute keep"),
+        ((1, 4, 8), (1, 4), {"keep": 2}, "lacks attribute gate"),
+    ],
+)
+def test_select_tokens_problems(x, score, attributes, said):
+    inputs = [value(name, *shape, dtype=ir.DataType.FLOAT) for name, shape in (("x", x), ("score", score))]
+    (found,) = problems(ir.Node("dv", "SelectTokens", inputs, ir.convenience.convert_attributes(attributes)))
+    assert said in found

@@ -88,3 +88,30 @@ def test_fold_batch_norm(bias):
     weight, folded = gates.fold_batch_norm(conv, norm)
     torch.testing.assert_close(nn.functional.conv2d(x, weight, folded), norm(conv(x)))
     assert gates.fold_batch_norm(conv, None) == (conv.weight, conv.bias)
+
+
+def test_select_tokens_by_definition():
+    torch.manual_seed(0)
+    x, score = torch.randn(2, 7, 5), torch.tensor([[2.0, 0, 1, 0, 2, 1, 0], [0, 0, 0, 0, 0, 0, 0]])
+    kept, index = gates.select_tokens(x, score, 4, gate="sta.0.0")
+    assert index.tolist() == [[1, 3, 6, 2], [0, 1, 2, 3]]
+    for b in range(2):
+        assert torch.equal(kept[b], x[b, index[b]])
+
+
+def test_select_tokens_needs_enough():
+    with pytest.raises(ValueError, match=r"sta\.1\.0 keeps 8 of 7"):
+        gates.select_tokens(torch.zeros(1, 7, 2), torch.zeros(1, 7), 8, gate="sta.1.0")
+
+
+def test_select_tokens_exports_as_its_operator():
+    class Half(nn.Module):
+        def forward(self, x):
+            kept, index = gates.select_tokens(x, x.sum(2), 3, gate="half")
+            return kept, index
+
+    program = torch.onnx.export(Half().eval(), (torch.zeros(1, 6, 4),), dynamo=True, opset_version=20, verbose=False)
+    (node,) = (node for node in program.model.graph if node.domain == "dv")
+    assert node.op_type == "SelectTokens"
+    assert node.attributes["keep"].as_int() == 3 and node.attributes["gate"].as_string() == "half"
+    assert [list(output.shape) for output in node.outputs] == [[1, 3, 4], [1, 3]]
