@@ -35,7 +35,7 @@ __all__ = ["Lowered", "PassRecord", "Plan", "lower"]
 
 MODES = ("stream", "clip")
 VARIANTS = ("gated", "dense", "masked")
-_KERNELS = ("SparseConv", "Merge")
+_KERNELS = ("SparseConv", "Merge", "SelectTokens")
 _IDLE = 0.15
 """Expected share of active tiles below which most frames leave most gates alone. With 60 % of the tiles active the
 conditionals made a step 7 % slower, with none a fifth faster (ONNX Runtime, shipped models)."""

@@ -22,7 +22,8 @@ from dvexport.targets.tvm.layout import Plane
 from dvexport.targets.tvm.machine import Machine
 from dvexport.targets.tvm.memory import Buffer, Constants, Part, lower_bound, place_buffers
 from dvexport.targets.tvm.plan import COST_TERMS, Call, Place, Plan, Port, Space, Variant
-from dvexport.targets.tvm.units import PLANAR_KINDS, ConvUnit, Unit
+from dvexport.targets.tvm.unit import Unit
+from dvexport.targets.tvm.units import PLANAR_KINDS, ConvUnit
 
 __all__ = ["ALGORITHMS", "Program", "Step", "Way"]
 

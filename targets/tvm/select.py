@@ -18,7 +18,9 @@ from dvexport.targets.tvm.layout import Plane
 from dvexport.targets.tvm.machine import Machine
 from dvexport.targets.tvm.memory import Buffer, Constants
 from dvexport.targets.tvm.program import ALGORITHMS, FLOAT_BYTES, MAX_THREADS, Program
-from dvexport.targets.tvm.units import ConvUnit, Unit, cut
+from dvexport.targets.tvm.select_tokens import TOKEN_RULES
+from dvexport.targets.tvm.unit import Unit
+from dvexport.targets.tvm.units import ConvUnit, cut
 
 __all__ = ["write_program"]
 
@@ -247,6 +249,7 @@ _RULES: dict[str, Callable[[Program, Unit], None]] = {
     "slice": _slice,
     "copy": _copy,
     "island": _island,
+    **TOKEN_RULES,
 }
 
 

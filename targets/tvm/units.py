@@ -8,7 +8,7 @@ order in which they can run.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -17,6 +17,9 @@ from dvexport.dialect.spec import operator_of
 from dvexport.graph import DV, array_of
 from dvexport.passes.fuse_residual import is_nonnegative
 from dvexport.targets.tvm.owners import gate_owners
+from dvexport.targets.tvm.patches import embed_patches
+from dvexport.targets.tvm.unit import Unit
+from dvexport.targets.tvm.units_tokens import token_units
 
 __all__ = ["PLANAR_KINDS", "ConvUnit", "Unit", "cut", "is_planar"]
 
@@ -25,32 +28,6 @@ PLANAR_KINDS = ("conv", "max_pool", "merge", "relu", "add", "concat", "slice")
 
 _IMAGE_RANK = 4
 _KEEPS_TYPE = frozenset({"Conv", "Relu", "Add", "Mul", "Sub", "Div", "MaxPool", "AveragePool", "Clip"})
-
-
-@dataclass
-class Unit:
-    """Nodes that are done together.
-
-    Attributes:
-        kind: `conv`, `gemm`, `max_pool`, `avg_pool`, `mean`, `merge`, `relu`, `add`, `concat`, `slice`,
-            `copy` or `island`.
-        nodes: in graph order.
-        inputs: values read from outside, constants left out.
-        outputs: values that others or the host read.
-        gate: the gate it belongs to, or nothing.
-    """
-
-    kind: str
-    nodes: list[ir.Node]
-    inputs: list[ir.Value] = field(default_factory=list)
-    outputs: list[ir.Value] = field(default_factory=list)
-    gate: str = ""
-
-    @property
-    def output(self) -> ir.Value:
-        """Its only output."""
-        (output,) = self.outputs
-        return output
 
 
 @dataclass
@@ -78,11 +55,12 @@ def cut(model: ir.Model, gates: Collection[str] = ()) -> list[Unit]:
         model: frames fixed; standard operators, `SparseConv` and `Merge`.
         gates: names of the gates, so that what a dense model does in their place is told apart.
     """
+    embed_patches(model)
     _fill_in(model)
     nodes = list(model.graph)
     planar = _planar_values(model)
-    taken: set[ir.Node] = set()
-    units: list[Unit] = []
+    units: list[Unit] = list(token_units(model, planar))
+    taken = {node for unit in units for node in unit.nodes}
     for node in nodes:
         if node in taken:
             continue
@@ -155,6 +133,8 @@ def _levels(nodes: list[ir.Node], units: list[Unit]) -> tuple[dict[ir.Node, int]
 def _set_edges(unit: Unit) -> None:
     inside = set(unit.nodes)
     reads = [v for node in unit.nodes for v in node.inputs if v is not None and array_of(v) is None]
+    if unit.reads is not None:
+        reads = [v for v in unit.reads if array_of(v) is None]
     unit.inputs = list(dict.fromkeys(v for v in reads if v.producer() not in inside))
     written = [v for node in unit.nodes for v in node.outputs]
     unit.outputs = [v for v in written if v.is_graph_output() or any(user not in inside for user, _ in v.uses())]
@@ -175,7 +155,8 @@ def _planar_values(model: ir.Model) -> set[ir.Value]:
 def _unit(node: ir.Node, planar: set[ir.Value]) -> Unit | None:
     """Return the unit that starts at a node, or None where no kernel of ours fits."""
     if node.domain == DV:
-        return _sparse_conv(node) if node.op_type == "SparseConv" else Unit("merge", [node])
+        makers = {"SparseConv": _sparse_conv, "Merge": lambda merge: Unit("merge", [merge])}
+        return makers[node.op_type](node)
     make = _RULES.get(node.op_type)
     if make is None or node.domain:
         return None

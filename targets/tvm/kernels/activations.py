@@ -1,0 +1,92 @@
+"""GELU and exponentials inside of kernels whose registers are full of sums.
+
+LLVM would keep the constants of such a function in registers over a whole kernel, and the sums of its register blocks in
+memory for that. So they are numbers in a thread's scratch, at a place that only `shape` knows: what may have
+changed is loaded when it is wanted, right before a loop.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tvm.tirx as tx
+from tvm.tirx.script import builder as T
+
+from dvexport.targets.tvm.generic_math import erf_parts, exp_parts
+from dvexport.targets.tvm.kernels.abi import i64
+from dvexport.targets.tvm.kernels.planes_vectors import splat, store
+
+__all__ = ["NUMBERS", "Numbers", "exp_numbers", "gelu_numbers"]
+
+NUMBERS = 32
+"""Floats that a table of constants takes."""
+
+
+class Numbers:
+    """The constants of a function, in a buffer that the kernel writes.
+
+    Args:
+        buffer: of floats.
+        place: where the table begins, by a value that LLVM can't know.
+    """
+
+    def __init__(self, buffer: Any, place: Any) -> None:
+        self._buffer, self._place = buffer, place
+        self._index: dict[float, int] = {}
+
+    def write(self, values: list[float]) -> None:
+        """Write the table; before anything else the kernel does."""
+        for value in dict.fromkeys(values):
+            self._index[value] = len(self._index)
+            store(self._buffer, self._place + self._index[value], tx.FloatImm("float32", value), 1)
+        assert len(self._index) <= NUMBERS
+
+    def __call__(self, value: float, lanes: int) -> Any:
+        """Return a constant in every lane."""
+        return splat(self._buffer[self._place + i64(self._index[value])], lanes)
+
+    def gelu(self, x: Any, lanes: int) -> Any:
+        """Return x / 2 * (1 + erf(x / sqrt(2))), of a bound x."""
+        low, above, below = erf_parts()
+        half = T.bind(x * self(0.5, lanes))
+        scaled = x * self(0.5**0.5, lanes)
+        inside = T.bind(tx.Max(tx.Min(scaled, self(-low, lanes)), self(low, lanes)))
+        square = T.bind(inside * inside)
+        return half + half * (inside * self._polynomial(square, above, lanes) / self._polynomial(square, below, lanes))
+
+    def exp(self, x: Any, lanes: int) -> Any:
+        """Return exp(x) of x <= 0; 1e-38 where it is less."""
+        low, log2e, rounding, high, rest, powers = exp_parts()
+        int_type, float_type = (f"{name}x{lanes}" if lanes > 1 else name for name in ("int32", "float32"))
+        inside = T.bind(tx.Max(x, self(low, lanes)))
+        shifted = T.bind(inside * self(log2e, lanes) + self(rounding, lanes))
+        n = T.bind(shifted - self(rounding, lanes))
+        r = T.bind(inside - n * self(high, lanes) - n * self(rest, lanes))
+        power = self._polynomial(r, powers, lanes) * (r * r) + r + self(1.0, lanes)
+        scale = tx.shift_left(tx.reinterpret(int_type, shifted), _ints(23, lanes)) + tx.reinterpret(
+            int_type, splat(tx.FloatImm("float32", 1.0), lanes)
+        )
+        return power * tx.reinterpret(float_type, scale)
+
+    def _polynomial(self, x: Any, factors: tuple[float, ...], lanes: int) -> Any:
+        total = self(factors[0], lanes)
+        for factor in factors[1:]:
+            total = total * x + self(factor, lanes)
+        return total
+
+
+def _ints(value: int, lanes: int) -> Any:
+    made = tx.IntImm("int32", value)
+    return tx.Broadcast(made, lanes) if lanes > 1 else made
+
+
+def gelu_numbers() -> list[float]:
+    """Return the constants of `Numbers.gelu`."""
+    low, above, below = erf_parts()
+    return [0.5, 0.5**0.5, -low, low, *above, *below]
+
+
+def exp_numbers() -> list[float]:
+    """Return the constants of `Numbers.exp`."""
+    *numbers, powers = exp_parts()
+    return [*numbers, 1.0, *powers]
