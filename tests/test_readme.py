@@ -34,6 +34,11 @@ def folder(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     model = zoo.create("dstep_resnet18", classes=5)
     torch.save(model.state_dict(), place / "MY.pth.tar")
+    transformers = pytest.importorskip("transformers", reason="writes the directory that a command of the README reads")
+    small = {"image_size": 160, "patch_size": 16, "num_frames": 16, "hidden_size": 24, "intermediate_size": 48}
+    layers = {"num_hidden_layers": 3, "num_attention_heads": 3, "num_labels": 5}
+    config = transformers.VideoMAEConfig(**small, **layers)
+    transformers.VideoMAEForVideoClassification(config).save_pretrained(place / "MY_VIDEOMAE")
     return place
 
 
@@ -60,7 +65,7 @@ def test_every_other_command_runs_in_order(folder):
         done = _run(command, folder)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         outputs |= set(re.findall(r"(?:-o|--html|--json) (\S+)", command))
-    assert outputs == {"my.dvx", "report.html", "motion.dvx", "forced.json", "native.dvx", "pi.dvx"}
+    assert outputs == {"my.dvx", "report.html", "motion.dvx", "forced.json", "native.dvx", "pi.dvx", "mae.dvx"}
     assert all((folder / name).stat().st_size > 0 for name in outputs)
 
 
