@@ -42,9 +42,7 @@ def _lies_side_by_side(node: ir.Node) -> bool:
     whole = weight.shape[1] == static_shape(x)[1]  # one group
     padded = "auto_pad" in given and given["auto_pad"].as_string() not in ("NOTSET", "VALID")
     fits = not any(size % step for size, step in zip(static_shape(x)[2:], window, strict=True))
-    return (
-        plain and whole and fits and not padded and ints("strides", ones) == window and window[-1] >= _LEAST_STRIDE
-    )
+    return plain and whole and fits and not padded and ints("strides", ones) == window and window[-1] >= _LEAST_STRIDE
 
 
 def _replace(model: ir.Model, node: ir.Node) -> None:
@@ -89,7 +87,7 @@ def _replace(model: ir.Model, node: ir.Node) -> None:
 
 
 def _tokens_of(value: ir.Value, shape: list[int]) -> ir.Value | None:
-    """Return the value that a flattening of the places and a transposition make of a result, if nobody else reads it."""
+    """Return the value that flattening places and transposing make of a result, if nobody else reads that."""
     for op_type in ("Reshape", "Transpose"):
         uses = list(value.uses())
         if len(uses) != 1 or value.is_graph_output() or uses[0][0].op_type != op_type:

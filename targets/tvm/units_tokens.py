@@ -97,7 +97,7 @@ def token_units(model: ir.Model, planar: Collection[ir.Value]) -> Iterator[Unit]
 
 
 def _reads_flat(unit: Unit, planar: Collection[ir.Value]) -> bool:
-    """Tell whether nothing that a unit reads by strides is held as planes; inputs of the model are there as they are."""
+    """Tell whether nothing that a unit reads by strides is held as planes; inputs of the model lie flat."""
     return all(value not in planar or value.is_graph_input() for value in unit.reads or ())
 
 

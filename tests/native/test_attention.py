@@ -59,9 +59,8 @@ def test_attention(lanes, threads, sizes, biases):
     scale = np.array([0.37], np.float32)
     scores = heads_of(q, sizes.heads) @ heads_of(k, sizes.heads).swapaxes(2, 3) * float(scale[0])
     scores = sum((bias for bias, _ in given), scores)
-    expected = (
-        (softmax(scores) @ heads_of(v, sizes.heads)).transpose(0, 2, 1, 3).reshape(sizes.batches, sizes.queries, -1)
-    )
+    mixed = softmax(scores) @ heads_of(v, sizes.heads)
+    expected = mixed.transpose(0, 2, 1, 3).reshape(sizes.batches, sizes.queries, -1)
     spec = attention_spec(sizes.width, biases, on)
     strides = tuple(interleaved(rows, sizes, width) for rows, width in (*widths.values(), (sizes.queries, sizes.width)))
     shape = attention_shape(sizes, strides, tuple(bias for _, bias in given), spec, on)

@@ -25,7 +25,16 @@ from dvexport.targets.tvm.kernels.direct_vectors import choose
 from dvexport.targets.tvm.kernels.planes_vectors import ceil_div, load, splat, store
 from dvexport.targets.tvm.machine import Machine
 
-__all__ = ["Attention", "Bias", "Sizes", "Strides", "attention", "attention_scratch", "attention_shape", "attention_spec"]
+__all__ = [
+    "Attention",
+    "Bias",
+    "Sizes",
+    "Strides",
+    "attention",
+    "attention_scratch",
+    "attention_shape",
+    "attention_spec",
+]
 
 _QUERIES = 32
 """Queries of a block."""
@@ -231,7 +240,12 @@ class _Writer:
             column = T.bind(source + i64(vector) * lanes)
             with T.If(vector < whole):
                 with T.Then(), T.serial(0, self.keys) as key:
-                    store(frame.scratch, target + i64(key) * self.width, load(frame.V, column + i64(key) * row, lanes), lanes)
+                    store(
+                        frame.scratch,
+                        target + i64(key) * self.width,
+                        load(frame.V, column + i64(key) * row, lanes),
+                        lanes,
+                    )
                 with T.Else(), T.serial(0, self.keys) as key:
                     at = T.bind(target + i64(key) * self.width)
                     with T.serial(0, self.values - whole * lanes) as each:

@@ -64,8 +64,15 @@ class Rows:
 
 
 def product(
-    rows: Rows, count: int, panel: tuple[Any, Any, Any], depth: Any, tile: tuple[Any, Any, Any], sizes: tuple[int, int],
-    machine: Machine, *, starts: list[Any] | None = None,
+    rows: Rows,
+    count: int,
+    panel: tuple[Any, Any, Any],
+    depth: Any,
+    tile: tuple[Any, Any, Any],
+    sizes: tuple[int, int],
+    machine: Machine,
+    *,
+    starts: list[Any] | None = None,
 ) -> None:
     """Write `count` rows x a panel of vectors, summed over `depth`, to a tile.
 

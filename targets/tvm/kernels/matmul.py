@@ -141,7 +141,7 @@ class _Writer:
 
     def _epilogue(self, row: Any, size: Any, column: Any) -> None:
         """Finish the sums of a tile and write the outputs that exist."""
-        frame, lanes = self.frame, self.lanes
+        lanes = self.lanes
         left = T.bind(tx.min(self.outputs - column, tx.IntImm("int64", self.panel)))
         whole = T.bind(tx.Cast("int32", tx.truncdiv(left, tx.IntImm("int64", lanes))))
         with T.serial(0, size) as each:
