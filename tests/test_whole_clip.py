@@ -262,3 +262,12 @@ def test_constant_clip(bundle):
     (step,) = open_session(bundle).run_clip(np.zeros((4, 3, 48, 64), np.float32))
     assert np.isfinite(step.logits).all()
     assert moving_texture(bundle.manifest.preprocess, 4).shape == (4, 3, 48, 64)
+
+
+def test_inspect_tells_how_many_tokens_go_on(bundle):
+    from click.testing import CliRunner
+
+    from dvexport.cli import cli
+
+    text = CliRunner().invoke(cli, ["inspect", str(bundle.path)]).output
+    assert "9 of 12" in text and "6 of 9" in text and "top-k" in text
