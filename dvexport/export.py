@@ -64,7 +64,7 @@ def export(
     settings: Mapping[str, Any] | None = None,
     target: str = devices.HOST,
     backend: str = "onnx",
-    mode: str = "stream",
+    mode: str | None = None,
     lowering: Mapping[str, str] | None = None,
     calibrate: str | Path | None = None,
     progress: Progress | None = None,
@@ -78,7 +78,8 @@ def export(
         checkpoint, settings: weights and options, see `dvexport.models.zoo.create`.
         target: name in the device catalogue, `host`, or a TOML file.
         backend: `onnx`.
-        mode: `stream` (a frame a step, explicit state) or `clip` (all frames at once).
+        mode: `stream` (a frame a step, explicit state) or `clip` (all frames at once); by default `stream`, and `clip`
+            for a model that reads a clip as one.
         lowering: lowering by gate, or by `*` for every gate that allows it; overrules the choice.
         calibrate: a video; the rates of its decisions decide the lowerings. By default the shipped
             clip of the model's labels, if there is one; otherwise half of everything is assumed.
@@ -99,7 +100,7 @@ def export(
     tell("load the model")
     source = build_model(model, checkpoint, settings or {})
     net = source.model
-    _check_mode(net, mode)
+    mode = _mode_of(net, mode)
     preprocess = net.preprocess
     clip = sample_clip(net.labels) if calibrate is None else None
     golden_frames = _golden_frames(clip, preprocess)
@@ -245,22 +246,25 @@ def _json_values(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
 
 
-def _check_request(backend: str, mode: str, target: str, lowering: Mapping[str, str]) -> devices.Target:
+def _check_request(backend: str, mode: str | None, target: str, lowering: Mapping[str, str]) -> devices.Target:
     maker = backend_of(backend)
-    if mode not in MODES:
+    if mode is not None and mode not in MODES:
         raise unknown_name("mode", mode, MODES)
     device = devices.load(target)
     maker.check(device, lowering)
     return device
 
 
-def _check_mode(net: Any, mode: str) -> None:
+def _mode_of(net: Any, mode: str | None) -> str:
+    if mode is None:
+        return "clip" if net.whole_clip else "stream"
     if net.whole_clip and mode == "stream":
         raise UsageError(
             f"{net.name} can't be exported in stream mode",
             why=f"it reads a clip of {net.preprocess.frames} frames as one, and gives one result for it",
             hint="use --mode clip",
         )
+    return mode
 
 
 def traced_levels(net: Any) -> tuple[ir.Model, ir.Model | None]:

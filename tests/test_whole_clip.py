@@ -39,7 +39,7 @@ TOKENS = 12  # of each of the two groups: 3 x 4 patches
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory) -> Bundle:
-    return export("toy_transformer:toy", output=tmp_path_factory.mktemp("toy") / "toy.dvx", mode="clip")
+    return export("toy_transformer:toy", output=tmp_path_factory.mktemp("toy") / "toy.dvx")
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,11 @@ def test_numbers_and_decisions_are_pytorchs(bundle, frames):
     assert {gate: value.shape for (gate, _), value in step.decisions.items()} == {
         "sta.0.0": (9,), "sta.0.1": (9,), "sta.1.0": (6,), "sta.1.1": (6,),
     }  # fmt: skip
+
+
+def test_whole_clips_export_as_clips(bundle):
+    assert bundle.manifest.mode == "clip"
+    assert {output.name: output.shape[0] for output in bundle.manifest.outputs}["logits"] == 1
 
 
 def test_the_dense_variant_prunes_nothing(bundle, frames):
@@ -257,3 +262,12 @@ def test_constant_clip(bundle):
     (step,) = open_session(bundle).run_clip(np.zeros((4, 3, 48, 64), np.float32))
     assert np.isfinite(step.logits).all()
     assert moving_texture(bundle.manifest.preprocess, 4).shape == (4, 3, 48, 64)
+
+
+def test_inspect_tells_how_many_tokens_go_on(bundle):
+    from click.testing import CliRunner
+
+    from dvexport.cli import cli
+
+    text = CliRunner().invoke(cli, ["inspect", str(bundle.path)]).output
+    assert "9 of 12" in text and "6 of 9" in text and "top-k" in text

@@ -21,7 +21,7 @@ __all__ = ["assumed_line", "export"]
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Option of the model; repeatable.")
 @click.option("--target", default="host", show_default=True, help="Device, see `dvexport targets`, or a .toml file.")
 @parse_choice("backend", BACKENDS, default="onnx")
-@parse_choice("mode", MODES, default="stream")
+@parse_choice("mode", MODES, default=None, otherwise="; stream where the model can")
 @click.option("--lowering", multiple=True, metavar="GATE=KIND", help="Overrule the lowering of one gate; repeatable.")
 @path_option("--calibrate", help="Video whose decisions say what to expect of each gate.")
 @path_option("-o", "--output", help="Bundle to write.", required=True)
@@ -31,7 +31,7 @@ def export(
     settings: tuple[str, ...],
     target: str,
     backend: str,
-    mode: str,
+    mode: str | None,
     lowering: tuple[str, ...],
     calibrate: Path | None,
     output: Path,

@@ -39,11 +39,12 @@ def inspect(bundle: Path, as_json: bool) -> None:
             [(s.name, s.dtype, _shape(s.shape), s.init) for s in manifest.states],
         )
     if manifest.gates:
+        tokens = any(gate.tokens for gate in manifest.gates)
         click.echo()
         print_table(
-            ("gate", "kind", "channels", "tiles", "tokens", "lowering", "reason"),
-            [_gate(gate) for gate in manifest.gates],
-            right=("channels", "tiles", "tokens"),
+            ("gate", "kind", "channels", "tiles", *(("tokens",) if tokens else ()), "lowering", "reason"),
+            [_gate(gate, tokens) for gate in manifest.gates],
+            right=("channels", "tiles", *(("tokens",) if tokens else ())),
         )
     click.echo()
     rows = [(name, file_size(entry.size)) for name, entry in sorted(manifest.files.items())]
@@ -79,8 +80,8 @@ def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 
-def _gate(gate: GateEntry) -> tuple[str, ...]:
+def _gate(gate: GateEntry, tokens: bool) -> tuple[str, ...]:
     reason = f"{gate.reason} (overruled)" if gate.overridden else gate.reason
     grid = _shape(gate.grid) if gate.grid else "-"
-    tokens = f"{gate.tokens[0]} of {gate.tokens[1]}" if gate.tokens else "-"
-    return gate.name, gate.kind, str(gate.channels), grid, tokens, gate.lowering, reason
+    kept = f"{gate.tokens[0]} of {gate.tokens[1]}" if gate.tokens else "-"
+    return gate.name, gate.kind, str(gate.channels), grid, *((kept,) if tokens else ()), gate.lowering, reason

@@ -89,20 +89,24 @@ def _rate(kind: str, value: str) -> float:
     return rate
 
 
-def parse_choice(kind: str, known: Iterable[str], default: str) -> Decorator:
-    """Return an option `--KIND` with one of the values `known`; another one raises, with the nearest."""
+def parse_choice(kind: str, known: Iterable[str], default: str | None, otherwise: str = "") -> Decorator:
+    """Return an option `--KIND` with one of the values `known`; another one raises, with the nearest.
+
+    Args:
+        otherwise: what holds where there is no default, for the help.
+    """
     known = tuple(known)
 
-    def check(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
-        if value not in known:
+    def check(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+        if value is not None and value not in known:
             raise unknown_name(kind, value, known)
         return value
 
     return click.option(
         f"--{kind}",
         default=default,
-        show_default=True,
+        show_default=default is not None,
         metavar=f"[{'|'.join(known)}]",
         callback=check,
-        help=f"{kind.capitalize()} to export for.",
+        help=f"{kind.capitalize()} to export for{otherwise}.",
     )
