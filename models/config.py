@@ -252,7 +252,7 @@ class VideoSwinConfig:
         size: height and width of the input.
         drop_path: rate of stochastic depth in the last block, in training; earlier blocks have less.
         dropout: before the classifier, in training.
-        sta_r: tokens that each frame drops before stage 2, and a quarter of it in stage 3; 0 drops none.
+        sta_r: tokens that each frame drops before stage 2, see `dvexport.models.video_swin`; 0 drops none.
     """
 
     embed_dim: int = 96

@@ -44,6 +44,7 @@ __all__ = [
     "prune",
     "rows",
     "select_survivors",
+    "weakness",
     "without_pruning",
 ]
 
@@ -154,7 +155,7 @@ def select_survivors(x: Tensor, metric: Tensor, stage: PruningStage) -> tuple[Te
     """
     metric = metric / metric.norm(dim=2, keepdim=True).clamp_min(1e-12)
     tokens, keys = x.split(stage.tokens, dim=1), metric.split(stage.tokens, dim=1)
-    weakness = _weakness(x, stage).split(1, dim=1)
+    weak = weakness(x, stage).split(1, dim=1)
     kept: dict[int, Tensor] = {}
     places: dict[int, Tensor] = {}
     before = attention = None
@@ -167,7 +168,7 @@ def select_survivors(x: Tensor, metric: Tensor, stage: PruningStage) -> tuple[Te
             continue
         shares = (before @ now.transpose(1, 2)).softmax(dim=2)  # [B, before, now]: each token gives away 1
         attention = shares.sum(1, keepdim=True) if attention is None else attention @ shares
-        score = (attention * weakness[group]).squeeze(1)
+        score = (attention * weak[group]).squeeze(1)
         kept[group], index = gates.select_tokens(tokens[group], score, stage.keep, gate=stage.gate(group))
         places[group] = index
         before = rows(now, index)
@@ -190,7 +191,7 @@ def _likeness(keys: Tensor) -> Tensor:
     return torch.stack([even, odd], dim=2).flatten(1)[:, : keys.shape[1]]
 
 
-def _weakness(x: Tensor, stage: PruningStage) -> Tensor:
+def weakness(x: Tensor, stage: PruningStage) -> Tensor:
     """Return 1 - F `[B, groups, tokens]`: 0 for the strongest token of a group, 1 for the weakest."""
     strength = x.abs().sum(2).reshape(x.shape[0], stage.groups, stage.tokens)
     low, high = strength.amin(2, keepdim=True), strength.amax(2, keepdim=True)

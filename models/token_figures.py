@@ -10,6 +10,7 @@ count as often as the model has such blocks. A test compares this with whole gra
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -71,7 +72,7 @@ def vit_flops(config: ViTConfig) -> int:
     """Return the FLOPs of a clip: one block before each pruning place and one after, as often as there are."""
     stages = config.sta_stages or (0, config.depth // 3, 2 * config.depth // 3)
     last = (-1, *stages, config.depth - 1)
-    repeats = {f"blocks.{i}.": after - before for i, (before, after) in enumerate(zip(last, last[1:], strict=False))}
+    repeats = {f"blocks.{i}.": after - before for i, (before, after) in enumerate(itertools.pairwise(last))}
     short = {"depth": len(stages) + 1, "sta_stages": tuple(range(len(stages)))}
     return _weighted(operators("vit", {**vars(config), **short}), repeats)
 

@@ -7,9 +7,11 @@ windows is one gather by a table, and putting them back another.
 Token pruning (`sta.r`) is ours: the authors' code for Video-Swin was never released. It is the simplest
 schedule that gives the published FLOPs: each frame is a group; r of its 28 x 28 tokens are dropped before
 stage 2, in forward direction, and r / 4 of its 14 x 14 in the middle of stage 3, in reverse direction. The
-metric is the mean key of the block that comes next. Norms, projections and MLPs then run on the tokens
-that are left, attention on whole windows. There a dropped token is zero and masked out like a token of
-another region (-100), so that nothing attends to it; patch merging takes its last value.
+metric is the mean key of the block that comes next. What is dropped stays dropped: after patch merging as
+large a part of the merged tokens goes, those with most dropped members first, among equals the weakest.
+Norms, projections and MLPs run on the tokens that are left, attention on whole windows. There a dropped
+token is zero and masked out like a token of another region (-100), so that nothing attends to it; patch
+merging takes its last value.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dvexport import gates
 from dvexport.errors import UsageError
 from dvexport.models import sta
 from dvexport.models.base import VideoModel, imagenet_preprocess
@@ -217,29 +220,72 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(SwinBlock(dim, heads, config, rate) for rate in drop_paths)
         self.downsample = PatchMerging(dim) if index + 1 < len(config.depths) else None
         self.tables = [WindowTable(self.size, config.window, shifted) for shifted in (False, True)]
+        self.inherits: sta.PruningStage | None = None
+        """How many tokens go at the start, since the stage before had dropped as large a part."""
         self.pruning: sta.PruningStage | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the tokens for the next stage."""
+    def forward(self, x: Tensor, dropped: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return the tokens for the next stage, and how many members of each were dropped, None if none was.
+
+        Args:
+            x: `[B, tokens, C]`.
+            dropped: the same of these tokens, `[B, tokens]`.
+        """
         survivors = None
+        if dropped is not None and self.inherits is not None:
+            x, survivors = _inherit(x, dropped, self.inherits)
         for number, block in enumerate(self.blocks):
             if self.pruning is not None and self.pruning.block == number and not sta.is_off():
-                x, survivors = _drop(x, block, self.pruning)
+                x, survivors = _drop(x, block, self.pruning, survivors)
             x = block(x, self.tables[number % 2], survivors)
+        lost = None
         if survivors is not None:
+            lost = _merged((survivors.slots == x.shape[1]).to(x.dtype), self.size)
             x = survivors.refilled(x)
-        return x if self.downsample is None else self.downsample(x, self.size)
+        return (x, None) if self.downsample is None else (self.downsample(x, self.size), lost)
 
 
-def _drop(x: Tensor, block: nn.Module, stage: sta.PruningStage) -> tuple[Tensor, Survivors]:
+def _merged(dropped: Tensor, size: Size) -> Tensor:
+    """Return for each merged token how many of its 2 x 2 members were dropped, `[B, merged]`."""
+    frames, height, width = size
+    grid = F.pad(dropped.reshape(-1, height, width), (0, width % 2, 0, height % 2))
+    counts = grid[:, 0::2, 0::2] + grid[:, 1::2, 0::2] + grid[:, 0::2, 1::2] + grid[:, 1::2, 1::2]
+    return counts.reshape(-1, frames * counts.shape[1] * counts.shape[2])
+
+
+def _inherit(x: Tensor, dropped: Tensor, stage: sta.PruningStage) -> tuple[Tensor, Survivors]:
+    """Drop merged tokens: those with most dropped members first, among equals the weakest."""
+    weakness = sta.weakness(x, stage).flatten(1)
+    # Below 1, so that it decides among equals only.
+    scores = (dropped + 0.5 * weakness).split(stage.tokens, dim=1)
+    kept = [
+        gates.select_tokens(tokens, scores[group], stage.keep, gate=stage.gate(group))
+        for group, tokens in enumerate(x.split(stage.tokens, dim=1))
+    ]
+    places = _places([index for _, index in kept], stage)
+    return torch.cat([tokens for tokens, _ in kept], dim=1), _survivors(x, places)
+
+
+def _drop(x: Tensor, block: nn.Module, stage: sta.PruningStage, before: Survivors | None) -> tuple[Tensor, Survivors]:
     """Drop tokens before a block, whose mean key is the metric."""
     weight, bias = sta.mean_key(block.attn, "qkv", block.attn.num_heads, "attn")  # type: ignore[arg-type]
     metric = F.linear(block.norm1(x), weight, bias)  # type: ignore[operator]
     kept, index = sta.select_survivors(x, metric, stage)
-    places = torch.cat([group * stage.tokens + own for group, own in enumerate(index)], dim=1)
+    places = _places(index, stage)
+    if before is None:
+        return kept, _survivors(x, places)
+    return kept, _survivors(before.refilled(x), before.places.gather(1, places))
+
+
+def _places(index: list[Tensor], stage: sta.PruningStage) -> Tensor:
+    return torch.cat([group * stage.tokens + own for group, own in enumerate(index)], dim=1)
+
+
+def _survivors(x: Tensor, places: Tensor) -> Survivors:
+    """Return the survivors at `places` of all tokens `x`."""
     slots = torch.full(x.shape[:2], places.shape[1], device=x.device)
     numbers = torch.arange(places.shape[1], device=x.device).expand(x.shape[0], -1)
-    return kept, Survivors(places, slots.scatter(1, places, numbers), x)
+    return Survivors(places, slots.scatter(1, places, numbers), x)
 
 
 class PatchEmbedding(nn.Module):
@@ -293,21 +339,24 @@ class VideoSwin(VideoModel):
             self._prune(config)
 
     def _prune(self, config: VideoSwinConfig) -> None:
-        """Say where how many tokens are dropped."""
-        places = ((1, 0, config.sta_r, "forward"), (2, config.depths[2] // 2, config.sta_r // 4, "reverse"))
-        self.token_groups = []
-        for call, (index, block, r, direction) in enumerate(places):
-            layer = self.layers[index]
-            assert isinstance(layer, Stage)
-            frames, tokens = layer.size[0], layer.size[1] * layer.size[2]
-            if config.sta_r % 4 or r > tokens // 2:
-                raise UsageError(
-                    f"sta.r={config.sta_r} does not fit Video-Swin: stage {index + 1} has {tokens} tokens a frame",
-                    why="r are dropped in stage 2 and r / 4 in stage 3, at most half of a frame's tokens",
-                    hint="a multiple of 4, such as sta.r=192 at 224 x 224",
-                )
-            layer.pruning = sta.PruningStage(call, block, frames, tokens, tokens - r, direction)
-            self.token_groups.append(layer.pruning)
+        """Say where how many tokens are dropped, a frame: r of stage 2, then r / 4 and r / 4 more of stage 3."""
+        r, stages = config.sta_r, [layer for layer in self.layers if isinstance(layer, Stage)]
+        frames, tokens = stages[1].size[0], [stage.size[1] * stage.size[2] for stage in stages]
+        if r % 16 or r > tokens[1] // 2 or r // 2 >= tokens[2] or r // 8 >= tokens[3]:
+            raise UsageError(
+                f"sta.r={r} does not fit Video-Swin: stage 2 has {tokens[1]} tokens a frame",
+                why="at most half of them can be dropped, and r / 4, r / 4 and r / 8 of later stages, never all",
+                hint="a multiple of 16, such as sta.r=192 at 224 x 224",
+            )
+        middle = config.depths[2] // 2
+        left = tokens[2] - r // 4
+        first = sta.PruningStage(0, 0, frames, tokens[1], tokens[1] - r, "forward")
+        stages[1].pruning = first
+        stages[2].inherits = sta.PruningStage(1, 0, frames, tokens[2], left, "forward")
+        stages[2].pruning = sta.PruningStage(2, middle, frames, left, left - r // 4, "reverse")
+        stages[3].inherits = sta.PruningStage(3, 0, frames, tokens[3], tokens[3] - r // 8, "forward")
+        # Pictures show what stage 2 keeps; later decisions are about merged tokens.
+        self.token_grid, self.token_groups = stages[1].size, [first]
         self.without_pruning = functools.partial(sta.without_pruning, self)
 
     def forward(self, frames: Tensor) -> Tensor:
@@ -317,6 +366,7 @@ class VideoSwin(VideoModel):
             frames: `[B*T, 3, H, W]`, clips of `config.frames` frames one after another.
         """
         x = self.patch_embed(frames)
+        dropped = None
         for layer in self.layers:
-            x = layer(x)
+            x, dropped = layer(x, dropped)
         return self.head(self.dropout(self.norm(x).mean(1)))

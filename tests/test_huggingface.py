@@ -166,7 +166,7 @@ def test_shards_that_are_not_there(tmp_path, damage):
         next(tmp_path.glob("model-*.safetensors")).unlink()
     else:
         index.write_text(json.dumps({"weight_map": {"x": "../model.safetensors"} if damage == "elsewhere" else {}}))
-    with pytest.raises(CheckpointError, match="can't read the checkpoint|names no files beside it"):
+    with pytest.raises(CheckpointError, match=r"can't read the checkpoint|names no files beside it"):
         zoo.create(str(tmp_path))
 
 
@@ -178,7 +178,7 @@ def test_settings_that_contradict_the_directory(tmp_path):
     assert zoo.create(str(tmp_path), heads=3).config.heads == 3
     with pytest.raises(UsageError, match="a directory holds its own weights"):
         zoo.create(str(tmp_path), tmp_path / "model.safetensors")
-    with pytest.raises(UsageError, match="sta.r=3 is too large"):
+    with pytest.raises(UsageError, match=r"sta\.r=3 is too large"):
         zoo.create(str(tmp_path), **{"sta.r": 3, "sta.groups": "2,1,1"})
     with pytest.raises(UsageError, match="a clip of 2 frames of tokens can't be joined to 8 groups"):
         load_directory(tmp_path, {"sta.r": 1})
