@@ -1,6 +1,6 @@
 """GELU and exponentials inside of kernels whose registers are full of sums.
 
-LLVM would keep the constants of such a function in registers over a whole kernel, and the sums of its register blocks in
+LLVM would keep the constants of such a function in registers over a whole kernel, and the sums of register blocks in
 memory for that. So they are numbers in a thread's scratch, at a place that only `shape` knows: what may have
 changed is loaded when it is wanted, right before a loop.
 """
