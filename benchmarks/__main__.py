@@ -1,7 +1,8 @@
 """Run the benchmarks and print their tables: `python -m benchmarks [SUITE ...] [--rounds N] [--json FILE]`.
 
 Suites: `forced` (forced decisions, ONNX Runtime), `peers` (static networks in every runtime), `native` (our kernels:
-forced and trained decisions, what gates cost), `artifacts` (export times and sizes). All of them by default.
+forced and trained decisions, what gates cost), `artifacts` (export times and sizes), `tokens` (video transformers
+that drop tokens, both backends). All of them by default.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=30, help="rounds of each interleaved run")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--networks", nargs="+", default=["tsn_resnet18", "tsn_resnet50"], help="of the suite peers")
+    parser.add_argument("--transformers", nargs="+", default=["vit_small", "vit_base"], help="of the suite tokens")
+    parser.add_argument("--backends", nargs="+", default=["onnx", "tvm"], help="of the suite tokens")
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has the peers' packages")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--write", action="store_true", help="put the tables into docs/benchmarks.md")
@@ -110,11 +113,30 @@ def _artifacts(arguments: argparse.Namespace) -> list[_Measured]:
     return [_show("Native artifacts", artifacts.COLUMNS, artifacts.artifact_rows(["dstep_resnet18"]))]
 
 
+def _tokens(arguments: argparse.Namespace) -> list[_Measured]:
+    from benchmarks import tokens
+
+    return [
+        _show(
+            f"STA, {name}, 16 frames", tokens.COLUMNS,
+            [
+                row for backend in arguments.backends for r in (48, 64)
+                for row in tokens.token_rows(name, r, backend, arguments.threads, min(arguments.rounds, _CLIP_ROUNDS))
+            ],
+        )
+        for name in arguments.transformers
+    ]  # fmt: skip
+
+
+_CLIP_ROUNDS = 10
+"""Rounds of the suite tokens at most: a step takes seconds, and varies less."""
+
 _SUITES: dict[str, Callable[[argparse.Namespace], list[_Measured]]] = {
     "forced": _forced,
     "peers": _peers,
     "native": _native,
     "artifacts": _artifacts,
+    "tokens": _tokens,
 }
 
 STARTS = {

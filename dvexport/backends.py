@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from dvexport.errors import TraceError, UsageError, unknown_name
+from dvexport.graph import whole_clip_of
 from dvexport.targets.devices import HOST, Target, load
 from dvexport.targets.runtime import Variant
+from dvexport.weights import WEIGHTS, WeightFile, external_arrays
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx_ir as ir
 
     from dvexport.bundle import Bundle
@@ -31,12 +34,14 @@ class Built:
         variant: the gated variant, to be opened on this machine.
         files: what the bundle gets, by name.
         memory: bytes on the device by use, where the backend knows them.
+        weights: those that the files refer to as `dvexport.weights.WEIGHTS`; empty where each file holds its own.
     """
 
     lowered: Lowered
     variant: Variant
     files: Mapping[str, bytes | Path]
     memory: Mapping[str, int] = field(default_factory=dict)
+    weights: WeightFile = field(default_factory=WeightFile)
 
 
 class Backend(Protocol):
@@ -51,8 +56,14 @@ class Backend(Protocol):
     def check(self, device: Target, lowering: Mapping[str, str]) -> None:
         """Raise UsageError where a request can't be met, DeviceError where a package is missing."""
 
-    def build(self, traced: ir.Model, plan: Plan, device: Target, tell: Progress) -> Built:
-        """Lower a traced model as `plan` says and make its artifact."""
+    def build(
+        self, traced: ir.Model, plan: Plan, device: Target, tell: Progress, dense: ir.Model | None = None
+    ) -> Built:
+        """Lower a traced model as `plan` says and make its artifact.
+
+        Args:
+            dense: the model without pruning, where it had to be traced apart since its shapes differ.
+        """
 
     def variant(self, bundle: Bundle, variant: str) -> Variant:
         """Return a variant of a bundle: `gated`, `dense` or `forced`."""
@@ -73,28 +84,35 @@ class OnnxBackend:
         if device.runtimes.onnx is None:
             raise _not_available("ONNX Runtime", device)
 
-    def build(self, traced: ir.Model, plan: Plan, device: Target, tell: Progress) -> Built:
-        """See `Backend`."""
+    def build(
+        self, traced: ir.Model, plan: Plan, device: Target, tell: Progress, dense: ir.Model | None = None
+    ) -> Built:
+        """See `Backend`. The dense variant is made from the bundle when it is asked for."""
         from dvexport.passes.pipeline import lower
         from dvexport.state import states_of
-        from dvexport.targets.onnx.backend import ARTIFACT, emit
+        from dvexport.targets.onnx.backend import ARTIFACT, emit, emit_apart
         from dvexport.targets.onnx.runtime import OnnxVariant
 
         assert device.runtimes.onnx is not None
         tell("lower the gates")
         lowered = lower(traced, plan)
-        artifact = emit(lowered.model, opset=device.runtimes.onnx.opset)
-        return Built(lowered, OnnxVariant(artifact, states_of(lowered.model)), {ARTIFACT: artifact})
+        opset, file = device.runtimes.onnx.opset, WeightFile()
+        if whole_clip_of(traced) is None:
+            artifact = emit(lowered.model, opset=opset)
+            return Built(lowered, OnnxVariant(artifact, states_of(lowered.model)), {ARTIFACT: artifact})
+        artifact, weights = emit_apart(lowered.model, file, opset=opset)
+        return Built(lowered, OnnxVariant(artifact, (), weights), {ARTIFACT: artifact}, weights=file)
 
     def variant(self, bundle: Bundle, variant: str) -> Variant:
         """What ships is read; the others are made from the gate-level model."""
-        from dvexport.session import plan_of, read_gate_level
+        from dvexport.session import plan_of, read_level
         from dvexport.targets.onnx.backend import ARTIFACT
         from dvexport.targets.onnx.runtime import OnnxVariant
 
         if variant == "gated":
-            return OnnxVariant(bundle.read(ARTIFACT), bundle.manifest.states)
-        return onnx_variant(read_gate_level(bundle), plan_of(bundle.manifest, variant))
+            artifact = bundle.read(ARTIFACT)
+            return OnnxVariant(artifact, bundle.manifest.states, _weights_of(bundle, artifact))
+        return onnx_variant(read_level(bundle, variant), plan_of(bundle.manifest, variant))
 
 
 class TvmBackend:
@@ -116,13 +134,15 @@ class TvmBackend:
             )
         check_tools()
 
-    def build(self, traced: ir.Model, plan: Plan, device: Target, tell: Progress) -> Built:
+    def build(
+        self, traced: ir.Model, plan: Plan, device: Target, tell: Progress, dense: ir.Model | None = None
+    ) -> Built:
         """See `Backend`. An artifact for another processor is compared with PyTorch by its twin for this one."""
         from dvexport.targets.tvm.artifact import build_artifact, runs_here
         from dvexport.targets.tvm.machine import machine_for
 
         tell("lower the gates")
-        lowered = _native_variants(traced, replace(plan, kernels=True))
+        lowered = _native_variants(traced, replace(plan, kernels=True), dense)
         models = {name: made.model for name, made in lowered.items()}
         assert device.runtimes.tvm is not None
         algorithms = ("direct", "winograd") if device.runtimes.tvm.winograd else ("direct",)
@@ -141,28 +161,40 @@ class TvmBackend:
         return read_variant(bundle, variant)
 
 
+def _weights_of(bundle: Bundle, artifact: bytes) -> Mapping[str, np.ndarray]:
+    """Return the weights that an artifact refers to; none where it holds its own."""
+    if WEIGHTS not in bundle.manifest.files:
+        return {}
+    import onnx
+
+    graph = onnx.load_model_from_string(artifact)
+    return external_arrays(graph, bundle.mapped(WEIGHTS), where=str(bundle.path))
+
+
 def onnx_variant(gate_level: ir.Model, plan: Plan) -> Variant:
     """Lower a gate-level model as `plan` says, for ONNX Runtime on this machine."""
     from dvexport.passes.pipeline import lower
     from dvexport.state import states_of
-    from dvexport.targets.onnx.backend import emit
+    from dvexport.targets.onnx.backend import emit_apart
     from dvexport.targets.onnx.runtime import OnnxVariant
 
     lowered = lower(gate_level, plan)
-    return OnnxVariant(emit(lowered.model), states_of(lowered.model))
+    text, weights = emit_apart(lowered.model)
+    return OnnxVariant(text, states_of(lowered.model), weights)
 
 
-def _native_variants(traced: ir.Model, plan: Plan) -> dict[str, Lowered]:
+def _native_variants(traced: ir.Model, plan: Plan, dense: ir.Model | None = None) -> dict[str, Lowered]:
     """Return every variant lowered for kernels. A clip of a causal model is its stream, step by step."""
     from dvexport.passes.pipeline import lower
 
     plans = {"gated": plan, "dense": replace(plan, variant="dense"), "forced": replace(plan, forced=True)}
+    levels = {name: dense if name == "dense" and dense is not None else traced for name in plans}
     try:
-        return {name: lower(traced, replace(one, mode="stream")) for name, one in plans.items()}
+        return {name: lower(levels[name], replace(one, mode="stream")) for name, one in plans.items()}
     except TraceError:
         if plan.mode == "stream":
             raise
-    return {name: lower(traced, one) for name, one in plans.items()}
+    return {name: lower(levels[name], one) for name, one in plans.items()}
 
 
 def _not_available(what: str, device: Target) -> UsageError:

@@ -8,18 +8,16 @@ its size and SHA-256, and names must stay inside the folder that a bundle is unp
 from __future__ import annotations
 
 import hashlib
-import io
-import os
 import stat
 import struct
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from dvexport.bundle_manifest import FileEntry, Manifest, check_member_name, parse_manifest
 from dvexport.errors import BundleError
@@ -28,10 +26,17 @@ from dvexport.files import atomic_write
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["GOLDEN", "MANIFEST", "MAX_MANIFEST_BYTES", "MAX_TOTAL_BYTES", "Bundle", "write_bundle"]
+__all__ = [
+    "ALIGNMENT", "GOLDEN", "MANIFEST", "MAX_MANIFEST_BYTES", "MAX_TOTAL_BYTES", "WEIGHTS", "Bundle", "Content",
+    "write_bundle",
+]  # fmt: skip
 
 MANIFEST = "manifest.json"
 GOLDEN = "golden.safetensors"
+WEIGHTS = "weights.bin"
+"""The weights that graphs of the bundle share, see `dvexport.weights`."""
+ALIGNMENT = 64
+"""Bytes that its arrays, and itself in the bundle, start at a multiple of: a cache line, and the widest vector."""
 MAX_TOTAL_BYTES = 8 << 30
 MAX_MANIFEST_BYTES = 16 << 20
 
@@ -40,6 +45,8 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)
 """The earliest time a zip can hold."""
 _MODE = (stat.S_IFREG | 0o644) << 16
 _ENCRYPTED = 0x1
+_HEADER, _FIELD, _ZIP64_FIELD, _PADDING_ID = 30, 4, 20, 0xD935
+"""Bytes of a member's header before its name, of an empty extra field, of the one for large files; zipalign's id."""
 
 _DAMAGE = (
     zipfile.BadZipFile,
@@ -90,6 +97,22 @@ class Bundle:
         with _archive(self.path) as archive, archive.open(name) as stream:
             return b"".join(_verified(stream, name, entry, self.path))
 
+    def mapped(self, name: str) -> np.ndarray:
+        """Return the content of a file as uint8, mapped and not read where it is aligned; errors as `read`."""
+        import numpy as np
+
+        entry = self.manifest.files.get(name)
+        if entry is None:
+            raise BundleError(f"the bundle has no file '{name}'", where=str(self.path))
+        with _archive(self.path) as archive:
+            offset = _content_offset(archive, archive.getinfo(name))
+            if offset % ALIGNMENT or not entry.size:
+                return np.frombuffer(self.read(name), np.uint8)
+            array = np.memmap(self.path, np.uint8, mode="r", offset=offset, shape=(entry.size,))
+        if hashlib.sha256(array.data).hexdigest() != entry.sha256:
+            raise _altered(name, self.path)
+        return array
+
     def golden(self) -> dict[str, np.ndarray]:
         """Return the golden inputs and outputs by name.
 
@@ -113,12 +136,24 @@ class Bundle:
         return open_session(self, **options)
 
 
-def write_bundle(path: str | Path, manifest: Manifest, files: Mapping[str, bytes | Path]) -> Bundle:
+class Chunked(Protocol):
+    """A file's content that is made piece by piece; `size` in bytes."""
+
+    size: int
+
+    def chunks(self) -> Iterable[bytes | memoryview]:
+        """Yield the pieces; the same ones each time."""
+
+
+Content = bytes | Path | Chunked
+
+
+def write_bundle(path: str | Path, manifest: Manifest, files: Mapping[str, Content]) -> Bundle:
     """Write `files` and `manifest` to a bundle at `path`, whole or not at all, and return it verified.
 
     Args:
         manifest: without its `files` table, which is made here.
-        files: by relative POSIX path, the bytes or a file that holds them.
+        files: by relative POSIX path, the bytes, a file that holds them, or what yields them.
 
     Raises:
         UsageError: `path` can't be written, or the disk is full.
@@ -130,7 +165,7 @@ def write_bundle(path: str | Path, manifest: Manifest, files: Mapping[str, bytes
     _check_collisions([*files, MANIFEST], path)
     table = {name: _measure(content) for name, content in files.items()}
     manifest = manifest.model_copy(update={"files": table})
-    members: dict[str, bytes | Path] = {**files, MANIFEST: manifest.to_json()}
+    members: dict[str, Content] = {**files, MANIFEST: manifest.to_json()}
     with atomic_write(path) as temporary:
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
             for name in sorted(members):
@@ -140,28 +175,49 @@ def write_bundle(path: str | Path, manifest: Manifest, files: Mapping[str, bytes
     return Bundle(path, checked.manifest)
 
 
-def _source(content: bytes | Path) -> IO[bytes]:
-    return content.open("rb") if isinstance(content, Path) else io.BytesIO(content)
+def _chunks(content: Content) -> Iterator[bytes | memoryview]:
+    if isinstance(content, bytes):
+        yield content
+    elif isinstance(content, Path):
+        with content.open("rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                yield chunk
+    else:
+        yield from content.chunks()
 
 
-def _measure(content: bytes | Path) -> FileEntry:
+def _size(content: Content) -> int:
+    if isinstance(content, bytes):
+        return len(content)
+    return content.stat().st_size if isinstance(content, Path) else content.size
+
+
+def _measure(content: Content) -> FileEntry:
     digest, size = hashlib.sha256(), 0
-    with _source(content) as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
+    for chunk in _chunks(content):
+        digest.update(chunk)
+        size += len(chunk)
     return FileEntry(sha256=digest.hexdigest(), size=size)
 
 
-def _add(archive: zipfile.ZipFile, name: str, content: bytes | Path) -> None:
+def _add(archive: zipfile.ZipFile, name: str, content: Content) -> None:
     info = zipfile.ZipInfo(name, _EPOCH)
     info.create_system, info.external_attr, info.compress_type = 3, _MODE, zipfile.ZIP_STORED
-    with _source(content) as source:
-        info.file_size = source.seek(0, os.SEEK_END)
-        source.seek(0)
-        with archive.open(info, "w") as stream:
-            while chunk := source.read(_CHUNK):
-                stream.write(chunk)
+    info.file_size = _size(content)
+    if name == WEIGHTS:
+        info.extra = _padding(archive, info)
+    with archive.open(info, "w") as stream:
+        for chunk in _chunks(content):
+            stream.write(chunk)
+
+
+def _padding(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    """Return the extra field that lets the next member's content start at a multiple of `ALIGNMENT` (as zipalign)."""
+    assert archive.fp is not None
+    zip64 = _ZIP64_FIELD if info.file_size * 1.05 > zipfile.ZIP64_LIMIT else 0  # as zipfile decides
+    start = archive.start_dir + _HEADER + len(info.filename.encode()) + zip64
+    size = -(start + _FIELD) % ALIGNMENT
+    return struct.pack("<HH", _PADDING_ID, size) + bytes(size)
 
 
 @contextmanager
@@ -246,6 +302,20 @@ def _verified(source: IO[bytes], name: str, entry: FileEntry, path: Path) -> Ite
         size += len(chunk)
         yield chunk
     if size != entry.size or digest.hexdigest() != entry.sha256:
-        raise BundleError(
-            f"the file '{name}' of the bundle was altered", where=str(path), why="its SHA-256 does not match"
-        )
+        raise _altered(name, path)
+
+
+def _altered(name: str, path: Path) -> BundleError:
+    why = "its SHA-256 does not match"
+    return BundleError(f"the file '{name}' of the bundle was altered", where=str(path), why=why)
+
+
+def _content_offset(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> int:
+    """Return where a member's content begins: behind its own header, whose lengths may differ from the directory's."""
+    assert archive.fp is not None
+    archive.fp.seek(info.header_offset)
+    header = archive.fp.read(_HEADER)
+    if len(header) < _HEADER or header[:4] != b"PK\x03\x04":
+        raise zipfile.BadZipFile("a member has no header")
+    name, extra = struct.unpack("<HH", header[-4:])
+    return info.header_offset + _HEADER + name + extra

@@ -32,6 +32,7 @@ __all__ = [
     "OutputEntry",
     "PassEntry",
     "StateEntry",
+    "TokenEntry",
     "check_member_name",
     "parse_manifest",
 ]
@@ -96,9 +97,10 @@ class GateEntry(_Entry):
     """A gate and what it became.
 
     Attributes:
-        kind: `channels`, `tiles`, `channels+tiles`, ... as its lowering knows it.
+        kind: `channels`, `tiles`, `channels+tiles`, `tokens`, ... as its lowering knows it.
         channels: output channels under the gate.
         grid: rows and columns of its tile grid; None without tiles.
+        tokens: how many tokens go on, and of how many; None for a gate that chooses none.
         lowering: what it became in this artifact.
         reason: why that lowering was chosen.
         overridden: the user chose it.
@@ -109,10 +111,23 @@ class GateEntry(_Entry):
     kind: str
     channels: Count
     grid: tuple[int, int] | None = None
+    tokens: tuple[int, int] | None = None
     lowering: str
     reason: str = ""
     overridden: bool = False
     expected_ms: dict[str, float] = {}
+
+
+class TokenEntry(_Entry):
+    """How the decisions of kind `tokens` map to a clip (`dvexport.tokens`).
+
+    Attributes:
+        grid: first tokens in time, height and width.
+        stages: for each stage of pruning the gates of its groups, in the order of time.
+    """
+
+    grid: tuple[int, int, int]
+    stages: list[list[str]]
 
 
 class ModelEntry(_Entry):
@@ -149,6 +164,7 @@ class Manifest(_Entry):
         checkpoint: SHA-256 of the weights the model was given; None for random or shipped ones.
         tools: version of every package that had a part in it.
         passes: in the order they ran.
+        tokens: where its tokens lie, for a model that chooses them and tells.
         memory: bytes that an instance needs on the device, by use; empty where the backend does not know.
     """
 
@@ -168,6 +184,7 @@ class Manifest(_Entry):
     tools: dict[str, str] = {}
     passes: list[PassEntry] = []
     memory: dict[str, Count] = {}
+    tokens: TokenEntry | None = None
 
     @property
     def preprocess(self) -> Preprocess:

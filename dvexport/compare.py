@@ -4,7 +4,9 @@ Limits. Lowerings compute the same sums in another order, and Winograd's F(4, 3)
 of the largest value per convolution; over some twenty of them that stays below 1e-4. `LOGITS_LIMIT` leaves
 a factor of ten above it, and still is far below what moves a probability by a per cent. A decision is a
 comparison, so one that hangs on the last bit may fall either way in exact arithmetic's neighbourhood:
-`DECISIONS_LIMIT` allows one in ten thousand, none at all below that many decisions.
+`DECISIONS_LIMIT` allows one in ten thousand, none at all below that many decisions. Tokens are put in order by
+scores that lie close together, some of them closer than two programs round: where both sides follow the same
+tokens, so that no swap reaches what is decided later, `TOKENS_LIMIT` of the places may hold another token.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from dvexport.session import Step
 __all__ = [
     "DECISIONS_LIMIT",
     "LOGITS_LIMIT",
+    "TOKENS_LIMIT",
     "Row",
     "compare",
     "decision_rows",
@@ -31,6 +34,10 @@ LOGITS_LIMIT = 1e-3
 """Largest error of a logit, over the largest logit of the clip."""
 DECISIONS_LIMIT = 1e-4
 """Share of the decisions that may differ, rounded down to whole decisions."""
+
+
+TOKENS_LIMIT = 1e-2
+"""Share of the places in the order of tokens that may hold another token; at least two, which is one swap."""
 
 
 class Row(NamedTuple):
@@ -53,7 +60,7 @@ class Difference:
     total: int
 
     def __str__(self) -> str:
-        what = "tiles" if self.kind == "tiles" else "channels"
+        what = {"tiles": "tiles", "tokens": "tokens"}.get(self.kind, "channels")
         return f"gate '{self.gate}', frame {self.frame}: {self.count} of {self.total} {what} decided otherwise"
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,13 +87,17 @@ def logits_error(got: Sequence[Step], want: Sequence[Step]) -> float:
 
 
 def decision_rows(name: str, got: Sequence[Step], want: Sequence[Step]) -> list[Row]:
-    """Return the row that counts differing decisions; none where a side shows no decisions."""
-    total = sum(value.size for step in want for key, value in step.decisions.items() if key in got[0].decisions)
-    if not total:
-        return []
-    differing = sum(count for *_, count, _ in _differences(got, want))
-    limit = int(total * DECISIONS_LIMIT)
-    return [Row(f"{name}: decisions that differ, of {total}", differing, limit, differing <= limit)]
+    """Return the rows that count differing decisions, tokens apart; none where a side shows no decisions."""
+    rows = []
+    found = list(_differences(got, want))
+    for what, among in (("decisions", [d for d in found if d[2] != "tokens"]),
+                        ("tokens", [d for d in found if d[2] == "tokens"])):  # fmt: skip
+        total, differing = sum(d[4] for d in among), sum(d[3] for d in among)
+        if not total:
+            continue
+        limit = max(2, int(total * TOKENS_LIMIT)) if what == "tokens" else int(total * DECISIONS_LIMIT)
+        rows.append(Row(f"{name}: {what} that differ, of {total}", differing, limit, differing <= limit))
+    return rows
 
 
 def first_difference(got: Sequence[Step], want: Sequence[Step]) -> Difference | None:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from dvexport.backends import backend_of
-from dvexport.bundle import GOLDEN, Bundle, write_bundle
+from dvexport.backends import Built, backend_of
+from dvexport.bundle import GOLDEN, Bundle, Content, write_bundle
 from dvexport.bundle_manifest import (
     GateEntry,
     InputEntry,
@@ -25,27 +25,29 @@ from dvexport.bundle_manifest import (
     OutputEntry,
     PassEntry,
     StateEntry,
+    TokenEntry,
 )
 from dvexport.calibrate import gate_rates, gate_statistics
 from dvexport.compare import Row, compare, first_difference
 from dvexport.dialect.flops import flop_table
-from dvexport.errors import CheckFailed, CheckpointError, UsageError, unknown_name
+from dvexport.errors import CheckFailed, CheckpointError, TraceError, UsageError, unknown_name
 from dvexport.files import writable_output
 from dvexport.golden import moving_texture, pack, sample_clip, torch_steps
-from dvexport.graph import DV, gate_name, static_shape
+from dvexport.graph import DV, gate_name, static_shape, whole_clip_of
 from dvexport.passes.choose_lowering import Abilities, CostTable
 from dvexport.passes.expose_probes import decision_values
 from dvexport.passes.pipeline import Lowered, Plan
-from dvexport.session import GATE_LEVEL, Session, Step
+from dvexport.session import DENSE_LEVEL, GATE_LEVEL, Session, Step
 from dvexport.state import states_of
 from dvexport.targets import devices
-from dvexport.targets.onnx.backend import model_bytes
+from dvexport.targets.onnx.backend import model_apart, model_bytes
 from dvexport.trace import trace
+from dvexport.weights import WEIGHTS, share_weights
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["MODES", "build_model", "export", "file_digest"]
+__all__ = ["MODES", "build_model", "export", "file_digest", "traced_levels"]
 
 MODES = ("stream", "clip")
 
@@ -97,14 +99,16 @@ def export(
     tell("load the model")
     source = build_model(model, checkpoint, settings or {})
     net = source.model
+    _check_mode(net, mode)
     preprocess = net.preprocess
     clip = sample_clip(net.labels) if calibrate is None else None
     golden_frames = _golden_frames(clip, preprocess)
     calibration_frames = _clip_frames(calibrate or clip, preprocess)
     tell("trace")
-    traced = trace(net, preprocess.size)
+    traced, dense = traced_levels(net)
     calibration = _calibration(traced, calibration_frames)
-    built = maker.build(traced, _plan(mode, preprocess.frames, device, calibration, lowering or {}), device, tell)
+    plan = _plan(mode, preprocess.frames, device, calibration, lowering or {})
+    built = maker.build(traced, plan, device, tell, dense)
     lowered = built.lowered
     tell("compare with PyTorch")
     golden = _verified(Session(built.variant.open(), mode=mode), net, golden_frames)
@@ -122,9 +126,10 @@ def export(
             for s in (states_of(lowered.model) if mode == "stream" else ())
         ],
         gates=_gates(traced, lowered),
-        flops=flop_table(traced).to_dict(),
+        flops=flop_table(traced, dense).to_dict(),
         checkpoint=source.digest,
         memory=dict(built.memory),
+        tokens=_tokens(net),
         tools={name: version(name) for name in (*_TOOLS, *maker.tools)},
         passes=[
             PassEntry(
@@ -135,12 +140,17 @@ def export(
             for record in lowered.log
         ],
     )
-    files: dict[str, bytes | Path] = {
-        **built.files,
-        GATE_LEVEL: model_bytes(traced),
-        GOLDEN: pack(golden_frames, golden),
-    }
-    return write_bundle(output, manifest, files)
+    golden_data = pack(golden_frames, golden)
+    return write_bundle(output, manifest, {**built.files, **_levels(traced, dense, built), GOLDEN: golden_data})
+
+
+def _levels(traced: ir.Model, dense: ir.Model | None, built: Built) -> dict[str, Content]:
+    """Return the traced models as files; those of whole clips, which are large, share the artifact's weights."""
+    if whole_clip_of(traced) is None:
+        return {GATE_LEVEL: model_bytes(traced)}
+    levels = {GATE_LEVEL: traced} if dense is None else {GATE_LEVEL: traced, DENSE_LEVEL: dense}
+    files: dict[str, Content] = {name: model_apart(level, built.weights)[0] for name, level in levels.items()}
+    return {**files, WEIGHTS: built.weights}
 
 
 @dataclass(frozen=True)
@@ -244,6 +254,35 @@ def _check_request(backend: str, mode: str, target: str, lowering: Mapping[str, 
     return device
 
 
+def _check_mode(net: Any, mode: str) -> None:
+    if net.whole_clip and mode == "stream":
+        raise UsageError(
+            f"{net.name} can't be exported in stream mode",
+            why=f"it reads a clip of {net.preprocess.frames} frames as one, and gives one result for it",
+            hint="use --mode clip",
+        )
+
+
+def traced_levels(net: Any) -> tuple[ir.Model, ir.Model | None]:
+    """Return a model traced, and traced without pruning where it chooses tokens; equal weights are the same arrays.
+
+    Raises:
+        TraceError: a model that can't be traced, or chooses tokens and has no dense version.
+    """
+    traced = trace(net, net.preprocess.size)
+    if not any(kind == "tokens" for _, kind in decision_values(traced)):
+        return traced, None
+    if not hasattr(net, "without_pruning"):
+        raise TraceError(
+            "the model chooses tokens, and offers no dense version of itself",
+            where=type(net).__name__,
+            hint="define without_pruning(), see docs/adding-a-model.md",
+        )
+    dense = trace(net.without_pruning(), net.preprocess.size)
+    share_weights(traced, dense)
+    return traced, dense
+
+
 def _golden_frames(clip: Path | None, preprocess: Any) -> np.ndarray:
     frames = _clip_frames(clip, preprocess)
     return moving_texture(preprocess, preprocess.frames) if frames is None else frames
@@ -261,7 +300,7 @@ def _calibration(traced: ir.Model, frames: np.ndarray | None) -> list[Step]:
     """Return the decisions on the calibration frames; none without frames or decisions."""
     from dvexport.oracle import Oracle
 
-    if frames is None or not decision_values(traced):
+    if frames is None or not any(kind != "tokens" for _, kind in decision_values(traced)):
         return []
     return Oracle(traced).run_clip(frames)
 
@@ -283,9 +322,11 @@ def _plan(
 def _verified(session: Session, net: Any, frames: np.ndarray) -> list[Step]:
     """Return what PyTorch gives on the golden clip, once the artifact gave the same.
 
-    Decisions that the model does not tell are taken from the artifact.
+    Decisions that the model does not tell are taken from the artifact. PyTorch follows the tokens that the artifact
+    chose, and tells those it would have chosen.
     """
-    want, got = torch_steps(net, frames), session.run_clip(frames)
+    got = session.run_clip(frames)
+    want = torch_steps(net, frames, follow=got)
     failed = [row for row in compare("artifact against PyTorch", got, want) if not row.ok]
     if failed:
         raise _not_equal(failed[0], first_difference(got, want))
@@ -307,9 +348,11 @@ def _input(mode: str, preprocess: Any) -> InputEntry:
 
 
 def _outputs(lowered: Lowered, mode: str, preprocess: Any) -> list[OutputEntry]:
-    """Return the outputs but the states, the logits first; the first size of all is frames."""
+    """Return the outputs but the states, the logits first; the first size of all is frames, or one whole clip."""
     states = {state.output for state in states_of(lowered.model)}
     frames = preprocess.frames if mode == "clip" else 1
+    if whole_clip_of(lowered.model) is not None:
+        frames = 1
     return [
         OutputEntry(name=value.name, shape=(frames, *static_shape(value)[1:]), dtype=str(value.dtype.numpy()))  # type: ignore[arg-type,union-attr]
         for value in lowered.model.graph.outputs
@@ -342,4 +385,30 @@ def _gates(traced: ir.Model, lowered: Lowered) -> list[GateEntry]:
                 expected_ms={name: round(ms, 4) for name, ms in choice.expected_ms.items()},
             )
         )
-    return entries
+    return entries + [
+        _token_gate(node) for node in traced.graph if node.domain == DV and node.op_type == "SelectTokens"
+    ]
+
+
+def _tokens(net: Any) -> TokenEntry | None:
+    """Return where the tokens lie of a model that tells (`token_grid`, `token_groups`: see docs/adding-a-model.md)."""
+    stages = getattr(net, "token_groups", None)
+    if not stages:
+        return None
+    return TokenEntry(
+        grid=tuple(net.token_grid),  # type: ignore[arg-type]
+        stages=[[stage.gate(group) for group in range(stage.groups)] for stage in stages],
+    )
+
+
+def _token_gate(node: ir.Node) -> GateEntry:
+    assert node.inputs[0] is not None
+    _, tokens, channels = static_shape(node.inputs[0])
+    return GateEntry(
+        name=gate_name(node),
+        kind="tokens",
+        channels=channels,
+        tokens=(node.attributes["keep"].as_int(), tokens),
+        lowering="top-k",
+        reason="every shape is fixed: what is dropped is never computed",
+    )

@@ -10,7 +10,7 @@ of a video transformer are `[B, N, C]`, one row of tokens a clip.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -29,11 +29,14 @@ __all__ = [
     "frames_per_clip",
     "gated_conv",
     "select_tokens",
+    "token_decisions",
     "upsample_tiles",
 ]
 
 SKIP, REUSE, COMPUTE = 0, 1, 2
 """The actions of an output channel (AdaFuse, section 3; D-STEP, section 3.1)."""
+
+_tokens: ContextVar[tuple[dict[str, Tensor], Mapping[str, Tensor]] | None] = ContextVar("tokens", default=None)
 
 _clip_length: ContextVar[int | None] = ContextVar("clip_length", default=None)
 
@@ -46,6 +49,23 @@ def frames_per_clip(frames: int) -> Iterator[None]:
         yield
     finally:
         _clip_length.reset(token)
+
+
+@contextmanager
+def token_decisions(follow: Mapping[str, Tensor] | None = None) -> Iterator[dict[str, Tensor]]:
+    """Yield what every `select_tokens` within this context chooses, by gate: int64 `[B, keep]`.
+
+    Args:
+        follow: choices to go on with in the place of the model's own, which are told all the same. Scores that
+            two programs round differently may swap, and all later choices follow from the order: programs are
+            compared under the same choices.
+    """
+    found: dict[str, Tensor] = {}
+    token = _tokens.set((found, follow or {}))
+    try:
+        yield found
+    finally:
+        _tokens.reset(token)
 
 
 def _by_clip(x: Tensor) -> Tensor:
@@ -121,6 +141,11 @@ def select_tokens(x: Tensor, score: Tensor, keep: int, *, gate: str) -> tuple[Te
     if not 1 <= keep <= x.shape[1]:
         raise ValueError(f"gate {gate} keeps {keep} of {x.shape[1]} tokens")
     index = score.argsort(dim=1, stable=True)[:, :keep]
+    context = _tokens.get()
+    if context is not None:
+        found, follow = context
+        found[gate] = index
+        index = follow.get(gate, index)
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2])), index
 
 

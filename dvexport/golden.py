@@ -46,22 +46,29 @@ def moving_texture(preprocess: Preprocess, frames: int, seed: int = 0) -> np.nda
     return (clip - mean) / std
 
 
-def torch_steps(model: nn.Module, frames: np.ndarray) -> list[Step]:
+def torch_steps(model: nn.Module, frames: np.ndarray, follow: Sequence[Step] = ()) -> list[Step]:
     """Run the PyTorch model on a clip, eager and in evaluation mode.
 
     Args:
         frames: float32 `[T, 3, H, W]`, normalised.
+        follow: another run, whose tokens are taken in the place of the model's own (`gates.token_decisions`).
 
     Returns:
-        One step a frame, with the decisions of models that tell them (`model.decisions()`).
+        One step a frame, or one for a model that reads the clip as one; with the tokens chosen, and the
+        decisions of models that tell them (`model.decisions()`).
     """
     import torch
 
-    with torch.no_grad():
+    from dvexport import gates
+
+    given = follow[0].decisions.items() if follow else ()
+    taken = {gate: torch.from_numpy(value)[None] for (gate, kind), value in given if kind == "tokens"}
+    with torch.no_grad(), gates.token_decisions(taken) as tokens:
         logits = model.eval()(torch.from_numpy(frames)).numpy()
     decided = [_decision_arrays(d) for d in model.decisions()] if hasattr(model, "decisions") else []  # type: ignore[operator]
     merged = {key: value for arrays in decided for key, value in arrays.items()}
-    return [Step(logits[i], {key: value[i] for key, value in merged.items()}) for i in range(len(frames))]
+    merged |= {(gate, "tokens"): index.numpy() for gate, index in tokens.items()}
+    return [Step(logits[i], {key: value[i] for key, value in merged.items()}) for i in range(len(logits))]
 
 
 def _decision_arrays(decision) -> dict[tuple[str, str], np.ndarray]:

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from dvexport.errors import PassError
 
 __all__ = [
+    "DECIDES",
     "DV",
     "FRAMES",
     "OPSET",
@@ -19,14 +20,18 @@ __all__ = [
     "branch",
     "fresh_output",
     "gate_name",
+    "mark_whole_clip",
     "replace_node",
     "scopes_of",
     "source_of",
     "static_shape",
+    "whole_clip_of",
 ]
 
 DV = "dv"
 """The custom operator domain."""
+DECIDES = "dv.decides"
+"""Metadata of a node that is there for decisions: of which kind (`passes/mark_decisions.py`)."""
 FRAMES = "frames"
 """The symbol of the frame axis in a traced model."""
 OPSET = 20
@@ -133,6 +138,20 @@ def static_shape(value: ir.Value) -> tuple[int, ...]:
     if value.shape is None or not all(isinstance(d, int) for d in value.shape):
         raise PassError("a shape must be static here", where=value.name, why=f"its shape is {value.shape}")
     return tuple(int(d) for d in value.shape)  # type: ignore[arg-type]
+
+
+_WHOLE_CLIP = "dv.whole_clip"
+
+
+def mark_whole_clip(model: ir.Model, frames: int) -> None:
+    """Note that a model reads a clip of `frames` frames as one: its frame axis is fixed, its logits are one row."""
+    model.metadata_props[_WHOLE_CLIP] = str(frames)
+
+
+def whole_clip_of(model: ir.Model) -> int | None:
+    """Return the frames of the clip that a model reads as one; None for a model that works frame by frame."""
+    frames = model.metadata_props.get(_WHOLE_CLIP)
+    return None if frames is None else int(frames)
 
 
 def gate_name(node: ir.Node) -> str:

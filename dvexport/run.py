@@ -37,7 +37,8 @@ class RunResult:
 
     Attributes:
         top: label and probability of up to five classes, the most probable first.
-        frames: the best class after every frame, with its time in seconds.
+        frames: the best class after every frame, with its time in seconds; only after the last one where the model
+            reads the clip as one.
     """
 
     top: list[tuple[str, float]]
@@ -63,6 +64,8 @@ def run(bundle: Bundle, clip: str | Path, threads: int = 1) -> RunResult:
     if session.mode == "clip":
         sampled = read_clip(clip, preprocess)
         steps, times = session.run_clip(sampled.frames), sampled.times
+        if session.whole_clip:
+            times = times[-1:]
     else:
         for frame in stream_frames(clip, preprocess):
             steps.append(session.step(frame.tensor[None]))

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dvexport.passes.pipeline import Plan
 
 __all__ = [
+    "DENSE_LEVEL",
     "GATE_LEVEL",
     "VARIANTS",
     "Decisions",
@@ -35,11 +36,14 @@ __all__ = [
     "open_variant",
     "plan_of",
     "read_gate_level",
+    "read_level",
     "session_of",
     "steps_of",
     "variant_of",
 ]
 
+DENSE_LEVEL = "dense_level.onnx"
+"""Name of the model traced without pruning, for one that chooses tokens: the shapes of all that follows differ."""
 GATE_LEVEL = "gate_level.onnx"
 """Name of the traced model inside a bundle: the oracle, and the source of the other variants."""
 
@@ -48,7 +52,8 @@ VARIANTS = ("gated", "dense", "forced")
 _PROBE, _FORCE = "probe.", "force."
 
 Decisions = dict[tuple[str, str], np.ndarray]
-"""By gate and kind: `action` int64 `[C]` of 0 skip, 1 reuse, 2 compute; `tiles` bool `[gh, gw]`."""
+"""By gate and kind: `action` int64 `[C]` of 0 skip, 1 reuse, 2 compute; `tiles` bool `[gh, gw]`; `tokens` int64
+`[keep]`, places of the tokens that go on, in their new order."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ class Session:
     Attributes:
         mode: `stream` or `clip`.
         frames: frames of one run: 1 in stream mode, T in clip mode.
+        whole_clip: a run gives one result for all its frames.
         labels: class names in the order of the logits.
         decisions: shape of every decision of one frame, by (gate, kind).
     """
@@ -82,6 +88,9 @@ class Session:
         self.labels = list(labels)
         self._input_shape = runtime.inputs["frames"].shape
         self.frames = int(self._input_shape[0])
+        rows = int(runtime.outputs["logits"].shape[0])
+        self.whole_clip = rows == 1 < self.frames
+        self._rows = rows
         self._forced = {_key(name, _FORCE): name for name in runtime.inputs if name.startswith(_FORCE)}
         self.decisions = {
             _key(name, _PROBE): tuple(int(size) for size in port.shape[1:])
@@ -116,6 +125,9 @@ class Session:
         Args:
             frames: float32 `[T, 3, H, W]`; in clip mode T must be the bundle's.
             forced: every decision of every frame, for the `forced` variant only.
+
+        Returns:
+            One step a frame; a single one where the model reads the clip as one.
 
         Raises:
             UsageError, DeviceError: as `step`.
@@ -155,8 +167,9 @@ class Session:
             return {}
         if forced is None:
             raise UsageError("the forced variant needs the decisions of every frame")
-        if len(forced) != self.frames:
-            raise UsageError(f"{len(forced)} decisions were given for {self.frames} frames")
+        if len(forced) != self._rows:
+            rows = "one clip" if self.whole_clip else f"{self.frames} frames"
+            raise UsageError(f"{len(forced)} decisions were given for {rows}")
         return {name: self._stacked(name, key, forced) for key, name in self._forced.items()}
 
     def _stacked(
@@ -173,6 +186,8 @@ class Session:
                 where=where,
                 why=f"it is {stacked.dtype} of shape {list(stacked.shape[1:])}",
             )
+        if key[1] == "tokens" and stacked.min() < 0:
+            raise UsageError("a token has a place from 0", where=where)
         if key[1] == "action" and (stacked.min() < 0 or stacked.max() > 2):
             raise UsageError("an action is 0 skip, 1 reuse or 2 compute", where=where)
         return stacked
@@ -224,21 +239,36 @@ def plan_of(manifest: Manifest, variant: str) -> Plan:
         frames=manifest.inputs[0].shape[0],
         variant="dense" if variant == "dense" else "gated",
         forced=variant == "forced",
-        overrides={gate.name: gate.lowering for gate in manifest.gates},
+        overrides={gate.name: gate.lowering for gate in manifest.gates if gate.kind != "tokens"},
     )
+
+
+def read_level(bundle: Bundle, variant: str) -> ir.Model:
+    """Return the traced model that a variant is made from; BundleError as `read_gate_level`."""
+    apart = variant == "dense" and DENSE_LEVEL in bundle.manifest.files
+    return _read_traced(bundle, DENSE_LEVEL if apart else GATE_LEVEL)
 
 
 def read_gate_level(bundle: Bundle) -> ir.Model:
     """Return the traced model of a bundle; BundleError if there is none or it can't be read."""
+    return _read_traced(bundle, GATE_LEVEL)
+
+
+def _read_traced(bundle: Bundle, name: str) -> ir.Model:
     import onnx
     import onnx_ir as ir
     from google.protobuf.message import DecodeError
 
-    data = bundle.read(GATE_LEVEL)
+    from dvexport.weights import WEIGHTS, attach_weights
+
+    data = bundle.read(name)
     try:
-        return ir.from_proto(onnx.load_model_from_string(data))
+        proto = onnx.load_model_from_string(data)
+        if WEIGHTS in bundle.manifest.files:
+            return attach_weights(proto, bundle.mapped(WEIGHTS), where=str(bundle.path))
+        return ir.from_proto(proto)
     except (DecodeError, ValueError) as error:
-        raise BundleError("the gate-level model can't be read", where=f"{bundle.path}, {GATE_LEVEL}",
+        raise BundleError("the gate-level model can't be read", where=f"{bundle.path}, {name}",
                           why=str(error)) from error  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""From a torch model to gate-level ONNX with a dynamic frame axis."""
+"""From a torch model to gate-level ONNX: a dynamic frame axis, or a fixed one where the model reads a clip as one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from dvexport.dialect import operator_of
 from dvexport.errors import TraceError
-from dvexport.graph import DV, FRAMES, OPSET, source_of
+from dvexport.graph import DV, FRAMES, OPSET, mark_whole_clip, source_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,12 +26,14 @@ def trace(model: nn.Module, size: tuple[int, int]) -> ir.Model:
     """Trace `model` into gate-level ONNX.
 
     Args:
-        model: takes `[frames, 3, height, width]`, returns `[frames, classes]`; put in eval mode.
+        model: takes `[frames, 3, height, width]`, returns `[frames, classes]`, or `[1, classes]` if it has
+            `whole_clip` (`models.base.VideoModel`); put in eval mode.
         size: height and width of a frame, in pixels.
 
     Returns:
-        A model with input `frames`, output `logits`, the frame axis symbolic, batch norm folded,
-        and each gate a node of the `dv` domain with its shapes set.
+        A model with input `frames`, output `logits`, the frame axis symbolic (fixed for a model that reads whole
+        clips, see `dvexport.graph.whole_clip_of`), batch norm folded, and each gate a node of the `dv` domain with
+        its shapes set.
 
     Raises:
         TraceError: torch can't trace the model, or a gate is illegal.
@@ -39,7 +41,8 @@ def trace(model: nn.Module, size: tuple[int, int]) -> ir.Model:
     import torch
 
     model = model.eval()
-    example = torch.zeros(_EXAMPLE_FRAMES, 3, *size)
+    frames: int | None = model.preprocess.frames if getattr(model, "whole_clip", False) else None  # type: ignore[union-attr,assignment]
+    example = torch.zeros(frames or _EXAMPLE_FRAMES, 3, *size)
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
@@ -49,7 +52,7 @@ def trace(model: nn.Module, size: tuple[int, int]) -> ir.Model:
                 opset_version=OPSET,
                 input_names=[FRAMES],
                 output_names=["logits"],
-                dynamic_shapes=({0: torch.export.Dim(FRAMES)},),
+                dynamic_shapes=None if frames else ({0: torch.export.Dim(FRAMES)},),
                 verbose=False,
             )
     except Exception as error:
@@ -63,6 +66,8 @@ def trace(model: nn.Module, size: tuple[int, int]) -> ir.Model:
     assert program is not None
     traced = program.model
     _fold_constants(traced)
+    if frames:
+        mark_whole_clip(traced, frames)
     _check(traced)
     return traced
 

@@ -17,6 +17,7 @@ import numpy as np
 from dvexport.compare import Difference, Row, compare, error_row, first_difference, logits_error
 from dvexport.errors import BundleError, TraceError, UsageError
 from dvexport.golden import torch_steps, unpack
+from dvexport.graph import whole_clip_of
 from dvexport.oracle import Oracle
 from dvexport.session import Session, Step, open_session, plan_of, read_gate_level, session_of
 
@@ -84,10 +85,10 @@ def verify(bundle: Bundle, *, clip: str | Path | None = None, checkpoint: str | 
         frames = _clip_frames(clip, manifest)
         got = session.run_clip(frames)
     gate_level = read_gate_level(bundle)
-    pairs.append(("gate-level oracle", got, Oracle(gate_level).run_clip(frames)))
+    pairs.append(("gate-level oracle", got, Oracle(gate_level).run_clip(frames, follow=got)))
     net, why_not = _rebuilt(manifest, checkpoint)
     if net is not None:
-        pairs.append(("PyTorch", got, torch_steps(net, frames)))
+        pairs.append(("PyTorch", got, torch_steps(net, frames, follow=got)))
     rows = [row for name, mine, theirs in pairs for row in compare(name, mine, theirs)]
     rows.append(_repeat_row(session, frames, got))
     mode_row, no_mode = _other_mode(gate_level, manifest, frames, got)
@@ -121,6 +122,8 @@ def _other_mode(
     """Compare with the same model lowered for the other mode; nothing where it can't stream."""
     from dataclasses import replace
 
+    if whole_clip_of(gate_level) is not None:
+        return [], "no stream to compare with: the model reads a clip as one"
     mode = "clip" if manifest.mode == "stream" else "stream"
     # Lowerings differ between the modes (channels can't be lowered in a clip): masked is always legal.
     plan = replace(plan_of(manifest, "gated"), mode=mode, frames=len(frames), variant="masked", overrides={})

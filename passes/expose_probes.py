@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from dvexport.graph import DV, fresh_output, gate_name
+from dvexport.graph import DV, Builder, fresh_output, gate_name, static_shape
 
 __all__ = ["ExposeProbes", "ForceDecisions", "decision_values", "forced_name", "probe_name"]
 
@@ -18,7 +18,7 @@ _KINDS = {"action": 3, "tiles": 4}
 
 
 def probe_name(gate: str, kind: str) -> str:
-    """Name of the output that shows a decision; `kind` is `action` or `tiles`."""
+    """Name of the output that shows a decision; `kind` is `action`, `tiles` or `tokens`."""
     return f"probe.{gate}.{kind}"
 
 
@@ -31,6 +31,8 @@ def decision_values(model: ir.Model) -> dict[tuple[str, str], ir.Value]:
     """Return each decision of a gate-level model by (gate, kind)."""
     found: dict[tuple[str, str], ir.Value] = {}
     for node in model.graph:
+        if node.domain == DV and node.op_type == "SelectTokens":
+            found[gate_name(node), "tokens"] = node.outputs[1]
         if node.domain != DV or node.op_type != "GatedConv":
             continue
         for kind, position in _KINDS.items():
@@ -57,7 +59,7 @@ class ForceDecisions(ir.passes.InPlacePass):
     The decisions the gates would have taken stay as probes (run `ExposeProbes` before).
     """
 
-    def __init__(self, kinds: tuple[str, ...] = ("action", "tiles")) -> None:
+    def __init__(self, kinds: tuple[str, ...] = ("action", "tiles", "tokens")) -> None:
         super().__init__()
         self.kinds = kinds
 
@@ -73,9 +75,24 @@ class ForceDecisions(ir.passes.InPlacePass):
             forced[key] = ir.Value(name=forced_name(*key), shape=value.shape, type=value.type)
             model.graph.inputs.append(forced[key])
         for (gate, kind), value in found.items():
+            if kind == "tokens":
+                _take(value, forced[gate, kind])
             for user, position in list(value.uses()):
                 if user.op_type == "Identity" and user.outputs[0].name in probes:
                     continue
                 own = (gate_name(user), kind)
                 user.replace_input_with(position, forced.get(own, forced[gate, kind]))
         return ir.passes.PassResult(model, bool(found))
+
+
+def _take(index: ir.Value, forced: ir.Value) -> None:
+    """Let what reads the tokens of a selection read those that `forced` names; `index` itself stays the gate's own."""
+    node = index.producer()
+    assert node is not None and node.graph is not None and node.inputs[0] is not None
+    kept, x = node.outputs[0], node.inputs[0]
+    build = Builder(metadata=node.metadata_props)
+    batch, keep = static_shape(forced)
+    place = build.op("Unsqueeze", forced, build.ints(2), shape=[batch, keep, 1], dtype=ir.DataType.INT64)
+    taken = build.op("GatherND", x, place, batch_dims=1, shape=list(static_shape(kept)), dtype=x.dtype)
+    node.graph.insert_after(node, build.nodes)
+    ir.convenience.replace_all_uses_with(kept, taken, replace_graph_outputs=True)

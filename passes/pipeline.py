@@ -22,6 +22,7 @@ from dvexport.passes.lower_channels import LowerChannels
 from dvexport.passes.lower_groups import LowerGroups
 from dvexport.passes.lower_masked import LowerMasked
 from dvexport.passes.lower_tiles import LowerTiles
+from dvexport.passes.mark_decisions import MarkDecisions
 from dvexport.passes.propagate_inactive import PropagateInactive
 from dvexport.passes.set_frames import SetClip, SetStream
 from dvexport.passes.share_pooling import SharePooling
@@ -122,7 +123,7 @@ def _table(plan: Plan, chooser: ChooseLowering | ChooseKernels) -> list[ir.passe
     head: list[ir.passes.PassBase] = [Simplify(), PropagateInactive(), SharePooling(), frames]
     if plan.variant == "dense":
         return [*head, DropGates(), LowerMasked(), CleanUp()]
-    head.append(ExposeProbes())
+    head += [MarkDecisions(), ExposeProbes()]
     if plan.forced:
         head.append(ForceDecisions())
     if plan.variant == "masked":

@@ -12,8 +12,8 @@ import numpy as np
 import onnx_ir as ir
 
 from dvexport.dialect.spec import operator_of
-from dvexport.errors import TraceError
-from dvexport.graph import FRAMES, Builder, array_of, replace_node, source_of
+from dvexport.errors import TraceError, UsageError
+from dvexport.graph import FRAMES, Builder, array_of, replace_node, source_of, whole_clip_of
 from dvexport.state import add_state, state_input
 
 __all__ = ["SetClip", "SetStream"]
@@ -29,7 +29,7 @@ _ALIKE = ("Expand", "ConstantOfShape")
 
 
 class SetClip(ir.passes.InPlacePass):
-    """Fix the frame axis to `frames`."""
+    """Fix the frame axis to `frames`; UsageError where the model reads clips of another length as one."""
 
     def __init__(self, frames: int) -> None:
         super().__init__()
@@ -37,6 +37,11 @@ class SetClip(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Substitute the symbol in every shape."""
+        fixed = whole_clip_of(model)
+        if fixed is not None:
+            if fixed != self.frames:
+                raise UsageError(f"the model reads a clip of {fixed} frames as one, not of {self.frames}")
+            return ir.passes.PassResult(model, modified=False)
         _substitute(model, self.frames)
         return ir.passes.PassResult(model, modified=True)
 
@@ -50,6 +55,13 @@ class SetStream(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Refuse non-causal models, then turn memories into states."""
+        fixed = whole_clip_of(model)
+        if fixed is not None:
+            raise TraceError(
+                "the model can't run in stream mode: it reads a clip as one",
+                why=f"its tokens are of all {fixed} frames, and its result is of the whole clip",
+                hint="export with --mode clip",
+            )
         for node in model.graph:
             _refuse_mixing(node)
         _substitute(model, 1)

@@ -246,7 +246,7 @@ def test_a_decision_that_flips_is_named_by_gate_and_frame(tmp_path, dstep_again,
 
 def test_an_operator_that_the_targets_opset_lacks_is_refused():
     x = ir.Value(name="x", shape=ir.Shape([1, 1, 4, 4]), type=ir.TensorType(ir.DataType.FLOAT))
-    gelu = ir.Node("", "Gelu", [x], name="late")
+    gelu = ir.Node("", "Gelu", [x], [ir.AttrString("approximate", "tanh")], name="late")
     gelu.outputs[0].shape, gelu.outputs[0].type, gelu.outputs[0].name = x.shape, x.type, "y"
     model = ir.Model(ir.Graph([x], gelu.outputs, nodes=[gelu], opset_imports={"": 20}), ir_version=10)
     assert backend.emit(model)

@@ -41,9 +41,9 @@ def inspect(bundle: Path, as_json: bool) -> None:
     if manifest.gates:
         click.echo()
         print_table(
-            ("gate", "kind", "channels", "tiles", "lowering", "reason"),
+            ("gate", "kind", "channels", "tiles", "tokens", "lowering", "reason"),
             [_gate(gate) for gate in manifest.gates],
-            right=("channels", "tiles"),
+            right=("channels", "tiles", "tokens"),
         )
     click.echo()
     rows = [(name, file_size(entry.size)) for name, entry in sorted(manifest.files.items())]
@@ -82,4 +82,5 @@ def _shape(shape: tuple[int, ...]) -> str:
 def _gate(gate: GateEntry) -> tuple[str, ...]:
     reason = f"{gate.reason} (overruled)" if gate.overridden else gate.reason
     grid = _shape(gate.grid) if gate.grid else "-"
-    return gate.name, gate.kind, str(gate.channels), grid, gate.lowering, reason
+    tokens = f"{gate.tokens[0]} of {gate.tokens[1]}" if gate.tokens else "-"
+    return gate.name, gate.kind, str(gate.channels), grid, tokens, gate.lowering, reason

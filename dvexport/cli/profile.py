@@ -81,7 +81,8 @@ def profile(
         from dvexport.profile.clip import load_clip
         from dvexport.profile.report import write_html
 
-        write_html(result, html_file, load_clip(opened, clip).images[: len(result.steps)])
+        images = load_clip(opened, clip).images
+        write_html(result, html_file, images if result.tokens else images[: len(result.steps)])
     if trace_file:
         from dvexport.profile.trace_events import write_trace
 

@@ -25,10 +25,11 @@ from dvexport.dialect.masks import tile_index
 from dvexport.dialect.spec import operator_of
 from dvexport.graph import gate_name
 
-__all__ = ["Decisions", "ExecutedFlops", "FlopTable", "GatedMacs", "flop_table"]
+__all__ = ["Decisions", "ExecutedFlops", "FlopTable", "GatedMacs", "dense_nodes", "flop_table", "operator_flops"]
 
 Decisions = Mapping[tuple[str, str], np.ndarray]
-"""One frame's decisions by (gate, `action` or `tiles`): int `[C]` and bool `[gh, gw]`; a leading 1 is allowed."""
+"""One frame's decisions by (gate, `action` or `tiles`): int `[C]` and bool `[gh, gw]`; a leading 1 is allowed.
+Those over tokens change no count: how many go on is fixed."""
 
 
 @dataclass(frozen=True)
@@ -106,22 +107,25 @@ class ExecutedFlops:
 
 @dataclass(frozen=True)
 class FlopTable:
-    """MACs of a model, per frame.
+    """MACs of a model, per frame; per clip for a model that reads the clip as one.
 
     Attributes:
         fixed: what always runs and the dense model has too (stem, downsamples, head).
         decisions: what takes the decisions (policies, masks); the dense model has none.
         gated: the gated convolutions.
+        unpruned: what takes the place of `fixed` in the dense model where that has more tokens; None: the same.
     """
 
     fixed: int
     decisions: int
     gated: list[GatedMacs] = field(default_factory=list)
+    unpruned: int | None = None
 
     @property
     def dense(self) -> int:
         """MACs of the dense model on one frame."""
-        return self.fixed + sum(conv.dense for conv in self.gated)
+        fixed = self.fixed if self.unpruned is None else self.unpruned
+        return fixed + sum(conv.dense for conv in self.gated)
 
     @property
     def gates(self) -> list[str]:
@@ -144,18 +148,24 @@ class FlopTable:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `from_dict` reads, for a manifest."""
-        return {"fixed": self.fixed, "decisions": self.decisions, "gated": [asdict(c) for c in self.gated]}
+        table = {"fixed": self.fixed, "decisions": self.decisions, "gated": [asdict(c) for c in self.gated]}
+        return table if self.unpruned is None else {**table, "unpruned": self.unpruned}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FlopTable:
         """Read what `to_dict` wrote."""
         gated = [GatedMacs(**{**row, "size": tuple(row["size"])}) for row in values["gated"]]
-        return cls(values["fixed"], values["decisions"], gated)
+        return cls(values["fixed"], values["decisions"], gated, values.get("unpruned"))
 
 
-def flop_table(model: ir.Model) -> FlopTable:
-    """Count a gate-level model, one frame; symbolic dimensions count as one."""
-    in_dense = _dense_nodes(model)
+def flop_table(model: ir.Model, dense: ir.Model | None = None) -> FlopTable:
+    """Count a gate-level model, one frame; symbolic dimensions count as one.
+
+    Args:
+        model: with a fixed frame axis, one clip is counted.
+        dense: the model without pruning, where it was traced apart.
+    """
+    in_dense = dense_nodes(model)
     actions = _actions(model)
     fixed = decisions = 0
     gated = []
@@ -167,10 +177,35 @@ def flop_table(model: ir.Model) -> FlopTable:
             fixed += _macs(node)
         else:
             decisions += _macs(node)
-    return FlopTable(fixed, decisions, gated)
+    return FlopTable(fixed, decisions, gated, None if dense is None else flop_table(dense).fixed)
 
 
-def _dense_nodes(model: ir.Model) -> set[ir.Node]:
+_VALUES = {"SelectTokens": 1}
+"""How many of an operator's first inputs hold values, where it is not three: the others decide."""
+
+
+def operator_flops(model: ir.Model) -> int:
+    """Count a model's operators by fvcore's rules, by which STA's tables are made (official code).
+
+    Convolutions and matrix products 1 for each multiply-accumulate, batched ones included; layer norm 5 for each
+    element; softmax, GELU, top-k, sums and gathers nothing. `Delay`, `FrameMean` and `SelectTokens` nothing.
+
+    Args:
+        model: gate level or lowered, every shape static (a model that reads whole clips).
+    """
+    total = 0
+    for node in model.graph:
+        if node.domain == "" and node.op_type == "LayerNormalization":
+            total += _LAYER_NORM * prod(_shape(node.outputs[0]))
+        else:
+            total += _macs(node)
+    return total
+
+
+_LAYER_NORM = 5
+
+
+def dense_nodes(model: ir.Model) -> set[ir.Node]:
     """Nodes the logits depend on when every gate computes everything."""
     found: set[ir.Node] = set()
     waiting = [value.producer() for value in model.graph.outputs if not (value.name or "").startswith("probe.")]
@@ -179,7 +214,7 @@ def _dense_nodes(model: ir.Model) -> set[ir.Node]:
         if node is None or node in found:
             continue
         found.add(node)
-        inputs = node.inputs[:3] if operator_of(node) is not None else node.inputs
+        inputs = node.inputs[: _VALUES.get(node.op_type, 3)] if operator_of(node) is not None else node.inputs
         waiting += [value.producer() for value in inputs if value is not None]
     return found
 

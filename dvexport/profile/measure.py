@@ -7,7 +7,7 @@ the machine hits both alike. Warm-up is by time: clocks and caches settle by it,
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,21 +91,36 @@ def _measured(runs: list[list[Step]], mode: str) -> Measured:
 
 
 def random_decisions(
-    shapes: dict[tuple[str, str], tuple[int, ...]], rates: dict[str, float], frames: int, seed: int = 0
+    shapes: Mapping[tuple[str, str], tuple[int, ...]],
+    rates: Mapping[str, float],
+    frames: int,
+    seed: int = 0,
+    tokens: Mapping[str, int] | None = None,
 ) -> list[Decisions]:
     """Return decisions for every frame, drawn anew for each gate and frame.
 
     Args:
         shapes: of one frame's decisions, by (gate, `action` or `tiles`).
         rates: `channels` and `tiles`, 0 to 1; 1 where left out. Of a gate's n channels exactly
-            round(rate * n) are computed and the others skipped; likewise its tiles.
+            round(rate * n) are computed and the others skipped; likewise its tiles. Of tokens as many are
+            drawn as the gate keeps.
         seed: the same decisions for the same seed.
+        tokens: by gate, how many tokens it chooses from.
     """
     rng = np.random.default_rng(seed)
-    return [{key: _drawn(rng, key[1], shape, rates) for key, shape in shapes.items()} for _ in range(frames)]
+    return [{key: _drawn(rng, key, shape, rates, tokens or {}) for key, shape in shapes.items()} for _ in range(frames)]
 
 
-def _drawn(rng: np.random.Generator, kind: str, shape: tuple[int, ...], rates: dict[str, float]) -> np.ndarray:
+def _drawn(
+    rng: np.random.Generator,
+    key: tuple[str, str],
+    shape: tuple[int, ...],
+    rates: Mapping[str, float],
+    tokens: Mapping[str, int],
+) -> np.ndarray:
+    gate, kind = key
+    if kind == "tokens":
+        return rng.permutation(tokens[gate])[: shape[0]].astype(np.int64)
     count = int(np.prod(shape))
     rate = rates.get("channels" if kind == "action" else "tiles", 1.0)
     chosen = np.zeros(count, bool)

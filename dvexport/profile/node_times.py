@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx
 
+from dvexport.graph import DECIDES
 from dvexport.profile.result import NodeTime
 from dvexport.profile.roles import node_role
 from dvexport.targets.onnx.runtime import NodeProfile
@@ -98,7 +99,8 @@ def _median_step(steps: list[_Step]) -> _Step:
 def gates_of_nodes(model: bytes, gates: Collection[str], fixed: Collection[str] = ()) -> dict[str, Owner]:
     """Return the owner of every node and of every value it makes, by name.
 
-    What was traced in a module below the gate's own, other than `fixed`, takes the decision.
+    What was traced in a module below the gate's own, other than `fixed`, takes the decision. What is there to
+    choose tokens belongs to `tokens`, which is no module.
 
     Args:
         model: an ONNX file of ours; its nodes say which module they were traced from.
@@ -107,6 +109,10 @@ def gates_of_nodes(model: bytes, gates: Collection[str], fixed: Collection[str] 
     """
     found = {}
     for node in _nodes(onnx.load_model_from_string(model).graph):
+        decides = next((entry.value for entry in node.metadata_props if entry.key == DECIDES), None)
+        if decides is not None:
+            found.update({name: Owner(decides, decides=True) for name in (node.name, *node.output) if name})
+            continue
         scopes = _scopes(node)
         owners = [scope for scope in scopes if scope in gates]
         if owners and not any(scope in fixed for scope in scopes):

@@ -22,7 +22,7 @@ from dvexport.errors import UsageError
 from dvexport.files import atomic_write
 from dvexport.profile.advice import advise, decisions
 from dvexport.profile.report_text import number
-from dvexport.profile.result import GateStats, NodeTime, ProfileResult
+from dvexport.profile.result import GateStats, NodeTime, ProfileResult, TokenStage
 
 __all__ = ["render_html", "write_html"]
 
@@ -42,6 +42,15 @@ class _GateView:
 
 
 @dataclass
+class _TokenView:
+    """The drawings of the token section: the shown frames, and for each stage its survivors over them."""
+
+    indices: list[int]
+    symbols: Markup
+    stages: list[tuple[TokenStage, list[Markup]]]
+
+
+@dataclass
 class _MaskView:
     """The drawings of the mask section, one a shown frame."""
 
@@ -57,8 +66,8 @@ def render_html(result: ProfileResult, frames: np.ndarray | None = None) -> str:
 
     Args:
         result: the profile.
-        frames: uint8 `[T, H, W, 3]`, RGB, one a step of `result`, cropped as the model saw them;
-            None draws the masks on plain ground.
+        frames: uint8 `[T, H, W, 3]`, RGB, one a step of `result` (all of the clip where a model chooses tokens and
+            so reads it as one), cropped as the model saw them; None draws the masks on plain ground.
 
     Raises:
         UsageError: `frames` is not of that shape and type.
@@ -72,7 +81,8 @@ def render_html(result: ProfileResult, frames: np.ndarray | None = None) -> str:
         charts=_charts(result),
         gates=_gate_views(result),
         axis=figures.frame_axis(len(result.steps)),
-        masks=_mask_view(result, frames),
+        masks=None if result.tokens else _mask_view(result, frames),
+        tokens=_token_view(result, frames),
         nodes=_top_nodes(result),
         node_total=_node_total(result),
     )
@@ -104,7 +114,7 @@ def _check_frames(result: ProfileResult, frames: np.ndarray) -> None:
             "frames for the page must be uint8 of shape [T, H, W, 3]",
             why=f"they are {frames.dtype} of shape {list(frames.shape)}",
         )
-    if len(frames) != len(result.steps):
+    if not result.tokens and len(frames) != len(result.steps):
         raise UsageError(
             f"{len(frames)} frames were given for a profile of {len(result.steps)} steps",
             hint="pass the frames that were profiled",
@@ -150,7 +160,7 @@ def _cards(result: ProfileResult) -> list[_Card]:
         _Card("Median step", f"{gated.median:.2f}", "ms", beside),
         _Card("P90 / P99", f"{gated.p90:.2f} / {gated.p99:.2f}", "ms", tails),
         _Card(
-            "GMACs per frame",
+            "GMACs per clip" if result.tokens else "GMACs per frame",
             f"{executed.mean:.3f}",
             "",
             f"min {executed.min:.3f}, max {executed.max:.3f}, dense {result.dense_gmacs:.3f}",
@@ -202,6 +212,28 @@ def _mask_view(result: ProfileResult, frames: np.ndarray | None) -> _MaskView | 
         ],
         _masks_by_gate(result, indices, under, height) if tiled else {},
     )
+
+
+def _token_view(result: ProfileResult, frames: np.ndarray | None) -> _TokenView | None:
+    """Draw which tokens are left over the first frame that each of them spans; None where none are chosen."""
+    if not result.tokens:
+        return None
+    shown: list[int] = []
+    rows: list[tuple[TokenStage, list[Markup]]] = []
+    height = 100.0 if frames is None else round(100 * frames.shape[1] / frames.shape[2], 2)
+    for stage in result.tokens:
+        left = np.asarray(stage.left if stage.left is not None else np.zeros((0, 1, 1)), dtype=float)
+        span = 1 if frames is None or not len(left) else max(1, len(frames) // len(left))
+        times = masks.shown_frames(len(left)) if len(left) else []
+        shown = [time * span for time in times] or shown
+        drawings = []
+        for time in times:
+            under = None if frames is None else time * span
+            title = f"{stage.name}, frame {time * span}: {left[time].mean():.0%} of its tokens left"
+            drawings.append(masks.mask_over_frame(left[time], under, height, title))
+        rows.append((stage, drawings))
+    symbols = Markup("") if frames is None else masks.frame_symbols(frames, shown)
+    return _TokenView(shown, symbols, rows)
 
 
 def _masks_by_gate(

@@ -31,6 +31,7 @@ __all__ = [
     "ProfileResult",
     "StepStats",
     "StepTimes",
+    "TokenStage",
     "read_json",
     "write_json",
 ]
@@ -143,6 +144,24 @@ class GateStats:
 
 
 @dataclass
+class TokenStage:
+    """One place where a video transformer drops tokens.
+
+    Args:
+        name: what its gates' names share.
+        groups, tokens, keep: number of groups, tokens of a group before and after.
+        left: 1 where a token is left, `[time][height][width]` of the first tokens; None: the model does not tell
+            where they lie.
+    """
+
+    name: str
+    groups: int
+    tokens: int
+    keep: int
+    left: list[list[list[int]]] | None = None
+
+
+@dataclass
 class NodeTime:
     """One node of the gated artifact.
 
@@ -219,6 +238,7 @@ class ProfileResult:
     """The profile of one bundle on one clip.
 
     `forced` holds the rates of random decisions that replaced the model's, None with its own.
+    `tokens_ms` is the median time of choosing tokens in all stages, None where that is not known.
     `dense` is the dense artifact of the same model and backend, None when it was not measured.
     """
 
@@ -235,6 +255,8 @@ class ProfileResult:
     steps: list[StepStats]
     gates: list[GateStats] = field(default_factory=list)
     nodes: list[NodeTime] = field(default_factory=list)
+    tokens: list[TokenStage] = field(default_factory=list)
+    tokens_ms: float | None = None
 
     @property
     def executed_gmacs(self) -> MinMeanMax:
@@ -298,6 +320,8 @@ class ProfileResult:
                 steps=[_step(item) for item in data["steps"]],
                 gates=[_gate(item) for item in data["gates"]],
                 nodes=[NodeTime(**item) for item in data["nodes"]],
+                tokens=[TokenStage(**item) for item in data.get("tokens", [])],
+                tokens_ms=data.get("tokens_ms"),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise UsageError(

@@ -25,8 +25,9 @@ from dvexport.profile.result import (
     StepStats,
     StepTimes,
 )
+from dvexport.profile.token_stages import token_stages
 from dvexport.run import label_of, probabilities
-from dvexport.session import Decisions, Step, open_variant, variant_of
+from dvexport.session import Decisions, Session, Step, open_variant, variant_of
 from dvexport.targets.onnx.runtime import OnnxVariant
 from dvexport.targets.runtime import Variant
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FORCEABLE", "profile", "profile_frames"]
 
-FORCEABLE = ("channels", "tiles")
+FORCEABLE = ("channels", "tiles", "tokens")
 DEFAULT_RUNS = 10
 _RECORDED_STEPS = 12
 """Steps recorded node by node, after as many to warm up."""
@@ -65,7 +66,8 @@ def profile(
         device: `local`.
         threads: of the runtime.
         force: rates of `channels` and `tiles`, 0 to 1, of random decisions to measure with instead of the
-            model's own; a kind left out is computed everywhere. Empty or None: the model decides.
+            model's own; a kind left out is computed everywhere. `tokens` takes 1 alone, for as many at random as
+            the model keeps. Empty or None: the model decides.
         runs: passes over the clip, 10 by default.
         warmup_s: seconds that both run before anything is measured.
         progress: called with the name of each step as it begins.
@@ -82,10 +84,12 @@ def profile(
     tell("read the clip")
     played = load_clip(bundle, clip)
     tell("make the dense version")
-    manifest, gates = bundle.manifest, [gate.name for gate in bundle.manifest.gates]
+    manifest = bundle.manifest
+    convolving = [gate for gate in manifest.gates if gate.kind != "tokens"]
+    gates = [gate.name for gate in convolving]
     gated_model, dense_model = variant_of(bundle, "forced" if rates else "gated"), variant_of(bundle, "dense")
     gated, dense = (open_variant(model, manifest, threads=threads) for model in (gated_model, dense_model))
-    forced = random_decisions(gated.decisions, rates, len(played.frames)) if rates else None
+    forced = _forced(manifest, gated, rates, len(played.frames)) if rates else None
     tell("warm up")
     warmup = warm_up(gated, dense, played.frames, forced, warmup_s)
     tell(f"measure {repeats} x {len(played.frames)} frames, gated and dense in turn")
@@ -108,9 +112,11 @@ def profile(
         forced=rates or None,
         gated=StepTimes(measured.samples_ms),
         dense=StepTimes(measured_dense.samples_ms),
-        steps=_steps(manifest, measured, executed, flops),
-        gates=[_gate_stats(gate, executed, flops, nodes, dense_nodes) for gate in manifest.gates],
+        steps=_steps(manifest, convolving, measured, executed, flops),
+        gates=[_gate_stats(gate, executed, flops, nodes, dense_nodes) for gate in convolving],
         nodes=nodes.nodes,
+        tokens=token_stages(manifest, measured.steps[0].decisions),
+        tokens_ms=nodes.gate_ms.get("tokens"),
     )
 
 
@@ -129,8 +135,19 @@ def _check_request(manifest: Manifest, device: str, threads: int, rates: Mapping
             raise unknown_name("kind of decision", kind, FORCEABLE)
         if not 0 <= rate <= 1:
             raise UsageError(f"a rate is from 0 to 1, not {rate}", where=kind)
+        if kind == "tokens" and rate != 1:
+            raise UsageError(
+                f"tokens can't be forced at a rate of {rate:g}",
+                why="how many go on is fixed when the model is exported",
+                hint="tokens=1 draws as many at random; export with another sta.r for another rate",
+            )
         if not any(kind in gate.kind.split("+") for gate in manifest.gates):
             raise UsageError(f"the model decides over no {kind}", where=manifest.model.name)
+
+
+def _forced(manifest: Manifest, session: Session, rates: Mapping[str, float], frames: int) -> list[Decisions]:
+    tokens = {gate.name: gate.tokens[1] for gate in manifest.gates if gate.tokens is not None}
+    return random_decisions(session.decisions, rates, 1 if session.whole_clip else frames, tokens=tokens)
 
 
 def _recorded(
@@ -148,12 +165,14 @@ def _recorded(
     for _ in range(2):
         session.run_clip(played.frames[:count], forced[:count] if forced else None)
     if not isinstance(model, OnnxVariant):
-        return call_times(session.runtime.end_profile(), skip=count)
+        return call_times(session.runtime.end_profile(), skip=1 if session.whole_clip else count)
     skip = 1 if manifest.mode == "clip" else count
     return node_times(session.runtime.end_profile(), gates_of_nodes(model.model, gates, fixed), skip)
 
 
-def _steps(manifest: Manifest, measured: Measured, executed: ExecutedFlops, flops: FlopTable) -> list[StepStats]:
+def _steps(
+    manifest: Manifest, gates: Sequence[GateEntry], measured: Measured, executed: ExecutedFlops, flops: FlopTable
+) -> list[StepStats]:
     medians = np.median(measured.frame_ms, axis=0)
     steps = []
     for t, step in enumerate(measured.steps):
@@ -165,7 +184,7 @@ def _steps(manifest: Manifest, measured: Measured, executed: ExecutedFlops, flop
                 latency_ms=float(medians[t]),
                 executed_macs=executed.frames[t],
                 dense_macs=flops.dense,
-                gates={gate.name: _gate_step(gate, step) for gate in manifest.gates},
+                gates={gate.name: _gate_step(gate, step) for gate in gates},
                 label=label_of(manifest.labels, best),
                 prob=float(chances[best]),
             )

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
 from dvexport.errors import UsageError
-from dvexport.graph import DV, OPSET
+from dvexport.graph import DECIDES, DV, OPSET
+from dvexport.targets.onnx.gelu import expand_gelu
+from dvexport.weights import WeightFile, split_weights
 
-__all__ = ["ARTIFACT", "MAX_BYTES", "emit", "model_bytes"]
+__all__ = ["ARTIFACT", "MAX_BYTES", "emit", "emit_apart", "model_apart", "model_bytes"]
 
 ARTIFACT = "model.onnx"
 """Name of the artifact inside a bundle."""
@@ -22,9 +25,9 @@ ARTIFACT = "model.onnx"
 MAX_BYTES = (1 << 31) - (1 << 20)
 """Protocol buffers end at 2 GiB; a margin is left for what is not weights."""
 
-_KEPT_METADATA = frozenset({"pkg.torch.onnx.name_scopes"})
-"""Where a node came from in the model. The exporter's stack traces are dropped: they hold paths of the
-machine that exported, and would make equal exports differ."""
+_KEPT_METADATA = frozenset({"pkg.torch.onnx.name_scopes", DECIDES})
+"""Where a node came from in the model, and that it decides. The exporter's stack traces are dropped: they
+hold paths of the machine that exported, and would make equal exports differ."""
 
 _REDEFINED = {"AveragePool": "ceil_mode", "LpPool": "ceil_mode", "GridSample": "", "Resize": "", "DFT": ""}
 """Operators that opset 19 or 20 defined anew where older ones have the same signature, and the attribute
@@ -43,25 +46,55 @@ def emit(lowered: ir.Model, *, opset: int = OPSET) -> bytes:
     """
     left = {node.op_type for node in lowered.graph.all_nodes() if node.domain == DV}
     assert not left, f"not lowered: {left}"
-    proto = _proto(lowered)
+    return _serialized(_at_opset(lowered, opset, None)[0])
+
+
+def emit_apart(
+    lowered: ir.Model, file: WeightFile | None = None, *, opset: int = OPSET
+) -> tuple[bytes, dict[str, np.ndarray]]:
+    """Return the ONNX file of a lowered model without its weights, and these by name.
+
+    Args:
+        file: gets the weights (`dvexport.weights.split_weights`).
+
+    Raises:
+        UsageError: an operator that `opset` defines otherwise.
+    """
+    proto, weights = _at_opset(lowered, opset, file or WeightFile())
+    return _serialized(proto), weights
+
+
+def model_apart(model: ir.Model, file: WeightFile | None = None) -> tuple[bytes, dict[str, np.ndarray]]:
+    """Return the ONNX file of a model at any level without its weights, and these by name; see `emit_apart`."""
+    proto, weights = _proto(model, file or WeightFile())
+    return _serialized(proto), weights
+
+
+def _at_opset(lowered: ir.Model, opset: int, file: WeightFile | None) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    lowered = lowered.clone()
+    expand_gelu(lowered)
+    proto, weights = _proto(lowered, file)
     if opset < OPSET:
         _lower_opset(proto, opset)
-    return _serialized(proto)
+    return proto, weights
 
 
 def model_bytes(model: ir.Model) -> bytes:
     """Return the ONNX file of a model at any level, dialect nodes included; UsageError as `emit`."""
-    return _serialized(_proto(model))
+    return _serialized(_proto(model, None)[0])
 
 
-def _proto(model: ir.Model) -> onnx.ModelProto:
-    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    _check_size(weights)
-    proto = ir.to_proto(model)
+def _proto(model: ir.Model, file: WeightFile | None) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """Return a model's text, and its weights where `file` takes them."""
+    if file is None:
+        _check_size(sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None))
+        proto, weights = ir.to_proto(model), dict[str, np.ndarray]()
+    else:
+        proto, weights = split_weights(model, file)
     proto.producer_name, proto.producer_version = "dvexport", ""
     for graph in _graphs(proto.graph):
         _strip_metadata(graph)
-    return proto
+    return proto, weights
 
 
 def _serialized(proto: onnx.ModelProto) -> bytes:

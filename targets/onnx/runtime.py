@@ -10,7 +10,7 @@ import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -72,6 +72,7 @@ class OrtSession:
     Args:
         model: the ONNX file.
         states: the states of a stream; none for a clip.
+        weights: what the file refers to as external data, by name; used in place, not copied.
         threads: threads inside an operator; operators run one after another.
         profile: record the time of every node, for `end_profile`; slows every step down.
 
@@ -84,10 +85,17 @@ class OrtSession:
     """
 
     def __init__(
-        self, model: bytes, states: Sequence[StateSpec] = (), *, threads: int = 1, profile: bool = False
+        self,
+        model: bytes,
+        states: Sequence[StateSpec] = (),
+        *,
+        weights: Mapping[str, np.ndarray] | None = None,
+        threads: int = 1,
+        profile: bool = False,
     ) -> None:
         self._profile_folder = tempfile.TemporaryDirectory(prefix="dvexport-") if profile else None
         self._optimised = Path(self._profile_folder.name if self._profile_folder else "") / "optimised.onnx"
+        self._weights = dict(weights or {})  # the runtime reads them while it lives
         self._session = self._load(model, threads)
         state_inputs, state_outputs = {s.input for s in states}, {s.output for s in states}
         self.inputs = {port.name: _port(port) for port in self._session.get_inputs() if port.name not in state_inputs}
@@ -131,7 +139,7 @@ class OrtSession:
 
         assert self._profile_folder is not None, "the session was not made with profile=True"
         events = json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
-        optimised = onnx.load_model(str(self._optimised))
+        optimised = onnx.load_model(str(self._optimised), load_external_data=False)
         self._profile_folder.cleanup()
         return NodeProfile(events, optimised)
 
@@ -153,6 +161,11 @@ class OrtSession:
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(self._profile_folder.name) / "nodes")
             options.optimized_model_filepath = str(self._optimised)
+            for key, value in (("file_name", "optimised.bin"), ("min_size_in_bytes", "1024")):
+                options.add_session_config_entry(f"session.optimized_model_external_initializers_{key}", value)
+        if self._weights:
+            held = [ort.OrtValue.ortvalue_from_numpy(array) for array in self._weights.values()]
+            options.add_external_initializers(list(self._weights), held)
         try:
             return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # as above
@@ -178,14 +191,15 @@ class OrtSession:
 
 @dataclass(frozen=True)
 class OnnxVariant:
-    """A model as ONNX Runtime reads it, and its states."""
+    """A model as ONNX Runtime reads it, its states, and its weights where they are apart."""
 
     model: bytes
     states: Sequence[StateSpec]
+    weights: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def open(self, *, threads: int = 1, profile: bool = False) -> OrtSession:
         """Open it; see `OrtSession`."""
-        return OrtSession(self.model, self.states, threads=threads, profile=profile)
+        return OrtSession(self.model, self.states, weights=self.weights, threads=threads, profile=profile)
 
 
 def _port(port: Any) -> Port:

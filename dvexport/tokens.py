@@ -1,0 +1,46 @@
+"""Which of a clip's first tokens are left after each stage of pruning.
+
+A decision names places in its group, and a group is a part of what the stage before left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+
+import numpy as np
+
+from dvexport.errors import UsageError
+
+__all__ = ["survivors"]
+
+
+def survivors(
+    grid: tuple[int, int, int], stages: Sequence[Sequence[str]], decisions: Mapping[tuple[str, str], np.ndarray]
+) -> list[np.ndarray]:
+    """Return for each stage where tokens are left: bool, of the shape of the grid.
+
+    Args:
+        grid: first tokens in time, height and width.
+        stages: for each stage the gates of its groups, in the order of time; groups are of equal size.
+        decisions: of one clip, kind `tokens`.
+
+    Raises:
+        UsageError: a decision is missing, or does not fit its group.
+    """
+    places = np.arange(prod(grid))
+    found = []
+    for gates in stages:
+        if not gates or len(places) % len(gates):
+            raise UsageError(f"{len(places)} tokens can't be divided into {len(gates)} groups")
+        kept = []
+        for group, gate in zip(places.reshape(len(gates), -1), gates, strict=True):
+            chosen = decisions.get((gate, "tokens"))
+            if chosen is None or (len(chosen) and not 0 <= chosen.min() <= chosen.max() < len(group)):
+                raise UsageError("a decision over tokens is missing, or outside its group", where=gate)
+            kept.append(group[chosen])
+        places = np.concatenate(kept)
+        left = np.zeros(prod(grid), bool)
+        left[places] = True
+        found.append(left.reshape(grid))
+    return found
