@@ -19,6 +19,7 @@ __all__ = [
     "Shift",
     "StaSettings",
     "ViTConfig",
+    "VideoSwinConfig",
     "option_names",
     "parse_settings",
 ]
@@ -233,6 +234,63 @@ class ViTConfig:
     def sta(self) -> StaSettings:
         """The options of the token pruning."""
         return StaSettings(**{f.name: getattr(self, f"sta_{f.name}") for f in dataclasses.fields(StaSettings)})
+
+
+@dataclass(frozen=True)
+class VideoSwinConfig:
+    """Options of Video-Swin.
+
+    Attributes:
+        embed_dim: channels of the first stage; each further one has twice as many.
+        depths: blocks of each stage.
+        heads: attention heads of each stage.
+        patch: frames, height and width of a patch.
+        window: tokens of a window in time, height and width.
+        mlp_ratio: hidden units of the MLPs, in multiples of the channels.
+        classes: number of labels.
+        frames: frames in a clip.
+        size: height and width of the input.
+        drop_path: rate of stochastic depth in the last block, in training; earlier blocks have less.
+        dropout: before the classifier, in training.
+        sta_r: tokens that each frame drops before stage 2, and a quarter of it in stage 3; 0 drops none.
+    """
+
+    embed_dim: int = 96
+    depths: tuple[int, ...] = (2, 2, 6, 2)
+    heads: tuple[int, ...] = (3, 6, 12, 24)
+    patch: tuple[int, int, int] = (2, 4, 4)
+    window: tuple[int, int, int] = (8, 7, 7)
+    mlp_ratio: float = 4.0
+    classes: int = 400
+    frames: int = 32
+    size: tuple[int, int] = (224, 224)
+    drop_path: float = 0.0
+    dropout: float = 0.0
+    sta_r: int = 0
+
+    def __post_init__(self) -> None:
+        _check_common(self.classes, self.frames, self.size)
+        if min(self.embed_dim, *self.depths, *self.heads, *self.patch, *self.window) < 1:
+            raise UsageError("sizes of Video-Swin are positive numbers")
+        if len(self.depths) != 4 or len(self.heads) != 4:
+            raise UsageError(f"depths={self.depths} and heads={self.heads} need a number for each of 4 stages")
+        for stage, heads in enumerate(self.heads):
+            if self.embed_dim * 2**stage % heads:
+                raise UsageError(f"stage {stage + 1} has {self.embed_dim * 2**stage} channels, not whole {heads} heads")
+        if self.frames % self.patch[0]:
+            raise UsageError(f"frames={self.frames} are not whole patches of {self.patch[0]} frames")
+        if self.sta_r < 0:
+            raise UsageError(f"sta.r={self.sta_r} is negative", hint="sta.r=0 prunes nothing")
+
+    @property
+    def causal(self) -> bool:
+        """Every token may see later frames."""
+        return False
+
+    def stage_size(self, stage: int) -> tuple[int, int, int]:
+        """Return the tokens of a stage (0-based) in time, height and width."""
+        height, width = (-(-side // patch) for side, patch in zip(self.size, self.patch[1:], strict=True))
+        return self.frames // self.patch[0], -(-height // 2**stage), -(-width // 2**stage)
 
 
 def _check_common(classes: int, frames: int, size: tuple[int, ...], shift_div: int = 8, width: float = 1.0) -> None:

@@ -35,7 +35,17 @@ from dvexport import gates
 from dvexport.errors import UsageError, unknown_name
 from dvexport.models.config import StaSettings
 
-__all__ = ["PruningStage", "drop_tokens", "plan_stages", "prune", "without_pruning"]
+__all__ = [
+    "PruningStage",
+    "drop_tokens",
+    "is_off",
+    "mean_key",
+    "plan_stages",
+    "prune",
+    "rows",
+    "select_survivors",
+    "without_pruning",
+]
 
 _off: ContextVar[bool] = ContextVar("sta_off", default=False)
 
@@ -126,6 +136,11 @@ def _check_settings(settings: StaSettings, blocks: Sequence[int], depth: int) ->
 
 
 def drop_tokens(x: Tensor, metric: Tensor, stage: PruningStage) -> Tensor:
+    """Return the tokens that stay, see `select_survivors`."""
+    return select_survivors(x, metric, stage)[0]
+
+
+def select_survivors(x: Tensor, metric: Tensor, stage: PruningStage) -> tuple[Tensor, list[Tensor]]:
     """Drop tokens as STA does.
 
     Args:
@@ -135,26 +150,31 @@ def drop_tokens(x: Tensor, metric: Tensor, stage: PruningStage) -> Tensor:
 
     Returns:
         The tokens that stay, `[B, groups * keep, C]`: groups in the order of time, each in that of its scores.
+        For each group their places in it, int64 `[B, keep]`.
     """
     metric = metric / metric.norm(dim=2, keepdim=True).clamp_min(1e-12)
     tokens, keys = x.split(stage.tokens, dim=1), metric.split(stage.tokens, dim=1)
     weakness = _weakness(x, stage).split(1, dim=1)
     kept: dict[int, Tensor] = {}
+    places: dict[int, Tensor] = {}
     before = attention = None
     for group in _order(stage):
         now = keys[group]
         if before is None:
-            kept[group], _ = gates.select_tokens(tokens[group], _likeness(now), stage.keep, gate=stage.gate(group))
-            before, attention = now, None
+            score = _likeness(now)
+            kept[group], places[group] = gates.select_tokens(tokens[group], score, stage.keep, gate=stage.gate(group))
+            before = now
             continue
         shares = (before @ now.transpose(1, 2)).softmax(dim=2)  # [B, before, now]: each token gives away 1
         attention = shares.sum(1, keepdim=True) if attention is None else attention @ shares
         score = (attention * weakness[group]).squeeze(1)
         kept[group], index = gates.select_tokens(tokens[group], score, stage.keep, gate=stage.gate(group))
-        before = _rows(now, index)
-        attention = _rows(attention.transpose(1, 2), index).transpose(1, 2)
+        places[group] = index
+        before = rows(now, index)
+        attention = rows(attention.transpose(1, 2), index).transpose(1, 2)
         attention = attention / attention.sum(2, keepdim=True)
-    return torch.cat([kept[group] for group in range(stage.groups)], dim=1)
+    in_time = range(stage.groups)
+    return torch.cat([kept[group] for group in in_time], dim=1), [places[group] for group in in_time]
 
 
 def _order(stage: PruningStage) -> Sequence[int]:
@@ -177,7 +197,7 @@ def _weakness(x: Tensor, stage: PruningStage) -> Tensor:
     return 1 - (strength - low) / (high - low).clamp_min(1e-12)
 
 
-def _rows(values: Tensor, index: Tensor) -> Tensor:
+def rows(values: Tensor, index: Tensor) -> Tensor:
     """Return the rows `index` `[B, K]` of `values` `[B, N, D]`; for one clip this traces to a plain Gather."""
     if values.shape[0] == 1:
         return values.squeeze(0).index_select(0, index.squeeze(0)).unsqueeze(0)
@@ -209,7 +229,7 @@ class _Pruner:
     def shortened(self, block: nn.Module, x: Tensor, seen: Tensor | None) -> Tensor:
         """Drop tokens by STA's scores."""
         assert seen is not None
-        weight, bias = _mean_key(block.get_submodule(self.attention), self.keys, self.heads, self.where)
+        weight, bias = mean_key(block.get_submodule(self.attention), self.keys, self.heads, self.where)
         return drop_tokens(x, nn.functional.linear(seen, weight, bias), self.stage)
 
     def _check(self, x: Any, seen: Tensor | None) -> None:
@@ -285,7 +305,7 @@ def prune(
         block, where = found[stage.block], f"{blocks}.{stage.block}"
         attending = _child(block, attention, where, "attention")
         count = heads or _heads(attending, f"{where}.{attention}")
-        _mean_key(attending, keys, count, f"{where}.{attention}")
+        mean_key(attending, keys, count, f"{where}.{attention}")
         pruner = (
             _Pruner(stage, where, attention, keys, count)
             if settings.method == "sta"
@@ -320,7 +340,7 @@ def _heads(attention: nn.Module, where: str) -> int:
     raise _not_recognised("the number of heads, as num_heads, num_attention_heads or heads", "none of them", where)
 
 
-def _mean_key(attention: nn.Module, path: str, heads: int, where: str) -> tuple[Tensor, Tensor | None]:
+def mean_key(attention: nn.Module, path: str, heads: int, where: str) -> tuple[Tensor, Tensor | None]:
     """Return weight `[D, C]` and bias of the keys' mean over the heads: the mean of their weights."""
     layer = _child(attention, path, where, "linear layer of the keys")
     weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
@@ -364,6 +384,11 @@ def _itself(model: Any) -> Any:
 def _unpruned(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     with _pruning_off():
         return model.forward(*args, **kwargs)
+
+
+def is_off() -> bool:
+    """Tell whether the model runs as `without_pruning`."""
+    return _off.get()
 
 
 @contextmanager

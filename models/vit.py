@@ -17,7 +17,7 @@ from dvexport.models import sta
 from dvexport.models.base import VideoModel, imagenet_preprocess
 from dvexport.models.config import ViTConfig
 
-__all__ = ["Attention", "Block", "Mlp", "TubeletEmbedding", "VisionTransformer", "position_table"]
+__all__ = ["Attention", "Block", "Mlp", "TubeletEmbedding", "VisionTransformer", "drop_rates", "position_table"]
 
 
 def position_table(tokens: int, dim: int) -> Tensor:
@@ -100,6 +100,11 @@ class DropPath(nn.Module):
         return x * kept / (1 - self.rate)
 
 
+def drop_rates(last: float, depth: int) -> list[float]:
+    """Return the rate of stochastic depth of each block, rising from 0 to `last`."""
+    return [last * block / max(depth - 1, 1) for block in range(depth)]
+
+
 class Block(nn.Module):
     """Attention and MLP, each after a layer norm and on a residual branch."""
 
@@ -134,7 +139,7 @@ class VisionTransformer(VideoModel):
             causal=False,
             whole_clip=True,
         )
-        rates = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
+        rates = drop_rates(config.drop_path, config.depth)
         self.patch_embed = TubeletEmbedding(config)
         self.register_buffer("positions", position_table(config.tokens, config.embed_dim), persistent=False)
         self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)

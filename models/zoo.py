@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from dvexport.errors import DvexportError, UsageError, unknown_name
 from dvexport.models.checkpoint import read_metadata
-from dvexport.models.config import MobileNetConfig, ResNetConfig, ViTConfig, parse_settings
+from dvexport.models.config import MobileNetConfig, ResNetConfig, VideoSwinConfig, ViTConfig, parse_settings
 from dvexport.preprocess import Preprocess
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class ModelInfo:
     Attributes:
         name: how to ask for it.
         summary: one line for a person.
-        family: `resnet`, `mobilenet`, `vit`, or `factory` for a model of the user's.
+        family: `resnet`, `mobilenet`, `vit`, `video_swin`, or `factory` for a model of the user's.
         options: every option with its value by default.
         weights: the shipped weights, None for an architecture to be given a checkpoint.
         architecture: zoo name of the architecture that shipped weights belong to.
@@ -61,6 +61,7 @@ _FAMILIES: dict[str, tuple[type, str]] = {
     "resnet": (ResNetConfig, "dvexport.models.resnet:ResNet"),
     "mobilenet": (MobileNetConfig, "dvexport.models.mobilenet:MobileNetV2"),
     "vit": (ViTConfig, "dvexport.models.vit:VisionTransformer"),
+    "video_swin": (VideoSwinConfig, "dvexport.models.video_swin:VideoSwin"),
 }
 
 _ADAFUSE18 = {"channel_gates": True, "hidden": 512, "shared_policies": True, "shift_place": "block"}
@@ -78,6 +79,7 @@ _ADAFUSE50_LAST = {
     "enabled_stages": (3,),
     "shift_place": "block",
 }
+_SWIN_BASE = {"embed_dim": 128, "depths": (2, 2, 18, 2), "heads": (4, 8, 16, 32)}
 _TILES = {"tile_gates": True}
 
 _ZOO: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -127,6 +129,14 @@ _ZOO: dict[str, tuple[str, str, dict[str, Any]]] = {
         "vit",
         "VideoMAE, ViT-H; sta.r prunes tokens",
         {"depth": 32, "embed_dim": 1280, "heads": 16},
+    ),
+    "video_swin_tiny": ("video_swin", "Video-Swin-T: 32 frames; sta.r prunes tokens, on a schedule of ours", {}),
+    "video_swin_small": ("video_swin", "Video-Swin-S; sta.r prunes tokens", {"depths": (2, 2, 18, 2)}),
+    "video_swin_base": ("video_swin", "Video-Swin-B; sta.r prunes tokens", _SWIN_BASE),
+    "video_swin_base_ssv2": (
+        "video_swin",
+        "Video-Swin-B with windows of 16 frames, as for Something-Something V2",
+        {**_SWIN_BASE, "window": (16, 7, 7), "classes": 174},
     ),
 }
 

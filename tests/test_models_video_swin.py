@@ -1,0 +1,210 @@
+import itertools
+import math
+
+import official_layouts as official
+import pytest
+import sta_reference
+import torch
+import torch.nn.functional as F
+
+from dvexport.errors import CheckpointError, UsageError
+from dvexport.models import zoo
+
+SMALL = {"embed_dim": 8, "depths": "1,2,2,1", "heads": "1,2,2,4", "classes": 5, "frames": 8, "size": 64}
+WINDOWED = {"window": "2,7,7"}
+
+
+def small(**options):
+    torch.manual_seed(1)
+    model = zoo.create("video_swin_tiny", **{**SMALL, **WINDOWED, **options}).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    return model
+
+
+def norm(x, state, name):
+    return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"])
+
+
+def attend(x, state, heads, window, full, shift, kept):
+    """Official window attention on `[D, H, W, C]`, one window at a time, with padding, rolling and region numbers."""
+    size = x.shape[:3]
+    padded = [-(-s // w) * w for s, w in zip(size, window, strict=True)]
+    channels, width = x.shape[3], x.shape[3] // heads
+    pads = [p - s for p, s in zip(padded, size, strict=True)]
+    x = F.pad(x, (0, 0, 0, pads[2], 0, pads[1], 0, pads[0]))
+    alive = F.pad(kept, (0, pads[2], 0, pads[1], 0, pads[0]), value=True)
+    rows = (x @ state["qkv.weight"].T + state["qkv.bias"]) * alive[..., None]
+    region = torch.zeros(padded)
+    if any(shift):
+        cuts = [
+            (slice(0, -w), slice(-w, -s), slice(-s, None)) if s else (slice(None),)
+            for w, s in zip(window, shift, strict=True)
+        ]
+        for number, part in enumerate(itertools.product(*cuts)):
+            region[part] = number
+    back = [-s for s in shift]
+    rows, alive = rows.roll(back, (0, 1, 2)), alive.roll(back, (0, 1, 2))
+    out = torch.zeros_like(x)
+    places = list(itertools.product(*(range(w) for w in window)))
+    whole = list(itertools.product(*(range(w) for w in full)))[: len(places)]  # the official [:N, :N]
+    index = [[sum((p[a] - q[a] + full[a] - 1) * math.prod(2 * f - 1 for f in full[a + 1 :]) for a in range(3))
+              for q in whole] for p in whole]  # fmt: skip
+    bias = state["relative_position_bias_table"][torch.tensor(index)]
+    for corner in itertools.product(*(range(0, p, w) for p, w in zip(padded, window, strict=True))):
+        at = tuple(slice(c, c + w) for c, w in zip(corner, window, strict=True))
+        query, key, value = rows[at].reshape(-1, 3 * channels).split(channels, 1)
+        number, seen = region[at].flatten(), alive[at].flatten()
+        parts = []
+        for head in range(heads):
+            own = slice(head * width, head * width + width)
+            logits = query[:, own] @ key[:, own].T / math.sqrt(width) + bias[:, :, head]
+            logits = logits - 100 * (number[:, None] != number[None]) - 100 * ~seen
+            parts.append(logits.softmax(1) @ value[:, own])
+        out[at] = torch.cat(parts, 1).reshape(*window, channels)
+    out = out.roll(list(shift), (0, 1, 2))[: size[0], : size[1], : size[2]]
+    return out @ state["proj.weight"].T + state["proj.bias"]
+
+
+def literal(model, clip):
+    """The official forward pass of one clip, and the documented pruning."""
+    config, state = model.config, model.state_dict()
+    clip = F.pad(clip.transpose(0, 1), (0, -clip.shape[3] % 4, 0, -clip.shape[2] % 4))
+    x = F.conv3d(clip[None], state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=config.patch)
+    x = norm(x[0].permute(1, 2, 3, 0), state, "patch_embed.norm")
+    for stage, (depth, heads) in enumerate(zip(config.depths, config.heads, strict=True)):
+        size = x.shape[:3]
+        kept = torch.ones(size, dtype=torch.bool)
+        window = [min(w, s) for w, s in zip(config.window, size, strict=True)]
+        for block in range(depth):
+            part = {
+                k.removeprefix(p): v for k, v in state.items() if k.startswith(p := f"layers.{stage}.blocks.{block}.")
+            }
+            attn = {k.removeprefix("attn."): v for k, v in part.items() if k.startswith("attn.")}
+            r, first = {1: (config.sta_r, 0), 2: (config.sta_r // 4, depth // 2)}.get(stage, (0, -1))
+            if r and block == first:
+                channels = x.shape[3]
+                keys = norm(x, part, "norm1") @ attn["qkv.weight"][channels : 2 * channels].T
+                keys = (keys + attn["qkv.bias"][channels : 2 * channels]).reshape(-1, heads, channels // heads).mean(1)
+                tokens = x.reshape(-1, channels).tolist()
+                places = sta_reference.drop(tokens, keys.tolist(), size[0], r, reverse=stage == 2)
+                kept = torch.zeros(kept.numel(), dtype=torch.bool).index_fill(0, torch.tensor(places), True)
+                kept = kept.reshape(size)
+            shift = [w // 2 if block % 2 and s > w else 0 for w, s in zip(config.window, size, strict=True)]
+            y = x + attend(norm(x, part, "norm1"), attn, heads, window, config.window, shift, kept)
+            z = norm(y, part, "norm2") @ part["mlp.fc1.weight"].T + part["mlp.fc1.bias"]
+            z = y + F.gelu(z) @ part["mlp.fc2.weight"].T + part["mlp.fc2.bias"]
+            x = torch.where(kept[..., None], z, x)
+        if stage < 3:
+            x = F.pad(x, (0, 0, 0, size[2] % 2, 0, size[1] % 2))
+            x = torch.cat([x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]], 3)
+            x = norm(x, state, f"layers.{stage}.downsample.norm")
+            x = x @ state[f"layers.{stage}.downsample.reduction.weight"].T
+    return norm(x, state, "norm").mean((0, 1, 2)) @ state["head.weight"].T + state["head.bias"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"window": "8,7,7"},
+        {"window": "2,2,2"},
+        {"window": "3,3,5", "size": "44x50"},
+        {"sta.r": "12"},
+        {"sta.r": "12", "window": "2,2,3"},
+        {"sta.r": "16", "window": "3,3,5", "size": "48x56"},
+    ],
+    ids=str,
+)
+def test_official_equations_and_the_documented_pruning(options):
+    model = small(**options)
+    height, width = model.config.size
+    frames = torch.randn(16, 3, height, width, dtype=torch.float64)
+    with torch.no_grad():
+        found = model(frames)
+        assert found.shape == (2, 5)
+        for clip in range(2):
+            assert torch.allclose(found[clip], literal(model, frames[8 * clip : 8 * clip + 8]), atol=1e-9)
+
+
+def test_without_pruning_is_the_dense_model_on_the_same_weights():
+    model, plain = small(**{"sta.r": 8}), small()
+    frames = torch.randn(8, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.equal(model.without_pruning()(frames), plain(frames))
+        assert not torch.equal(model(frames), plain(frames))
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert all(p is q for p, q in zip(model.parameters(), model.without_pruning().parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("video_swin_tiny", 28.2), ("video_swin_small", 49.8), ("video_swin_base", 88.1)]
+)
+def test_published_sizes(name, millions):
+    with torch.device("meta"):
+        model = zoo.create(name)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(millions * 1e6, rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"sta.r": 10}, "sta.r=10 does not fit Video-Swin: stage 2 has 64"),
+        ({"sta.r": 36}, "sta.r=36 does not fit Video-Swin: stage 2 has 64"),
+        ({"sta.r": -4}, "sta.r=-4 is negative"),
+        ({"depths": "2,2"}, "a number for each of 4 stages"),
+        ({"heads": "3,2,2,4"}, "stage 1 has 8 channels, not whole 3 heads"),
+        ({"frames": 7}, "frames=7 are not whole patches of 2"),
+        ({"window": "0,7,7"}, "positive numbers"),
+        ({"sta.groups": "4"}, "unknown option 'sta.groups'"),
+    ],
+)
+def test_options_that_do_not_fit(options, what):
+    with pytest.raises(UsageError) as error:
+        small(**options)
+    assert what in error.value.what
+
+
+def official_keys(model):
+    """state_dict as mmcv saves it: a backbone, a classification head, and the index tables beside the biases."""
+    keys = {}
+    for name, value in model.state_dict().items():
+        keys[name.replace("head.", "cls_head.fc_cls.") if name.startswith("head.") else f"backbone.{name}"] = value
+        if name.endswith("relative_position_bias_table"):
+            places = math.prod(model.config.window)
+            index = name.replace("bias_table", "index")
+            keys[f"backbone.{index}"] = torch.zeros(places, places, dtype=torch.int64)
+    return keys
+
+
+SIZE = {"embed_dim": 8, "depths": "1,2,2,1"}
+
+
+def test_official_layout(tmp_path):
+    model = small(window="4,7,7").float()
+    path = official.save(tmp_path / "swin.pth", official_keys(model), wrapped="state_dict", meta={"epoch": 30})
+    loaded = zoo.create("video_swin_tiny", path, frames=8, size=64, **SIZE)
+    assert loaded.config == model.config
+    frames = torch.randn(8, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(loaded(frames), model(frames))
+    report = loaded.import_report
+    assert report.layout == "official Video-Swin"
+    assert report.inferred["window"] == (4, 7, 7)
+    assert report.inferred["heads"] == (1, 2, 2, 4)
+    assert report.assumed == {}
+
+
+def test_a_checkpoint_of_another_size_or_with_missing_weights(tmp_path):
+    keys = official_keys(small(window="8,7,7").float())
+    path = official.save(tmp_path / "swin.pth", keys, wrapped="state_dict")
+    with pytest.raises(CheckpointError, match="another model than video_swin_tiny") as error:
+        zoo.create("video_swin_tiny", path)
+    assert "embed_dim=8" in error.value.why
+    with pytest.raises(CheckpointError, match="another model than vit_small"):
+        zoo.create("vit_small", path)
+    del keys["backbone.layers.1.blocks.1.attn.proj.bias"]
+    path = official.save(tmp_path / "swin.pth", keys, wrapped="state_dict")
+    with pytest.raises(CheckpointError, match="1 missing: layers.1.blocks.1.attn.proj.bias"):
+        zoo.create("video_swin_tiny", path, **SIZE)
