@@ -133,6 +133,10 @@ class MotionDataset:
         frames: T, of a motion that lasts the whole clip; another T samples the same paths.
         seed: of the whole data set.
 
+    Attributes:
+        drift: share of the camera's motion over the background that is shown; 1, but in the beginning of
+            some trainings.
+
     Raises:
         UsageError: unknown split, or a size or frame count too small to show a motion.
     """
@@ -148,6 +152,7 @@ class MotionDataset:
                 hint="use at least 3 frames of at least 16 pixels",
             )
         self.split, self.size, self.frames, self.seed = split, size, frames, seed
+        self.drift = 1.0
 
     def __len__(self) -> int:
         return SPLITS[self.split]
@@ -199,8 +204,8 @@ class MotionDataset:
             y=y + shiver[:, 1],
             angle=draws("angle", 1, high=6.2831853) + turn,
             radius=draws("radius", 1, low=0.38, high=0.56) * growth.exp(),
-            camera_x=drift[:, 0] + draws("camera.x", total, low=-0.006, high=0.006),
-            camera_y=drift[:, 1] + draws("camera.y", total, low=-0.006, high=0.006),
+            camera_x=self.drift * (drift[:, 0] + draws("camera.x", total, low=-0.006, high=0.006)),
+            camera_y=self.drift * (drift[:, 1] + draws("camera.y", total, low=-0.006, high=0.006)),
         )
 
     def _draws(self, indices: Tensor) -> Draws:

@@ -19,6 +19,7 @@ __all__ = [
     "GateOptions",
     "OptimiserOptions",
     "Recipe",
+    "TransformerOptions",
     "load_recipe",
     "recipe_names",
 ]
@@ -107,6 +108,23 @@ class GateOptions:
 
 
 @dataclass(frozen=True)
+class TransformerOptions:
+    """What shortens the training of a video transformer, see `dvexport.models.motion_hints`.
+
+    Attributes:
+        embedding_clips: the embedding begins whitened by this many clips; 0 for a random one.
+        gain: of the first linear weights in the blocks.
+        hints: weight of the loss on what tokens tell of the object.
+        still_epochs: the camera stands still for so long, and starts to move within as many more.
+    """
+
+    embedding_clips: int = 0
+    gain: float = 1.0
+    hints: float = 0.0
+    still_epochs: float = 0.0
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One training run.
 
@@ -119,6 +137,7 @@ class Recipe:
         settings: of the model; classes, frames and size follow from the data.
         data, optimiser: see there.
         gates: None for a model without gates.
+        transformer: None for a model that is none, or to train one without help.
     """
 
     name: str
@@ -126,15 +145,19 @@ class Recipe:
     optimiser: OptimiserOptions
     data: DataOptions = field(default_factory=DataOptions)
     gates: GateOptions | None = None
+    transformer: TransformerOptions | None = None
     seed: int = 0
     start_from: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, as they stand in JSON; `mirrored` only where it is set."""
+        """Return plain values, as they stand in JSON; `mirrored` and `transformer` only where they are set."""
         values = dataclasses.asdict(self)
-        if not self.data.mirrored:  # recipes from before there was such a choice stay what they were
+        # Recipes from before there were these choices stay what they were.
+        if not self.data.mirrored:
             del values["data"]["mirrored"]
+        if self.transformer is None:
+            del values["transformer"]
         return values
 
     @property
@@ -174,7 +197,8 @@ def load_recipe(recipe: str | Path) -> Recipe:
 
 
 def _parse(values: dict[str, Any]) -> Recipe:
-    tables = {"data": DataOptions, "optimiser": OptimiserOptions, "gates": GateOptions}
+    tables = {"data": DataOptions, "optimiser": OptimiserOptions, "gates": GateOptions,
+              "transformer": TransformerOptions}  # fmt: skip
     parsed: dict[str, Any] = {name: _options(name, tables[name], values[name]) for name in tables if name in values}
     settings = values.get("settings", {})
     if not isinstance(settings, dict):
@@ -221,6 +245,14 @@ def _check(recipe: Recipe) -> None:
          "the name of another training, or a file"),
         (data.validation_clips >= 1, f"validation_clips = {data.validation_clips}", "at least 1"),
     ]  # fmt: skip
+    if recipe.transformer is not None:
+        helps = recipe.transformer
+        rules += [
+            (helps.gain > 0, f"gain = {helps.gain}", "above 0"),
+            (min(helps.embedding_clips, helps.hints, helps.still_epochs) >= 0,
+             f"embedding_clips = {helps.embedding_clips}, hints = {helps.hints}, still_epochs = {helps.still_epochs}",
+             "0 or more"),
+        ]  # fmt: skip
     if gates is not None:
         rules += [
             (0 < gates.target <= 1, f"target = {gates.target}", "above 0, at most 1"),

@@ -30,6 +30,7 @@ from dvexport.models.checkpoint import read_checkpoint
 from dvexport.models.evaluate import Evaluation, clip_logits, decisions_of, evaluate, normalised
 from dvexport.models.importers import load_weights
 from dvexport.models.motion import MotionDataset, mirror_images
+from dvexport.models.motion_hints import Hints, scale_blocks, whiten_embedding
 from dvexport.models.policies import ChannelPolicy, TileMask
 from dvexport.models.recipe import Recipe, load_recipe
 from dvexport.models.training_state import (
@@ -40,11 +41,13 @@ from dvexport.models.training_state import (
     load_state,
     save_state,
 )
+from dvexport.models.vit import VisionTransformer
 from dvexport.preprocess import Preprocess
 
 __all__ = ["Trained", "train"]
 
 _SECONDS_BETWEEN_LINES = 30
+_HINTS = "hints:"  # of a state's keys that are no part of the model
 
 
 @dataclass(frozen=True)
@@ -129,8 +132,10 @@ class _Run:
         self.model = _new_model(recipe).to(device)
         if not self.model.whole_clip:  # that has no layers but linear ones to speak of, and a 3-D kernel
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimiser = _optimiser(self.model, recipe)
         self.data = MotionDataset("train", recipe.data.size, recipe.data.frames, recipe.data.seed)
+        self.hints = _hints(self.model, recipe, self.data)
+        self.learning = nn.ModuleDict({"model": self.model} | ({"hints": self.hints} if self.hints else {}))
+        self.optimiser = _optimiser(self.learning, recipe)
         self.epoch = 0
         self.curves: list[dict[str, Any]] = []
 
@@ -140,15 +145,18 @@ class _Run:
 
     def restore(self, state: TrainingState) -> None:
         """Go back to where `state` was taken."""
-        self.model.load_state_dict(state.model)
+        hints = {key: value for key, value in state.model.items() if key.startswith(_HINTS)}
+        self.model.load_state_dict({key: value for key, value in state.model.items() if key not in hints})
+        if self.hints is not None:
+            self.hints.load_state_dict({key.removeprefix(_HINTS): value for key, value in hints.items()})
         self.optimiser.load_state_dict(state.optimiser)
         self.epoch, self.curves = state.epoch, state.curves
 
     def state(self) -> TrainingState:
         """Return what the training can go on from."""
-        return TrainingState(
-            self.recipe.digest, self.epoch, self.model.state_dict(), self.optimiser.state_dict(), self.curves
-        )
+        hints = self.hints.state_dict(prefix=_HINTS) if self.hints is not None else {}
+        model = {**self.model.state_dict(), **hints}
+        return TrainingState(self.recipe.digest, self.epoch, model, self.optimiser.state_dict(), self.curves)
 
     def train_epoch(self, progress: Callable[[str], None]) -> dict[str, Any]:
         """Train one epoch, score it on some validation clips, and return its record.
@@ -197,13 +205,19 @@ class _Run:
         options = self.recipe.optimiser
         for group in self.optimiser.param_groups:
             group["lr"] = _learning_rate(self.recipe, epoch)
+        helps = self.recipe.transformer
+        if helps is not None and helps.still_epochs > 0:
+            self.data.drift = min(1.0, max(0.0, epoch / helps.still_epochs - 1))
         frames, labels = self.data.batch(indices, self.device)
         if self.recipe.data.mirrored:
             frames, labels = mirror_images(frames, labels)
         parts = self._losses(frames, labels, epoch)
+        if helps is not None and self.hints is not None:
+            parts["hints"] = self.hints.loss(self.data, indices, self.recipe.data.mirrored)
+            parts["loss"] = parts["loss"] + helps.hints * parts["hints"]
         self.optimiser.zero_grad(set_to_none=True)
         parts["loss"].backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), options.clip_norm)
+        nn.utils.clip_grad_norm_(self.learning.parameters(), options.clip_norm)
         self.optimiser.step()
         return parts
 
@@ -265,6 +279,26 @@ def _new_model(recipe: Recipe) -> VideoModel:
     if recipe.gates is not None and not _has_gates(model):
         raise UsageError(f"'{recipe.model}' has no gates", where=recipe.name, hint="leave out [gates]")
     return model
+
+
+def _hints(model: VideoModel, recipe: Recipe, data: MotionDataset) -> Hints | None:
+    """Give a transformer the start that its recipe asks for; return its hints, None without any."""
+    helps = recipe.transformer
+    if helps is None:
+        return None
+    if not isinstance(model, VisionTransformer):
+        raise UsageError(f"'{recipe.model}' is no ViT", where=recipe.name, hint="leave out [transformer]")
+    if helps.embedding_clips:
+        shown = range(len(data) - helps.embedding_clips, len(data))  # the last, which no epoch reaches
+        whiten_embedding(model, normalised(data.batch(list(shown), _device_of(model))[0], model))
+    scale_blocks(model, helps.gain)
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        return Hints(model).to(_device_of(model)) if helps.hints else None
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def _share(epoch: float, length: float) -> float:

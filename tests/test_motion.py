@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dvexport.errors import UsageError
-from dvexport.models.motion import CLASSES, SPLITS, MotionDataset, motion_order, write_sample_clips
+from dvexport.models.motion import CLASSES, SPLITS, MotionDataset, mirror_images, motion_order, write_sample_clips
 from dvexport.models.textures import Draws
 
 GOLDEN_WORDS = [[1939671808, 3802949376], [142752784, 769323008], [3541142784, 3316158720]]
@@ -153,3 +153,36 @@ def test_sample_clips_play(tmp_path):
     assert np.abs(decoded.astype(int) - truth).mean() < 12
     with pytest.raises(UsageError, match="of class 'move_right'"):
         write_sample_clips(tmp_path, {"move_left": 1}, size=32, frames=6)
+
+
+def test_mirror_images_show_the_opposite_motions():
+    """Opposites change places: all in reversed time, up and down in flipped rows, left and right in columns."""
+    frames, labels = small(size=16, frames=4).batch(list(range(12)))
+    images, classes = mirror_images(frames, labels)
+    assert images.shape == (96, 4, 3, 16, 16)
+    names = [[CLASSES[label] for label in classes[start : start + 12]] for start in range(0, 96, 12)]
+    assert names[0] == list(CLASSES)
+    opposite = {"move_left": "move_right", "move_up": "move_down", "rotate_clockwise": "rotate_counterclockwise",
+                "approach": "recede"}  # fmt: skip
+    opposite |= {after: before for before, after in opposite.items()}
+    assert names[1] == [opposite.get(name, name) for name in CLASSES]
+    turned = {name: opposite[name] for name in ("rotate_clockwise", "rotate_counterclockwise")}
+    rows = {name: opposite[name] for name in ("move_up", "move_down")}
+    columns = {name: opposite[name] for name in ("move_left", "move_right")}
+    assert names[2] == [{**turned, **rows}.get(name, name) for name in CLASSES]
+    assert names[4] == [{**turned, **columns}.get(name, name) for name in CLASSES]
+    # Both flips are half a turn, which leaves the sense of rotation alone.
+    assert names[6] == [{**rows, **columns}.get(name, name) for name in CLASSES]
+    for start, axes in ((12, (1,)), (24, (3,)), (48, (4,)), (84, (1, 3, 4))):
+        assert torch.equal(images[start : start + 12], frames.flip(axes))
+
+
+@pytest.mark.parametrize("first", ["move_left", "move_up", "rotate_counterclockwise", "recede"])
+def test_a_reversed_clip_takes_the_steps_of_the_class_it_gets(first):
+    data = small(frames=16)
+    label = CLASSES.index(first)
+    frames, labels = data.batch([label])
+    opposite = int(mirror_images(frames, labels)[1][1])
+    moving = [int(axis) for axis in range(4) if len(data.scene([label]).steps[0, axis].unique()) == 16]
+    assert len(moving) == 1
+    assert torch.equal(data.scene([label]).steps[0, moving[0]].flip(0), data.scene([opposite]).steps[0, moving[0]])

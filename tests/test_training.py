@@ -15,7 +15,7 @@ from dvexport import gates
 from dvexport.errors import CheckpointError, UsageError
 from dvexport.models import losses, zoo
 from dvexport.models.checkpoint import read_metadata
-from dvexport.models.evaluate import dense_macs, evaluate
+from dvexport.models.evaluate import dense_macs, evaluate, normalised
 from dvexport.models.motion import CLASSES, SPLITS, MotionDataset
 from dvexport.models.policies import ChannelPolicy, Decision, TileMask, executed_macs, randomize_gates
 from dvexport.models.recipe import Recipe, load_recipe, recipe_names
@@ -44,6 +44,27 @@ alpha = 1.0
 beta = 0.5
 relax_epochs = 1.5
 noise_until = 1.5
+"""
+
+
+TINY_VIT = """
+name = "tiny_vit"
+model = "vit_small"
+settings = { depth = 3, embed_dim = 8, heads = 2, patch = 8 }
+[data]
+size = 16
+frames = 4
+clips_per_epoch = 32
+validation_clips = 12
+mirrored = true
+[optimiser]
+epochs = 2
+batch = 16
+[transformer]
+embedding_clips = 4
+gain = 2.0
+hints = 0.5
+still_epochs = 0.5
 """
 
 
@@ -191,6 +212,71 @@ def test_an_interrupted_epoch_is_done_again(tiny, tmp_path, short_validation, mo
     assert resumed.weights.read_bytes() == whole.weights.read_bytes()
 
 
+@pytest.fixture
+def tiny_vit(tmp_path):
+    path = tmp_path / "tiny_vit.toml"
+    path.write_text(TINY_VIT)
+    return path
+
+
+def test_a_whole_clip_model_trains_and_resumes_with_the_same_weights(tiny_vit, tmp_path, short_validation, monkeypatch):
+    from dvexport.models import training
+
+    whole = train(tiny_vit, output=tmp_path / "whole", device="cpu", progress=lambda line: None)
+    take_step = training._Run._step
+
+    def interrupted(run, indices, epoch):
+        if epoch >= 1:
+            raise KeyboardInterrupt
+        return take_step(run, indices, epoch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Run, "_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_vit, output=tmp_path / "cut", device="cpu", progress=lambda line: None)
+    lines = []
+    resumed = train(tiny_vit, output=tmp_path / "cut", device="cpu", progress=lines.append)
+    assert "resumed after epoch 1 of 2" in lines[0]
+    assert resumed.weights.read_bytes() == whole.weights.read_bytes()
+    record = json.loads(resumed.curves.read_text().splitlines()[1])
+    assert record["loss"] == pytest.approx(record["task"] + 0.5 * record["hints"], rel=1e-4)
+    assert not [key for key in load_file(resumed.weights) if "hints" in key]
+    # A row of logits per clip: as many predictions as labels, and those of the clips one by one.
+    model = zoo.create("vit_small", resumed.weights)
+    assert model.config.depth == 3
+    data = MotionDataset("validation", 16, 4)
+    found = evaluate(model, data, batch=5)
+    assert found.predictions == resumed.evaluation.predictions
+    assert len(found.predictions) == len(found.labels) == 24
+    with torch.no_grad():
+        alone = [int(model(normalised(data.batch([i])[0], model)).argmax()) for i in range(24)]
+    assert alone == found.predictions
+
+
+def test_the_steps_of_a_mirrored_training_render_an_eighth(tiny_vit, monkeypatch):
+    from dvexport.models import training
+
+    seen = []
+    tiny_vit.write_text(TINY_VIT.partition("[transformer]")[0])
+    monkeypatch.setattr(training._Run, "_losses", lambda run, frames, labels, epoch: seen.append((frames, labels)) or {
+        "loss": sum(p.sum() * 0 for p in run.model.parameters())})  # fmt: skip
+    monkeypatch.setattr(training._Run, "_score", lambda run: {})
+    run = training._Run(load_recipe(tiny_vit), torch.device("cpu"))
+    run.train_epoch(lambda line: None)
+    rendered = MotionDataset("train", 16, 4).batch([0, 1, 2, 3])
+    assert [frames.shape[0] for frames, _ in seen] == [16, 16]
+    assert torch.equal(torch.cat([frames[:2] for frames, _ in seen]), rendered[0])
+    assert torch.equal(torch.cat([labels[:2] for _, labels in seen]), rendered[1])
+
+
+def test_macs_of_a_whole_clip_model_include_attention():
+    model = zoo.create("vit_small", depth=2, embed_dim=8, heads=2, patch=8, size=16, frames=4, classes=12)
+    tokens, dim = 2 * 2 * 2, 8
+    block = tokens * 12 * dim * dim + 2 * tokens * tokens * dim
+    embedding, head = tokens * dim * 3 * 2 * 8 * 8, dim * 12
+    assert dense_macs(model, (16, 16)) == (2 * block + embedding + head) // 4
+
+
 def test_a_slow_epoch_tells_how_far_it_is(tiny, tmp_path, short_validation, monkeypatch):
     from dvexport.models import training
 
@@ -243,6 +329,39 @@ def test_shared_layers_are_stored_once():
     assert len({tensor.data_ptr() for tensor in tensors.values()}) == len(tensors)
     assert tensors["conv1.weight"].dtype == torch.float16
     assert tensors["bn1.running_var"].dtype == torch.float32
+
+
+def test_the_camera_stands_still_at_first(tiny_vit):
+    from dvexport.models import training
+
+    run = training._Run(load_recipe(tiny_vit), torch.device("cpu"))
+    drifts = []
+    for epoch in (0, 0.5, 0.75, 1, 1.9):
+        run._step(torch.arange(2), epoch)
+        drifts.append(run.data.drift)
+    assert drifts == [0, 0, 0.5, 1, 1]
+    still, moving = MotionDataset("train", 16, 4), MotionDataset("train", 16, 4)
+    still.drift = 0.0
+    assert still.scene([0]).camera_x.abs().max() == 0 < moving.scene([0]).camera_x.abs().max()
+    assert torch.equal(still.scene([0]).x, moving.scene([0]).x)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(("gain = 2.0", "gain = 0"), "gain = 0"), (("hints = 0.5", "hints = -1"), "hints = -1"),
+     (("vit_small", "tsn_resnet18"), "unknown|no ViT")],
+)  # fmt: skip
+def test_a_bad_help_for_transformers_is_one_clear_error(tiny_vit, tmp_path, change, message):
+    tiny_vit.write_text(TINY_VIT.replace(*change))
+    with pytest.raises(UsageError, match=message):
+        train(tiny_vit, output=tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_mirror_images_come_in_eights(tiny_vit):
+    tiny_vit.write_text(TINY_VIT.replace("batch = 16", "batch = 12"))
+    with pytest.raises(UsageError, match=r"batch = 12 of mirrored clips\n.*\n.*a multiple of 8"):
+        load_recipe(tiny_vit)
 
 
 @pytest.mark.parametrize(
@@ -353,11 +472,16 @@ def test_shipped_weights_are_what_their_recipe_makes(name):
 @pytest.mark.parametrize(
     ("name", "least", "most"),
     [("dstep_motion_d60", 0.95, 1), ("dstep_motion_d40", 0.95, 1), ("tsm_motion", 0.95, 1),
-     ("tsn_motion", 0, 0.25)],
+     ("tsn_motion", 0, 0.25), ("vit_motion", 0.5, 1)],
 )  # fmt: skip
 def test_shipped_weights_do_as_they_say(name, least, most):
     model = zoo.create(name)
-    found = evaluate(model, MotionDataset("validation", *model.preprocess.size[:1]), indices=range(48), batch=12)
+    found = evaluate(
+        model,
+        MotionDataset("validation", model.preprocess.size[0], model.preprocess.frames),
+        indices=range(48),
+        batch=12,
+    )
     assert least <= found.accuracy <= most
     recipe = load_recipe(name)
     if recipe.gates is None:
