@@ -12,6 +12,7 @@ the first action wins, as in ArgMax. Scores round differently, by as much as in 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -52,9 +53,9 @@ def _match(node: ir.Node) -> _Match | None:
         return None
     _, channels, actions = scores.shape
     flat = array_of(gemm.inputs[1])
-    if flat is None or not isinstance(channels, int) or actions not in (2, 3) or len(flat) != channels * int(actions):
+    if flat is None or not isinstance(channels, int) or not isinstance(actions, int):
         return None
-    return _Match(node, gemm, channels, int(actions))
+    return _Match(node, gemm, channels, actions) if actions in (2, 3) and len(flat) == channels * actions else None
 
 
 def _takes_first_over_last(node: ir.Node, scores: ir.Value) -> bool:
@@ -79,7 +80,7 @@ def _rewrite(match: _Match) -> None:
     assert weight is not None and gemm.outputs[0].shape is not None
     frames = gemm.outputs[0].shape[0]
 
-    def op(op_type: str, *inputs: ir.Value, dtype: ir.DataType, columns: int = channels, **attributes: int) -> ir.Value:
+    def op(op_type: str, *inputs: ir.Value, dtype: ir.DataType, columns: int = channels, **attributes: Any) -> ir.Value:
         return build.op(op_type, *inputs, shape=[frames, columns], dtype=dtype, **attributes)
 
     boolean, whole, real = ir.DataType.BOOL, ir.DataType.INT64, ir.DataType.FLOAT
