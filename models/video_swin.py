@@ -91,7 +91,7 @@ class WindowTable:
         real = self.order < self.count
         self.inverse = torch.empty(self.count, dtype=torch.int64, device="cpu")
         self.inverse[self.order[real]] = torch.arange(len(self.order), device="cpu")[real]
-        self.mask = self._mask(padded, shift) if any(shift) else None
+        self.mask = self._mask(padded, shift) if any(shift) else None  # type: ignore[arg-type]
 
     def _cut(self, grid: Tensor) -> Tensor:
         """Return `[windows, places]` of a grid of tokens."""
@@ -150,7 +150,7 @@ class WindowAttention(nn.Module):
             part.reshape(-1, places, self.num_heads, channels // self.num_heads).transpose(1, 2)
             for part in _take(rows, order).split(channels, dim=2)
         )
-        index = self.relative_position_index[:places, :places]
+        index = self.relative_position_index[:places, :places]  # type: ignore[index]
         bias = (
             self.relative_position_bias_table.index_select(0, index.flatten())
             .reshape(places, places, -1)
@@ -268,7 +268,7 @@ def _inherit(x: Tensor, dropped: Tensor, stage: sta.PruningStage) -> tuple[Tenso
 
 def _drop(x: Tensor, block: nn.Module, stage: sta.PruningStage, before: Survivors | None) -> tuple[Tensor, Survivors]:
     """Drop tokens before a block, whose mean key is the metric."""
-    weight, bias = sta.mean_key(block.attn, "qkv", block.attn.num_heads, "attn")  # type: ignore[arg-type]
+    weight, bias = sta.mean_key(block.attn, "qkv", block.attn.num_heads, "attn")  # type: ignore[arg-type,union-attr]
     metric = F.linear(block.norm1(x), weight, bias)  # type: ignore[operator]
     kept, index = sta.select_survivors(x, metric, stage)
     places = _places(index, stage)
