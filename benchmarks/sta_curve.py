@@ -20,13 +20,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import dvexport
 from benchmarks.document import DOCS, markdown_table, replace_block
 from benchmarks.timing import Timing, take_turns
+from dvexport import gates
 from dvexport.dialect.flops import FlopTable
 from dvexport.models import zoo
-from dvexport.models.evaluate import evaluate, normalised
+from dvexport.models.evaluate import batches, normalised
 from dvexport.models.motion import MotionDataset
 from dvexport.session import Session
 
@@ -126,7 +128,8 @@ def measure(
     scores: dict[tuple[str, int], tuple[float, int, int]] = {}
     sessions: dict[str, Session] = {}
     gmacs: dict[tuple[str, int], float] = {}
-    frames = None
+    plain = zoo.create(model, checkpoint)
+    frames, labels = _validation(plain, clips)
     with tempfile.TemporaryDirectory() as folder:
         for method, r in cells:
             settings = {"sta_r": r, "sta_method": method}
@@ -138,15 +141,16 @@ def measure(
             session = sessions[f"{method} {r}"] = bundle.session(threads=threads)
             table = FlopTable.from_dict(bundle.manifest.flops)
             gmacs[method, r] = (table.fixed + table.decisions) / 1e9
-            data = _validation(net)
-            right, changed, tokens = _through_artifact(net, session, data, clips)
+            expected = _predictions(net, frames)
+            found = torch.tensor([int(session.run_clip(clip.numpy())[-1].logits.argmax()) for clip in frames])
             others = range(1, seeds) if method == "random" else ()
-            more = [_accuracy(model, checkpoint, {**settings, "sta_seed": seed}, clips) for seed in others]
-            scores[method, r] = float(np.mean([right, *more])), changed, tokens
-            if frames is None:
-                frames = normalised(data.batch([0])[0], net).numpy()
-        assert frames is not None
-        times = take_turns({name: lambda run=run: _seconds(run, frames) for name, run in sessions.items()}, rounds)  # type: ignore[misc]
+            more = [_predictions(zoo.create(model, checkpoint, **settings, sta_seed=seed), frames) for seed in others]
+            accuracy = float(torch.stack([p == labels for p in (expected, *more)]).float().mean())
+            with torch.no_grad():
+                tokens = net.tokens(frames[0]).shape[1]
+            scores[method, r] = accuracy, int((found != expected).sum()), tokens
+        clip = frames[0].numpy()
+        times = take_turns({name: lambda run=run: _seconds(run, clip) for name, run in sessions.items()}, rounds)  # type: ignore[misc]
     dense = times["sta 0"]
     points = []
     for method, r in cells:
@@ -156,30 +160,19 @@ def measure(
     return points
 
 
-def _validation(net: Any) -> MotionDataset:
-    return MotionDataset("validation", net.preprocess.size[0], net.preprocess.frames)
-
-
-def _accuracy(model: str, checkpoint: str | None, settings: dict[str, Any], clips: int | None) -> float:
-    net = zoo.create(model, checkpoint, **settings)
-    data = _validation(net)
-    return evaluate(net, data, indices=range(len(data) if clips is None else min(clips, len(data)))).accuracy
+def _validation(net: Any, clips: int | None) -> tuple[Tensor, Tensor]:
+    """Return clips of the validation set, normalised `[clips, T, 3, H, W]`, and their labels."""
+    data = MotionDataset("validation", net.preprocess.size[0], net.preprocess.frames)
+    count = len(data) if clips is None else min(clips, len(data))
+    parts = [data.batch(part) for part in batches(range(count), 32)]
+    frames = torch.cat([normalised(frames, net).unflatten(0, frames.shape[:2]) for frames, _ in parts])
+    return frames, torch.cat([labels for _, labels in parts])
 
 
 @torch.no_grad()
-def _through_artifact(net: Any, session: Session, data: MotionDataset, clips: int | None) -> tuple[float, int, int]:
-    """Return accuracy before export, how many predictions export changed, and the tokens left in the end."""
-    count = len(data) if clips is None else min(clips, len(data))
-    right = changed = tokens = 0
-    for index in range(count):
-        frames, label = data.batch([index])
-        ready = normalised(frames, net)
-        expected = int(net(ready)[-1].argmax())
-        found = int(session.run_clip(ready.numpy())[-1].logits.argmax())
-        right += expected == int(label[0])
-        changed += expected != found
-        tokens = tokens or net.tokens(ready).shape[1]
-    return right / count, changed, tokens
+def _predictions(net: Any, frames: Tensor) -> Tensor:
+    with gates.frames_per_clip(frames.shape[1]):
+        return torch.cat([net(part.flatten(0, 1)).argmax(1) for part in frames.split(32)])
 
 
 def _seconds(session: Session, frames: np.ndarray) -> float:
