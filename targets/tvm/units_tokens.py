@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from dvexport.graph import DV, array_of, static_shape
 from dvexport.targets.tvm.unit import Unit
-from dvexport.targets.tvm.views import View, is_dense, view_of
+from dvexport.targets.tvm.views import View, is_dense, is_static, view_of
 
 __all__ = ["Added", "AttentionUnit", "LinearUnit", "ViewUnit", "token_units"]
 
@@ -197,7 +197,7 @@ def _view(node: ir.Node) -> ViewUnit | None:
     """Views that lie as one piece: parts of a split have one unit each, so only operators with one result."""
     if node.domain or node.op_type not in ("Reshape", "Squeeze", "Unsqueeze", "Slice", "Split"):
         return None
-    if any(value.is_graph_output() or not _is_float(value) for value in node.outputs):
+    if any(value.is_graph_output() or not _is_float(value) or not is_static(value) for value in node.outputs):
         return None
     views = [view_of(value) for value in node.outputs]
     dense = all(is_dense(view) and view.nodes and view.offset % _LINE == 0 for view in views)

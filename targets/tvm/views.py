@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from dvexport.graph import array_of, static_shape
 
-__all__ = ["View", "is_dense", "view_of"]
+__all__ = ["View", "is_dense", "is_static", "view_of"]
 
 _OPERATORS = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Split", "Slice", "Identity", "Mul", "Div")
 
@@ -58,6 +58,8 @@ def view_of(value: ir.Value, *, scaled: bool = False) -> View:
         node = at.producer()
         if node is None or node.domain or node.op_type not in _OPERATORS or array_of(node.inputs[0]) is not None:
             break
+        if not is_static(node.inputs[0]):
+            break
         if node.op_type in ("Mul", "Div") and (not scaled or _factor(node) is None):
             break
         chain.append(node)
@@ -71,6 +73,11 @@ def view_of(value: ir.Value, *, scaled: bool = False) -> View:
         if found is not None:
             return found
     raise AssertionError(value)
+
+
+def is_static(value: ir.Value | None) -> bool:
+    """Tell whether a value's shape is known in full; what expansions wrote may leave it out."""
+    return value is not None and value.shape is not None and all(isinstance(size, int) for size in value.shape)
 
 
 def is_dense(view: View) -> bool:
