@@ -84,7 +84,7 @@ def token_units(model: ir.Model, planar: Collection[ir.Value]) -> Iterator[Unit]
     makers = (_attention, _product, _linear, _norm, _select, _view)
     for make in makers:
         for node in nodes:
-            if node in taken or any(value in planar for value in node.outputs):
+            if node in taken or any(value in planar for value in node.outputs) or not _has_shapes(node):
                 continue
             unit = make(node)
             if unit is None or taken.intersection(unit.nodes) or not _reads_flat(unit, planar):
@@ -94,6 +94,11 @@ def token_units(model: ir.Model, planar: Collection[ir.Value]) -> Iterator[Unit]
             unit.nodes = [each for each in unit.nodes if each not in taken]
             taken.update(unit.nodes)
             yield unit
+
+
+def _has_shapes(node: ir.Node) -> bool:
+    """Tell whether every shape at a node is known: inside of islands some are not."""
+    return all(is_static(value) for value in (*node.inputs, *node.outputs) if value is not None)
 
 
 def _reads_flat(unit: Unit, planar: Collection[ir.Value]) -> bool:
@@ -197,13 +202,13 @@ def _view(node: ir.Node) -> ViewUnit | None:
     """Views that lie as one piece: parts of a split have one unit each, so only operators with one result."""
     if node.domain or node.op_type not in ("Reshape", "Squeeze", "Unsqueeze", "Slice", "Split"):
         return None
-    if any(value.is_graph_output() or not _is_float(value) or not is_static(value) for value in node.outputs):
+    if any(value.is_graph_output() or not _is_float(value) for value in node.outputs):
         return None
     views = [view_of(value) for value in node.outputs]
     dense = all(is_dense(view) and view.nodes and view.offset % _LINE == 0 for view in views)
     base = views[0].base
     large = prod(static_shape(base)) >= _LARGE and base.dtype == ir.DataType.FLOAT
-    own = all(view.base is base and view.nodes[-1] is node for view in views)
+    own = all(view.base is base and view.nodes[-1:] == (node,) for view in views)
     if not dense or not large or not own or array_of(base) is not None:
         return None
     return ViewUnit("view", [node], reads=[base], view=views[0])
