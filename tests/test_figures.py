@@ -3,14 +3,20 @@ import time
 
 import pytest
 
+from dvexport.dialect.flops import operator_flops
+from dvexport.models import zoo
 from dvexport.models.figures import figures, footprint, table
+from dvexport.models.token_figures import PUBLISHED, operators, vit_flops
+from dvexport.trace import trace
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def found():
     start = time.perf_counter()
     values = figures()
-    assert time.perf_counter() - start < 60
+    assert time.perf_counter() - start < 180
     return {figure.name: figure for figure in values}
 
 
@@ -32,6 +38,7 @@ EXPECTED = {
     "D-STEP R50 masks": 0.0463,
     "AdaFuse R18, every channel skipped": 1.21,
     "AdaFuse R50, every channel skipped": 11.08,
+    **{f"{label}, r = {r}": float(reference) for label, row in PUBLISHED.values() for r, (reference, _) in row.items()},
 }
 
 
@@ -76,3 +83,18 @@ def test_table_has_a_header_and_a_row_each(found):
     rows = table(list(found.values()))
     assert len(rows) == len(found) + 1
     assert {len(row) for row in rows} == {6}
+
+
+def test_transformers_are_within_a_percent_of_every_published_cell(found):
+    cells = [found[f"{label}, r = {r}"] for label, row in PUBLISHED.values() for r in row]
+    assert len(cells) == 32
+    assert all(abs(cell.value / float(cell.published) - 1) < 0.01 for cell in cells)
+
+
+@pytest.mark.parametrize("r", [0, 6])
+def test_a_block_of_each_kind_stands_for_the_whole_graph(r):
+    model = zoo.create("vit_small", depth=7, embed_dim=24, heads=3, size=(64, 64), **{"sta.r": r})
+    counted = vit_flops(model.config)
+    assert counted == sum(operators("vit", vars(model.config)).values())
+    exported = trace(model, model.config.size)
+    assert counted == pytest.approx(operator_flops(exported), rel=2e-3)
