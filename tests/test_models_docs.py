@@ -10,7 +10,7 @@ GUIDE = Path(__file__).parent.parent / "docs" / "adding-a-model.md"
 
 
 def test_the_guide_s_model_works(tmp_path, monkeypatch):
-    (source,) = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), flags=re.S)
+    source, *_ = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), flags=re.S)
     (tmp_path / "my_models.py").write_text(source)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "my_models", raising=False)

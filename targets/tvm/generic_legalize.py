@@ -1,4 +1,4 @@
-"""Loops for operators that TVM would leave to a library of its own, which is not on the device."""
+"""Loops for operators that TVM would leave to a library of its own, or warns of."""
 
 from __future__ import annotations
 
@@ -57,5 +57,25 @@ def _topk(builder: Any, call: Any) -> Any:
     return results[0] if len(results) == 1 else relax.Tuple([builder.emit(result) for result in results])
 
 
-LEGALIZE: dict[str, Callable[[Any, Any], Any]] = {"relax.topk": _topk}
+def _take(builder: Any, call: Any) -> Any:
+    """Elements at the places that indices name, which ONNX's Gather has brought into range.
+
+    TVM's own are the same, with a warning to standard error that places out of range would be read.
+    """
+    from tvm import te
+
+    where = int(call.attrs.axis) % len(call.args[0].ty.shape)
+
+    def take(x: Any, indices: Any) -> Any:
+        rank = len(indices.shape)
+
+        def pick(*at: Any) -> Any:
+            return x[(*at[:where], indices[at[where : where + rank]], *at[where + rank :])]
+
+        return te.compute([*x.shape[:where], *indices.shape, *x.shape[where + 1 :]], pick, name="take")
+
+    return builder.call_te(take, *call.args)
+
+
+LEGALIZE: dict[str, Callable[[Any, Any], Any]] = {"relax.take": _take, "relax.topk": _topk}
 """For `relax.transform.LegalizeOps`: loops by operator."""
