@@ -75,17 +75,16 @@ def _is_linear(gemm: ir.Node) -> bool:
 def _rewrite(match: _Match) -> None:
     node, gemm, channels = match.argmax, match.gemm, match.channels
     build = Builder(metadata=node.metadata_props)
-    weight = _differences(array_of(gemm.inputs[1]), match)
-    bias = _differences(array_of(gemm.inputs[2]) if len(gemm.inputs) > 2 else None, match)
-    assert weight is not None and gemm.outputs[0].shape is not None
+    constants = [_differences(value, match) for value in gemm.inputs[1:] if value is not None]
+    assert gemm.outputs[0].shape is not None
     frames = gemm.outputs[0].shape[0]
 
     def op(op_type: str, *inputs: ir.Value, dtype: ir.DataType, columns: int = channels, **attributes: Any) -> ir.Value:
         return build.op(op_type, *inputs, shape=[frames, columns], dtype=dtype, **attributes)
 
     boolean, whole, real = ir.DataType.BOOL, ir.DataType.INT64, ir.DataType.FLOAT
-    inputs = [build.const(array) for array in (weight, bias) if array is not None]
-    scores = build.op("Gemm", gemm.inputs[0], *inputs, shape=[frames, len(weight)], dtype=real, transB=1)
+    rows = (match.actions - 1) * channels
+    scores = build.op("Gemm", gemm.inputs[0], *constants, shape=[frames, rows], dtype=real, transB=1)
     zero = build.const(np.float32(0))
     if match.actions == 2:
         action = op("Cast", op("Greater", scores, zero, dtype=boolean), dtype=whole, to=int(whole))
@@ -98,10 +97,17 @@ def _rewrite(match: _Match) -> None:
     replace_node(node, build, [action])
 
 
-def _differences(array: np.ndarray | None, match: _Match) -> np.ndarray | None:
-    """Return rows `[(K - 1) * C, ...]`, action by action, of `[C * K, ...]`, whose actions are next to each other."""
-    if array is None:
-        return None
-    rows = array.reshape(match.channels, match.actions, -1)
-    less = np.moveaxis(rows[:, 1:] - rows[:, :1], 1, 0)
-    return np.ascontiguousarray(less.reshape(-1, *array.shape[1:]))
+def _differences(value: ir.Value, match: _Match) -> ir.Value:
+    """Return rows `[(K - 1) * C, ...]`, action by action, of a constant `[C * K, ...]`, whose actions are next to each
+    other. Policies that share a layer share these too.
+    """
+    graph, array = match.argmax.graph, array_of(value)
+    assert isinstance(graph, ir.Graph) and array is not None
+    name = f"{value.name}.differences"
+    if name not in graph.initializers:
+        rows = array.reshape(match.channels, match.actions, -1)
+        less = np.moveaxis(rows[:, 1:] - rows[:, :1], 1, 0).reshape(-1, *array.shape[1:])
+        tensor = ir.tensor(np.ascontiguousarray(less), name=name)
+        made = ir.Value(name=name, const_value=tensor, shape=ir.Shape(less.shape), type=ir.TensorType(tensor.dtype))
+        graph.register_initializer(made)
+    return graph.initializers[name]

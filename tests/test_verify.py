@@ -88,7 +88,7 @@ def test_an_altered_weight_is_found(stream, tmp_path, capsys):
 
 
 def test_an_altered_policy_is_named_by_gate_and_frame(stream, tmp_path):
-    artifact = _with_weight_changed(stream.read("model.onnx"), "layer2.0.gates.policy.fc1.bias", -30.0)
+    artifact = _with_weight_changed(stream.read("model.onnx"), "layer2.0.gates.policy.fc1.bias.differences", -30.0)
     report = verify(_changed(stream, tmp_path / "x.dvx", model__onnx=artifact))
     assert not report.ok
     assert report.difference is not None
