@@ -22,6 +22,7 @@ import tvm.tirx as tx
 from tvm.tirx.script import builder as T
 
 from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, write_kernel
+from dvexport.targets.tvm.kernels.blocks import Groups, balanced
 from dvexport.targets.tvm.kernels.direct_data import RUN_HEADER, Runs, Shape, Window
 from dvexport.targets.tvm.kernels.direct_vectors import ceildiv, choose, cut, int32, join, load, store
 from dvexport.targets.tvm.machine import Machine
@@ -141,21 +142,6 @@ def _check(spec: DirectConv, machine: Machine) -> None:
         raise ValueError("only runs of neighbouring pixels are read from the planes")
 
 
-@dataclass(frozen=True)
-class _Range:
-    """The share of rows or vectors of this thread, in balanced groups: the first `longer` hold one more than `size`."""
-
-    first: Any
-    groups: Any
-    size: Any
-    longer: Any
-
-    def group(self, index: Any) -> tuple[Any, Any]:
-        """First item and number of items of a group."""
-        start = T.bind(self.first + index * self.size + tx.min(index, self.longer))
-        return start, T.bind(self.size + tx.Select(index < self.longer, int32(1), int32(0)))
-
-
 class _Writer:
     """Writes the body of one kernel."""
 
@@ -176,20 +162,20 @@ class _Writer:
         self.panels = T.bind(self.tile + self.rows_block * self.panel_row)
         self.out_runs, self.in_runs = i64(RUN_HEADER), T.bind(i64(frame.runs[i64(1)]) + RUN_HEADER)
         rows, vectors = self._shares()
-        self.last_vector = T.bind(vectors.first + vectors.groups * vectors.size + vectors.longer - 1)
+        self.last_vector = T.bind(vectors.first + vectors.count * vectors.size + vectors.longer - 1)
         self.panel = T.bind(i64(self.n_cols) * i64(self.depth if spec.packed else 1) * self.panel_row)
-        blocks = self._blocks(vectors.groups)
+        blocks = self._blocks(vectors.count)
         with T.serial(0, blocks) as block:
-            start = T.bind(tx.truncdiv(vectors.groups * block, blocks))
-            stop = T.bind(tx.truncdiv(vectors.groups * (block + 1), blocks))
+            start = T.bind(tx.truncdiv(vectors.count * block, blocks))
+            stop = T.bind(tx.truncdiv(vectors.count * (block + 1), blocks))
             if spec.packed:
                 with T.serial(start, stop) as index:
                     self._pack(vectors.group(index)[0], T.bind(self.panels + i64(index - start) * self.panel))
-            with T.serial(0, rows.groups) as group:
+            with T.serial(0, rows.count) as group:
                 first, count = rows.group(group)
                 choose(count, self.rows_block, lambda n: self._panels(first, n, vectors, start, stop))
 
-    def _shares(self) -> tuple[_Range, _Range]:
+    def _shares(self) -> tuple[Groups, Groups]:
         """This thread's rows and vectors: either all rows of some vectors, or all vectors of some rows."""
         part, parts = self.frame.part, self.frame.parts
         rows, vectors = T.bind(self.frame.rows[i64(0)]), T.bind(self.frame.runs[i64(0)])
@@ -203,9 +189,7 @@ class _Writer:
         ):
             start = T.bind(tx.Select(split, tx.truncdiv(count * part, parts), int32(0)))
             stop = T.bind(tx.Select(split, tx.truncdiv(count * (part + 1), parts), count))
-            groups = T.bind(ceildiv(stop - start, block))
-            size = T.bind(tx.truncdiv(stop - start, tx.max(groups, int32(1))))
-            ranges.append(_Range(start, groups, size, T.bind(stop - start - groups * size)))
+            ranges.append(balanced(start, stop, block))
         return ranges[0], ranges[1]
 
     def _blocks(self, panels: Any) -> Any:
@@ -233,7 +217,7 @@ class _Writer:
             return load(X, offset, run)
         return tx.Shuffle([load(X, offset, run), load(X, offset + run, run)], list(range(0, 2 * run, 2)))
 
-    def _panels(self, first: Any, count: int, vectors: _Range, start: Any, stop: Any) -> None:
+    def _panels(self, first: Any, count: int, vectors: Groups, start: Any, stop: Any) -> None:
         """The products of a group of rows with all panels of a block."""
         rows = [T.bind(i64(self.frame.rows[i64(first + i) + 1])) for i in range(count)]
         weights = [T.bind(row * self.w_row) for row in rows]
