@@ -194,13 +194,17 @@ def _policy_total(result: ProfileResult) -> Iterator[Advice]:
     nodes = [node for node in result.nodes if node.role != "control"]
     total = sum(node.median_us for node in nodes)
     deciding = sum(node.median_us for node in nodes if node.gate and node.role == "decide")
-    if total and deciding / total > 0.05:
-        yield Advice(
-            "hint",
-            None,
-            f"The gates' decisions (policy networks and masks) take {deciding / total:.0%} of a step: a "
-            "smaller hidden size or a shared policy would give most of that back.",
+    if not total or deciding / total <= 0.05:
+        return
+    share = f"{deciding / total:.0%} of a step"
+    if result.tokens:
+        text = f"Choosing tokens takes {share}: fewer prunings, or a larger r at each, would give most of that back."
+    else:
+        text = (
+            f"The gates' decisions (policy networks and masks) take {share}: a "
+            "smaller hidden size or a shared policy would give most of that back."
         )
+    yield Advice("hint", None, text)
 
 
 def _whole(result: ProfileResult) -> Iterator[Advice]:

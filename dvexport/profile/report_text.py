@@ -24,16 +24,17 @@ def number(value: float | None, digits: int = 2) -> str:
 def headline(result: ProfileResult) -> str:
     """Return the lines above the table: what was measured, times, and the three figures."""
     gated, dense, executed = result.gated, result.dense, result.executed_gmacs
+    unit = "clip" if result.tokens else "frame"
     lines = [
         f"{result.model} on {result.target} ({result.backend}, {result.mode}), {result.clip.name}, "
-        f"{len(result.steps)} frames, {result.device.threads} thread(s)",
+        f"{len(result.steps)} {unit}s, {result.device.threads} thread(s)",
         f"gated  median {gated.median:.2f} ms   P90 {gated.p90:.2f}   P99 {gated.p99:.2f}   "
-        f"GMACs per frame {executed.min:.3f} / {executed.mean:.3f} / {executed.max:.3f} (min / mean / max)",
+        f"GMACs per {unit} {executed.min:.3f} / {executed.mean:.3f} / {executed.max:.3f} (min / mean / max)",
     ]
     if dense:
         lines.append(
             f"dense  median {dense.median:.2f} ms   P90 {dense.p90:.2f}   P99 {dense.p99:.2f}   "
-            f"GMACs per frame {result.dense_gmacs:.3f}"
+            f"GMACs per {unit} {result.dense_gmacs:.3f}"
         )
     if result.forced:
         lines.append("forced " + ", ".join(f"{name}={rate:g}" for name, rate in result.forced.items()))
