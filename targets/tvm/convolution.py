@@ -148,55 +148,83 @@ def _options(program: Program, layer: _Layer, index: int, residual: bool) -> Ite
         direct_data.direct_shape(layer.x, layer.y, layer.window, channels, **how),  # type: ignore[arg-type]
         costs.direct_cost(spec, layer.window.size, machine),
     )
-    if layer.grid is not None:
-        yield from _whole_plane(program, layer, spec, np.diff(runs.starts), residual)
-    if "winograd" not in program.algorithms or layer.window != _SQUARE or channels[1] < machine.block[0]:
-        return
-    tiled = winograd.spec_for(layer.x, layer.y, layer.grid, machine, residual=residual, relu=unit.relu)
-    if tiled is not None:
-        tiles = costs.tile_vectors(_tiles_of_cells(layer, tiled.m), vectors, machine.lanes)
-        yield _Option(
-            winograd.winograd_conv(tiled, machine),
-            winograd_lists.winograd_weights(unit.weight, tiled.m),
-            _tiles(program, layer, index, tiled.m),
-            vectors,
-            winograd.scratch_floats(tiled, channels[0], MAX_THREADS, machine),
-            winograd_lists.winograd_shape(
-                tiled.m, layer.x, layer.y, channels[0], winograd.part_floats(tiled, channels[0], machine)
-            ),
-            costs.winograd_cost(tiled, tiles, machine),
-        )
+    tiled = None
+    if _may_be_winograd(program, layer):
+        tiled = winograd.spec_for(layer.x, layer.y, layer.grid, machine, residual=residual, relu=unit.relu)
+        if tiled is not None:
+            pixels = _tiles(program, layer, index, tiled.m)
+            yield _winograd(program, layer, tiled, layer.grid, pixels, vectors)
+    if layer.grid is not None and _tells_all(np.diff(runs.starts), machine.lanes // spec.run):
+        yield from _whole_plane(program, layer, spec, tiled, vectors)
+
+
+def _may_be_winograd(program: Program, layer: _Layer) -> bool:
+    enough = layer.channels[1] >= program.machine.block[0]
+    return "winograd" in program.algorithms and layer.window == _SQUARE and enough
+
+
+def _tells_all(cells: np.ndarray, pieces: int) -> bool:
+    """Tell whether the number of vectors says that every tile is active: a tile less has to be a vector less.
+
+    Args:
+        cells: runs of every tile.
+        pieces: runs of a vector.
+    """
+    total = int(cells.sum())
+    return -(-(total - int(cells[cells > 0].min())) // pieces) < -(-total // pieces)
+
+
+def _winograd(
+    program: Program, layer: _Layer, spec: winograd.WinogradConv, grid: tuple[int, int] | None, pixels: Part,
+    vectors: int, only: int = 0,
+) -> _Option:  # fmt: skip
+    """Return a Winograd kernel over the tiles of a grid, or over those of the image."""
+    machine, (cin, _) = program.machine, layer.channels
+    part = winograd.part_floats(spec, cin, machine)
+    tiles = costs.tile_vectors(_tiles_of_cells(layer, grid, spec.m), vectors, machine.lanes)
+    return _Option(
+        winograd.winograd_conv(spec, machine),
+        winograd_lists.winograd_weights(layer.unit.weight, spec.m),
+        pixels,
+        vectors,
+        winograd.scratch_floats(spec, cin, MAX_THREADS, machine),
+        winograd_lists.winograd_shape(spec.m, layer.x, layer.y, cin, part),
+        costs.winograd_cost(spec, tiles, cin, machine),
+        only,
+    )
 
 
 def _whole_plane(
-    program: Program, layer: _Layer, tiled: direct.DirectConv, cells: np.ndarray, residual: bool
+    program: Program, layer: _Layer, tiled: direct.DirectConv, cells: winograd.WinogradConv | None, vectors: int
 ) -> Iterator[_Option]:
-    """Yield the direct kernel over all pixels, where it can do better than the one over the runs of tiles.
-
-    It may be chosen only if every tile is active. The runtime counts vectors: a tile less has to be a vector less.
+    """Yield kernels over all pixels that can do better than those over tiles. They fit only if every tile is active.
 
     Args:
-        tiled: the kernel over tiles.
-        cells: runs of every tile.
+        tiled: the direct kernel over tiles.
+        cells: the Winograd kernel over tiles, if there is one.
+        vectors: of the direct kernel over all tiles.
     """
     unit, machine, channels = layer.unit, program.machine, layer.channels
     runs = direct_data.dense_runs(layer.x, layer.y, layer.window, machine)
-    pieces, total = machine.lanes // tiled.run, int(cells.sum())
-    vectors = -(-total // pieces)
-    if not runs.inside or -(-(total - int(cells[cells > 0].min())) // pieces) == vectors:
+    if runs.inside:
+        spec = direct.spec_for(layer.window, runs, channels, machine, residual=tiled.residual, relu=unit.relu)
+        how = {"packed": spec.packed, "block": spec.block, "machine": machine}
+        yield _Option(
+            direct.direct_conv(spec, machine),
+            direct_data.direct_weights(unit.weight),
+            program.constants.add(direct_data.run_list(runs, np.ones(1, bool), machine)),
+            vectors,
+            direct_data.scratch_floats(layer.window.size, channels[0], MAX_THREADS, **how),  # type: ignore[arg-type]
+            direct_data.direct_shape(layer.x, layer.y, layer.window, channels, **how),  # type: ignore[arg-type]
+            tuple(_WHOLE * factor for factor in costs.direct_cost(tiled, layer.window.size, machine)),
+            only=vectors,
+        )
+    if not _may_be_winograd(program, layer):
         return
-    spec = direct.spec_for(layer.window, runs, channels, machine, residual=residual, relu=unit.relu)
-    how = {"packed": spec.packed, "block": spec.block, "machine": machine}
-    yield _Option(
-        direct.direct_conv(spec, machine),
-        direct_data.direct_weights(unit.weight),
-        program.constants.add(direct_data.run_list(runs, np.ones(1, bool), machine)),
-        vectors,
-        direct_data.scratch_floats(layer.window.size, channels[0], MAX_THREADS, **how),  # type: ignore[arg-type]
-        direct_data.direct_shape(layer.x, layer.y, layer.window, channels, **how),  # type: ignore[arg-type]
-        tuple(_WHOLE * factor for factor in costs.direct_cost(tiled, layer.window.size, machine)),
-        only=vectors,
-    )
+    whole = winograd.spec_for(layer.x, layer.y, None, machine, residual=tiled.residual, relu=unit.relu)
+    if whole is not None and (cells is None or whole.m != cells.m):
+        tiles = winograd_lists.dense_tiles(layer.x, layer.y, whole.m, machine)
+        yield _winograd(program, layer, whole, None, program.constants.add(tiles), vectors, only=vectors)
 
 
 def _way(
@@ -230,9 +258,9 @@ def _pixels(program: Program, layer: _Layer, index: int, runs: Runs) -> Part:
     return run_list(program, tiles, index, runs.table(), runs.run)
 
 
-def _tiles_of_cells(layer: _Layer, m: int) -> list[int]:
-    """Return the Winograd tiles of each cell of the grid; without a grid those of the image."""
-    grid = layer.grid or (1, 1)
+def _tiles_of_cells(layer: _Layer, grid: tuple[int, int] | None, m: int) -> list[int]:
+    """Return the Winograd tiles of each cell of a grid; without a grid those of the image."""
+    grid = grid or (1, 1)
     table = winograd_lists.tile_cells(layer.x, layer.y, grid, m)
     assert table is not None
     return [int(count) for count in np.diff(table[: grid[0] * grid[1] + 1])]

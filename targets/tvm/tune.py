@@ -1,8 +1,8 @@
 """Measure what the convolution kernels cost on this machine.
 
 The kernels run as they do in a network: from a plan, on one thread, one after the other. A step is every sample
-once, in a random order, so the weights of a sample were last read a whole step before; its input has just been
-written. A sample's time is its least over many steps: whatever else runs on the machine only ever adds to it.
+once, in a random order, much other memory is touched before it, as by a network's other layers, and its input has just
+been written. A sample's time is its least over many steps: whatever else runs on the machine only ever adds to it.
 """
 
 from __future__ import annotations
@@ -35,8 +35,12 @@ _ALIGN = 64
 _FLOAT_BYTES = 4
 _FEWEST_STEPS = 5
 
-_WARM = ("R", "Y", "X")
-"""Images that a network has just used when it calls a convolution; the input last."""
+_CLEARED = ("others", "R", "Y", "X")
+"""What is cleared before a sample: as much memory as the other layers of a network touch since it last had this one's
+turn, so that its weights are no longer in a cache of the core, then the images that it has just used; the input last."""
+
+_OTHERS = 8 << 20
+"""Floats."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,7 @@ class Sample:
         spec: the kernel's family.
         taps: pixels of a window.
         per: tiles' vectors by the direct kernel's; of a Winograd kernel.
+        inputs: input channels of the layer.
         counts: output channels, input channels and vectors of the direct kernel.
         seconds: its least time; 0 before it is measured.
     """
@@ -124,6 +129,7 @@ class Sample:
     spec: DirectConv | WinogradConv
     taps: int
     per: TileVectors
+    inputs: int
     counts: tuple[int, int, int]
     seconds: float = 0.0
 
@@ -131,7 +137,7 @@ class Sample:
         """Return its cost model."""
         if isinstance(self.spec, DirectConv):
             return direct_cost(self.spec, self.taps, machine)
-        return winograd_cost(self.spec, self.per, machine)
+        return winograd_cost(self.spec, self.per, self.inputs, machine)
 
 
 def draw_works(layers: Sequence[Layer] = LAYERS, count: int = 12, seed: int = 0) -> list[Work]:
@@ -180,7 +186,7 @@ def _least_times(session: NativeSession, seconds: float) -> list[float]:
     end = time.perf_counter() + seconds
     while len(times) < _FEWEST_STEPS or time.perf_counter() < end:
         session.run(feeds)
-        times.append([call.seconds for call in session.end_profile().pop()[len(_WARM) :: len(_WARM) + 1]])
+        times.append([call.seconds for call in session.end_profile().pop()[len(_CLEARED) :: len(_CLEARED) + 1]])
     return [float(value) for value in np.min(times, axis=0)]
 
 
@@ -219,11 +225,11 @@ def _ways(index: int, work: Work, machine: Machine) -> Iterator[_Way]:
     how = {"packed": spec.packed, "block": spec.block, "machine": machine}
     run_list = direct_data.run_list(runs, work.cells, machine)
     counts = (len(work.rows), len(work.columns), int(run_list[0]))
-    memory = {"X": layer.cin * x.size, "R": layer.cout * y.size, "Y": layer.cout * y.size}
+    memory = {"others": _OTHERS, "X": layer.cin * x.size, "R": layer.cout * y.size, "Y": layer.cout * y.size}
     shared = {"rows": _listed(work.rows), "cols": _listed(work.columns), "inside": y.inside()}
     shape = direct_data.direct_shape(x, y, window, channels, **how)  # type: ignore[arg-type]
     yield _Way(
-        Sample(index, spec, window.size, TileVectors(), counts),
+        Sample(index, spec, window.size, TileVectors(), layer.cin, counts),
         layer,
         _kernel(spec, machine),
         {**memory, "scratch": direct_data.scratch_floats(window.size, layer.cin, 1, **how)},  # type: ignore[arg-type]
@@ -240,7 +246,10 @@ def _ways(index: int, work: Work, machine: Machine) -> Iterator[_Way]:
     part = winograd.part_floats(tiled, layer.cin, machine)
     tiles = _tiles(layer, tiled.m)
     yield _Way(
-        Sample(index, tiled, window.size, tile_vectors(np.diff(tiles.starts).tolist(), vectors, machine.lanes), counts),
+        Sample(
+            index, tiled, window.size, tile_vectors(np.diff(tiles.starts).tolist(), vectors, machine.lanes), layer.cin,
+            counts,
+        ),  # fmt: skip
         layer,
         _kernel(tiled, machine),
         {**memory, "scratch": part},
@@ -281,7 +290,7 @@ def _open(ways: Sequence[_Way], machine: Machine, tell: Progress) -> NativeSessi
     memory, constants = _Memory(ways), _Constants()
     calls = []
     for way in ways:
-        for name in _WARM:
+        for name in _CLEARED:
             shape = constants.place(planes_elementwise.elementwise_shape(way.memory[name]))
             calls.append(Call((Variant(clear.name, (shape, memory.place(name, way))),), name))
         places = {

@@ -52,7 +52,7 @@ def synthetic(rates: Rates, spread: float = 0.0) -> list[Sample]:
     for spec, taps in families():
         for _ in range(20):
             counts = tuple(int(count) for count in np.exp(rng.uniform(0, np.log((512, 512, 200)))))
-            sample = Sample(len(samples), spec, taps, TileVectors(0.0625, 0.5), counts)
+            sample = Sample(len(samples), spec, taps, TileVectors(0.0625, 0.5), 512, counts)
             expected = costs.evaluate(sample.cost(machine(rates)), *counts)
             seconds = expected * 1e-9 * float(np.exp(rng.normal(0, spread)))
             samples.append(dataclasses.replace(sample, seconds=seconds))
@@ -78,7 +78,7 @@ def test_counts_that_are_fixed_may_be_counted_as_one(given):
 
 @pytest.mark.parametrize(("spec", "taps"), families())
 def test_more_work_never_costs_less(spec, taps):
-    cost = Sample(0, spec, taps, TileVectors(0.0625, 0.5), (1, 1, 1)).cost(machine())
+    cost = Sample(0, spec, taps, TileVectors(0.0625, 0.5), 512, (1, 1, 1)).cost(machine())
     assert all(term >= 0 for term in cost)
     assert cost[0] > 0
     assert cost[7] > 0

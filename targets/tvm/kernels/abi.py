@@ -23,10 +23,13 @@ import tvm.tirx as tx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
-__all__ = ["Frame", "Kernel", "i64", "share", "write_kernel", "write_serial_kernel"]
+__all__ = ["Frame", "Kernel", "i64", "prefetch", "share", "write_kernel", "write_serial_kernel"]
 
 _C_ABI = 1
 """`tvm::CallingConv::kCPackedFunc`: any but the default keeps `MakePackedAPI` away."""
+
+_PREFETCH = 0, 3, 1
+"""Arguments of `llvm.prefetch`: to read, to keep in all caches, data."""
 
 _UNBOUNDED = 1 << 40
 """Declared elements of a buffer: its real size is the plan's business."""
@@ -100,6 +103,12 @@ def _write(name: str, buffers: dict[str, str], splits: bool) -> Iterator[Frame]:
 def i64(value: Any) -> Any:
     """Widen an index. Addresses are computed in 64 bits: 32 would cost a sign extension each."""
     return tx.IntImm("int64", value) if isinstance(value, int) else tx.Cast("int64", value)
+
+
+def prefetch(buffer: Any, at: Any) -> None:
+    """Ask for the cache line of an element that is read soon. It need not be in the buffer."""
+    arguments = [tx.IntImm("int32", value) for value in _PREFETCH]
+    T.evaluate(tx.call_intrin("void", "tirx.prefetch", tx.address_of(buffer[at]), *arguments))
 
 
 def share(count: Any, part: Any, parts: Any) -> tuple[Any, Any]:

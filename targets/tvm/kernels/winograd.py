@@ -12,14 +12,15 @@ right and bottom edge of the image into the padding of the plane; `inside` makes
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import tvm.tirx as tx
 from tvm.tirx.script import builder as T
 
-from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, share, write_kernel
+from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, prefetch, share, write_kernel
+from dvexport.targets.tvm.kernels.planes_vectors import LINE
 from dvexport.targets.tvm.kernels.winograd_lists import SHAPE, tile_cells
 from dvexport.targets.tvm.kernels.winograd_vectors import (
     even_odd,
@@ -41,6 +42,9 @@ _GRAIN = 4
 
 _LIST_HEAD = 16
 
+_AHEAD = 128
+"""Floats of a row of weights that are asked for before they are needed. Of 32 to 1024, the best at 14 x 14 and 7 x 7."""
+
 _GAP = 16
 """Floats between the points of transformed input, so that they don't fall into one cache set."""
 
@@ -56,6 +60,7 @@ class WinogradConv:
         relu: negative outputs become zero.
         block: output channels of the register block, for a block of one tile vector, of two, and so on. Its length
             is the most vectors of a block.
+        ahead: weights are asked for ahead: for layers whose few vectors read them once, all channels active.
     """
 
     m: int
@@ -63,6 +68,7 @@ class WinogradConv:
     residual: bool
     relu: bool
     block: tuple[int, ...]
+    ahead: bool = False
 
     @property
     def points(self) -> int:
@@ -71,7 +77,7 @@ class WinogradConv:
 
     def name(self, machine: Machine) -> str:
         """Return the symbol of the kernel."""
-        options = ("inside", "residual", "relu")
+        options = ("ahead", "inside", "residual", "relu")
         epilogue = "".join(f"_{option}" for option in options if getattr(self, option))
         return f"winograd{self.m}_{machine.lanes}_{'_'.join(map(str, self.block))}{epilogue}"
 
@@ -108,7 +114,8 @@ def spec_for(
         return None
     m = min(fitting, key=vector_products)
     block = _BLOCKS.get(machine.lanes) or _BLOCKS_NEON[machine.is_aarch64]
-    return WinogradConv(m, bool(height % m or width % m), residual, relu, block)
+    ahead = grid is None and vector_products(m) <= len(block) * (m + 2) ** 2
+    return WinogradConv(m, bool(height % m or width % m), residual, relu, block, ahead)
 
 
 def part_floats(spec: WinogradConv, cin: int, machine: Machine) -> int:
@@ -213,7 +220,7 @@ class _Writer:
             inputs = T.bind(self.scratch + i64(p) * point)
             for buffer in (buffer for line in sums for buffer in line):
                 T.buffer_store(buffer, splat(0.0, lanes), register)
-            with T.serial(0, self.col_count) as c:
+            for c in self._inputs(weights, shift):
                 channel = T.bind(i64(frame.cols[c + 1]) + shift)
                 place = T.bind(inputs + i64(c) * (vectors * lanes))
                 x = [T.bind(frame.scratch[tx.Ramp(place + j * lanes, 1, lanes)]) for j in range(vectors)]
@@ -226,6 +233,24 @@ class _Writer:
                 for j in range(vectors):
                     place = products + i64(p) * lanes + (i * vectors + j) * step
                     T.buffer_store(frame.scratch, sums[i][j][register[0]], [tx.Ramp(place, 1, lanes)])
+
+    def _inputs(self, weights: list[Any], shift: Any) -> Iterator[Any]:
+        """Loop over the listed inputs; with `ahead`, ask for every row's weights before they are needed.
+
+        A large layer's come from memory in as many streams as there are rows, and the processor's own guess of what
+        is next starts anew at every point.
+        """
+        if not self.spec.ahead:
+            with T.serial(0, self.col_count) as c:
+                yield c
+            return
+        with T.serial(0, _ceil_div(self.col_count, LINE)) as turn:
+            first = T.bind(turn * LINE)
+            ahead = T.bind(i64(self.frame.cols[first + 1]) + (shift + _AHEAD))
+            for weight in weights:
+                prefetch(self.frame.U, weight + ahead)
+            with T.serial(first, T.bind(tx.min(first + LINE, self.col_count))) as c:
+                yield c
 
     def _tiles(self, vector: Any, start: Any) -> list[Any]:
         """Return the offsets of a vector's tiles from the half of the list that begins at `start`."""
