@@ -137,15 +137,15 @@ def _options(program: Program, layer: _Layer, index: int, residual: bool) -> Ite
     unit, machine, channels = layer.unit, program.machine, layer.channels
     runs = _runs(layer, machine)
     spec = direct.spec_for(layer.window, runs, channels, machine, residual=residual, relu=unit.relu)
-    how = {"packed": spec.packed, "block": spec.block, "machine": machine}
+    how = spec.memory(machine)
     vectors = -(-len(runs.outputs) // (machine.lanes // runs.run))
     yield _Option(
         direct.direct_conv(spec, machine),
         direct_data.direct_weights(unit.weight),
         _pixels(program, layer, index, runs),
         vectors,
-        direct_data.scratch_floats(layer.window.size, channels[0], MAX_THREADS, **how),  # type: ignore[arg-type]
-        direct_data.direct_shape(layer.x, layer.y, layer.window, channels, **how),  # type: ignore[arg-type]
+        direct_data.scratch_floats(layer.window.size, channels[0], MAX_THREADS, **how),
+        direct_data.direct_shape(layer.x, layer.y, layer.window, channels, **how),
         costs.direct_cost(spec, layer.window.size, machine),
     )
     tiled = None
@@ -208,14 +208,14 @@ def _whole_plane(
     runs = direct_data.dense_runs(layer.x, layer.y, layer.window, machine)
     if runs.inside:
         spec = direct.spec_for(layer.window, runs, channels, machine, residual=tiled.residual, relu=unit.relu)
-        how = {"packed": spec.packed, "block": spec.block, "machine": machine}
+        how = spec.memory(machine)
         yield _Option(
             direct.direct_conv(spec, machine),
             direct_data.direct_weights(unit.weight),
             program.constants.add(direct_data.run_list(runs, np.ones(1, bool), machine)),
             vectors,
-            direct_data.scratch_floats(layer.window.size, channels[0], MAX_THREADS, **how),  # type: ignore[arg-type]
-            direct_data.direct_shape(layer.x, layer.y, layer.window, channels, **how),  # type: ignore[arg-type]
+            direct_data.scratch_floats(layer.window.size, channels[0], MAX_THREADS, **how),
+            direct_data.direct_shape(layer.x, layer.y, layer.window, channels, **how),
             tuple(_WHOLE * factor for factor in costs.direct_cost(tiled, layer.window.size, machine)),
             only=vectors,
         )

@@ -206,7 +206,7 @@ def direct_cost(spec: DirectConv, taps: int, machine: Machine) -> Cost:
     else:
         product, read = rates.window_product, rates.loaded
     write = rates.finished + pieces * (rates.written + (rates.residual if spec.residual else 0.0))
-    return (rates.call, rates.row, 0.0, 0.0, rates.weight * taps, write, read * taps, product * taps)
+    return (rates.call, rates.row, 0.0, 0.0, rates.weight * taps, write, read * spec.moved(taps), product * taps)
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,8 @@ _FLOAT_BYTES = 4
 _FEWEST_STEPS = 5
 
 _CLEARED = ("others", "R", "Y", "X")
-"""What is cleared before a sample: as much memory as the other layers of a network touch since it last had this one's
-turn, so that its weights are no longer in a cache of the core, then the images that it has just used; the input last."""
+"""What is cleared before a sample: memory, as other layers of a network touch it, so that no weights are left in the
+caches of the core; then the images that it has just used, the input last."""
 
 _OTHERS = 8 << 20
 """Floats."""
@@ -222,17 +222,17 @@ def _ways(index: int, work: Work, machine: Machine) -> Iterator[_Way]:
     channels, window = (layer.cin, layer.cout), layer.window
     runs = _runs(layer, machine)
     spec = direct.spec_for(window, runs, channels, machine, residual=layer.residual, relu=True)
-    how = {"packed": spec.packed, "block": spec.block, "machine": machine}
+    how = spec.memory(machine)
     run_list = direct_data.run_list(runs, work.cells, machine)
     counts = (len(work.rows), len(work.columns), int(run_list[0]))
     memory = {"others": _OTHERS, "X": layer.cin * x.size, "R": layer.cout * y.size, "Y": layer.cout * y.size}
     shared = {"rows": _listed(work.rows), "cols": _listed(work.columns), "inside": y.inside()}
-    shape = direct_data.direct_shape(x, y, window, channels, **how)  # type: ignore[arg-type]
+    shape = direct_data.direct_shape(x, y, window, channels, **how)
     yield _Way(
         Sample(index, spec, window.size, TileVectors(), layer.cin, counts),
         layer,
         _kernel(spec, machine),
-        {**memory, "scratch": direct_data.scratch_floats(window.size, layer.cin, 1, **how)},  # type: ignore[arg-type]
+        {**memory, "scratch": direct_data.scratch_floats(window.size, layer.cin, 1, **how)},
         {"W": layer.cout * int(shape[Shape.W_ROW]), "B": layer.cout},
         {**shared, "runs": run_list, "shape": shape},
     )
@@ -247,9 +247,13 @@ def _ways(index: int, work: Work, machine: Machine) -> Iterator[_Way]:
     tiles = _tiles(layer, tiled.m)
     yield _Way(
         Sample(
-            index, tiled, window.size, tile_vectors(np.diff(tiles.starts).tolist(), vectors, machine.lanes), layer.cin,
+            index,
+            tiled,
+            window.size,
+            tile_vectors(np.diff(tiles.starts).tolist(), vectors, machine.lanes),
+            layer.cin,
             counts,
-        ),  # fmt: skip
+        ),
         layer,
         _kernel(tiled, machine),
         {**memory, "scratch": part},

@@ -104,7 +104,7 @@ class Layer:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the Y planes before and after a call; check that nothing around any buffer was written."""
         cout, cin = self.weights.shape[:2]
-        options = {"packed": spec.packed, "block": spec.block, "machine": target}
+        options = spec.memory(target)
         before = self.y.pack(np.random.default_rng(9).standard_normal(self.residual.shape).astype(np.float32))
         scratch = np.zeros(scratch_floats(self.window.size, cin, threads, **options), np.float32)
         given = {
@@ -257,7 +257,7 @@ def test_threads_share_fairly(lanes: int, rows: int, vectors: int) -> None:
     runs = tile_runs(layer.x, layer.y, POINT, (1, 1), target)
     spec = spec_for(POINT, runs, (1, rows), target, residual=False, relu=True)
     function = load(spec, target)
-    options = {"packed": spec.packed, "block": spec.block, "machine": target}
+    options = spec.memory(target)
     written = []
     for part in range(4):
         out = aligned(np.zeros((rows, layer.y.size), np.float32))
@@ -324,10 +324,11 @@ def test_windows_beyond_the_padding_are_refused() -> None:
 
 @pytest.mark.parametrize("changes", [
     {"run": 3}, {"step": 3}, {"taps": 4}, {"run": 4, "inside": True}, {"step": 2}, {"taps": 9, "packed": True},
+    {"columns": 7}, {"columns": 7, "packed": True, "taps": 0},
 ])  # fmt: skip
 def test_impossible_families_are_refused(changes: dict[str, int]) -> None:
     spec = DirectConv(9, 1, 8, inside=False, residual=False, relu=False, packed=False, block=(4, 3))
-    with pytest.raises(ValueError, match=r"no direct convolution|runs shorter|only runs"):
+    with pytest.raises(ValueError, match=r"no direct convolution|runs shorter|only runs|even and odd"):
         direct_conv(replace(spec, **changes), machine(8))
 
 

@@ -9,7 +9,9 @@ A kernel belongs to a *family* (`DirectConv`), not to a layer: sizes come from t
 (`direct_shape`), decisions from the lists. The pixels are cut into panels of a few vectors, the rows into
 groups; both are balanced (7 rows with a block of 4 are 4 + 3, never 4 + 2 + 1), and every group size has a
 register-blocked product of its own. A *packed* kernel first copies a panel's windows of the active input channels to
-`scratch`, where all groups read them as aligned vectors; an unpacked one loads its vectors from the planes.
+`scratch`, where all groups read them as aligned vectors; an unpacked one loads its vectors from the planes. With a
+stride of 2, the even and the odd columns of a window's rows are all that is copied: every tap is a vector of the one or
+the other, some columns on.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from tvm.tirx.script import builder as T
 
 from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, write_kernel
 from dvexport.targets.tvm.kernels.blocks import Groups, balanced
-from dvexport.targets.tvm.kernels.direct_data import RUN_HEADER, Runs, Shape, Window
+from dvexport.targets.tvm.kernels.direct_data import HALVES, RUN_HEADER, Runs, Shape, Window
 from dvexport.targets.tvm.kernels.direct_vectors import ceildiv, choose, cut, int32, join, load, store
 from dvexport.targets.tvm.machine import Machine
 
@@ -37,7 +39,7 @@ _FEW_ROWS = 64
 """Output channels up to which a 1 x 1 window is not worth packing for."""
 
 _SQUARE_BLOCKS = {16: (8, 3), 8: (6, 2)}
-"""Register blocks, by lanes, of unpacked 3 x 3 windows, where these measured faster than the machine's."""
+"""Register blocks, by lanes, of unpacked 3 x 3 windows and of packed columns, where these measured faster."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class DirectConv:
         relu: the activation, or none.
         packed: copy windows to scratch first.
         block: rows x vectors of the register block.
+        columns: width of a window whose even and odd columns are packed, instead of every tap; 0: every tap is.
     """
 
     taps: int
@@ -64,11 +67,20 @@ class DirectConv:
     relu: bool
     packed: bool
     block: tuple[int, int]
+    columns: int = 0
+
+    def memory(self, machine: Machine) -> dict[str, Any]:
+        """What the sizes of its buffers depend on; see `direct_shape` and `scratch_floats`."""
+        return {"packed": self.packed, "block": self.block, "columns": self.columns, "machine": machine}
+
+    def moved(self, taps: int) -> int:
+        """Vectors that are read for a vector of windows of `taps` pixels."""
+        return taps // self.columns * HALVES if self.columns else taps
 
     def name(self, lanes: int) -> str:
         """The symbol of this family's function."""
         taps = f"t{self.taps or 'n'}"
-        kind = "packed" if self.packed else "planes"
+        kind = f"halves{self.columns}" if self.columns else "packed" if self.packed else "planes"
         marks = [mark for mark in ("inside", "residual", "relu") if getattr(self, mark)]
         rows, vectors = self.block
         return "_".join(["direct", kind, taps, f"s{self.step}", f"r{self.run}x{lanes}", f"b{rows}x{vectors}", *marks])
@@ -118,9 +130,12 @@ def spec_for(
         raise ValueError(f"no direct convolution has a stride of {step}")
     packed = not (step == 1 and _reads_planes(window, runs, channels[1], machine))
     point = window.size == 1
-    block = machine.block if packed or point else _SQUARE_BLOCKS.get(machine.lanes, machine.block)
     taps = 1 if point else 0 if packed else 9
-    return DirectConv(taps, step, runs.run, runs.inside, residual, relu, packed, block)
+    wide = step == 2 and runs.run == machine.lanes and window.dilations[1] == 1
+    columns = window.kernel[1] if wide and 3 <= window.kernel[1] <= machine.lanes else 0
+    plain = point or (packed and not columns)
+    block = machine.block if plain else _SQUARE_BLOCKS.get(machine.lanes, machine.block)
+    return DirectConv(taps, step, runs.run, runs.inside, residual, relu, packed, block, columns)
 
 
 def _reads_planes(window: Window, runs: Runs, rows: int, machine: Machine) -> bool:
@@ -138,6 +153,8 @@ def _check(spec: DirectConv, machine: Machine) -> None:
         raise ValueError(f"no direct convolution has {spec} with {machine.lanes} lanes")
     if spec.inside and spec.run != machine.lanes:
         raise ValueError("runs shorter than a vector cover no padding")
+    if spec.columns and (not spec.packed or spec.taps or spec.step != 2 or spec.run != machine.lanes):
+        raise ValueError(f"even and odd columns are packed for whole vectors of stride 2, not for {spec}")
     if not spec.packed and (spec.step != 1 or spec.run == 1):
         raise ValueError("only runs of neighbouring pixels are read from the planes")
 
@@ -163,7 +180,9 @@ class _Writer:
         self.out_runs, self.in_runs = i64(RUN_HEADER), T.bind(i64(frame.runs[i64(1)]) + RUN_HEADER)
         rows, vectors = self._shares()
         self.last_vector = T.bind(vectors.first + vectors.count * vectors.size + vectors.longer - 1)
-        self.panel = T.bind(i64(self.n_cols) * i64(self.depth if spec.packed else 1) * self.panel_row)
+        self.lines = T.bind(tx.truncdiv(self.depth, int32(spec.columns))) if spec.columns else self.depth
+        self.line = HALVES * self.panel_row if spec.columns else self.panel_row
+        self.panel = T.bind(i64(self.n_cols) * i64(self.lines if spec.packed else 1) * self.line)
         blocks = self._blocks(vectors.count)
         with T.serial(0, blocks) as block:
             start = T.bind(tx.truncdiv(vectors.count * block, blocks))
@@ -204,11 +223,28 @@ class _Writer:
         offsets = [self._run(self.in_runs, vector, piece) for vector in vectors for piece in range(self.pieces)]
         with T.serial(0, self.n_cols) as col:
             plane = T.bind(i64(self.frame.cols[i64(col) + 1]) * self.x_plane)
-            with T.serial(0, self.depth) as tap:
-                source = T.bind(plane + i64(self.frame.shape[i64(tap) + Shape.FIRST_TAP]))
-                to = T.bind(panel + (i64(col) * i64(self.depth) + i64(tap)) * self.panel_row)
+            with T.serial(0, self.lines) as line:
+                tap = i64(line) * (self.spec.columns or 1)
+                source = T.bind(plane + i64(self.frame.shape[tap + Shape.FIRST_TAP]))
+                to = T.bind(panel + (i64(col) * i64(self.lines) + i64(line)) * self.line)
                 for index, offset in enumerate(offsets):
-                    store(self.frame.scratch, to + index * self.spec.run, self._window(source + offset), self.spec.run)
+                    if self.spec.columns:
+                        self._pack_halves(T.bind(source + offset), T.bind(to + index * (HALVES * self.lanes)))
+                    else:
+                        target = to + index * self.spec.run
+                        store(self.frame.scratch, target, self._window(source + offset), self.spec.run)
+
+    def _pack_halves(self, source: Any, target: Any) -> None:
+        """Copy the even columns that a vector's windows have in a row, then the odd ones, two vectors for each."""
+        lanes, X = self.lanes, self.frame.X
+        more = 1 << (self.spec.columns - 2).bit_length()  # of the columns beyond those of two vectors, at least all
+        first, last = T.bind(load(X, source, 2 * lanes)), T.bind(load(X, source + 2 * lanes, more))
+        for parity in range(2):
+            at = target + parity * (HALVES // 2 * lanes)
+            store(self.frame.scratch, at, tx.Shuffle([first], list(range(parity, 2 * lanes, 2))), lanes)
+            rest = [last] if more > 1 else []
+            if more > 2 or parity == 0:
+                store(self.frame.scratch, at + lanes, tx.Shuffle(rest, list(range(parity, more, 2))), more // 2)
 
     def _window(self, offset: Any) -> Any:
         """A run's pixels under one tap."""
@@ -254,6 +290,11 @@ class _Writer:
         depth = i64(self.depth)
         with T.serial(0, self.n_cols) as col:
             weight = T.bind(i64(self.frame.cols[i64(col) + 1]) * depth)
+            if self.spec.columns:
+                with T.serial(0, self.lines) as line:
+                    pixel = T.bind(panel + (i64(col) * i64(self.lines) + i64(line)) * self.line)
+                    self._some_columns(weights, weight + i64(line) * self.spec.columns, pixel, size, add)
+                return
             pixel = T.bind(panel + i64(col) * depth * self.panel_row)
             if self.spec.taps == 1:
                 self._some_taps(weights, weight, pixel, 1, size, add)
@@ -278,6 +319,15 @@ class _Writer:
             first = panel + tap * self.panel_row
             pixels = [T.bind(load(self.frame.scratch, first + j * self.lanes, self.lanes)) for j in range(size)]
             add(pixels, lambda i, tap=tap: factor(i, tap))
+
+    def _some_columns(self, weights: list[Any], weight: Any, line: Any, size: int, add: Callable[..., None]) -> None:
+        """A row of the window, its even and odd columns packed."""
+        lanes = self.lanes
+        factor = self._factors(weights, T.bind(weight), self.spec.columns)
+        for column in range(self.spec.columns):
+            at = line + (column % 2 * (HALVES // 2 * lanes) + column // 2)
+            pixels = [T.bind(load(self.frame.scratch, at + j * (HALVES * lanes), lanes)) for j in range(size)]
+            add(pixels, lambda i, column=column: factor(i, column))
 
     def _sum_planes(self, weights: list[Any], vector: Any, size: int, add: Callable[..., None]) -> None:
         offsets = [

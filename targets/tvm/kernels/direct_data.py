@@ -18,6 +18,7 @@ from dvexport.targets.tvm.layout import Plane
 from dvexport.targets.tvm.machine import Machine
 
 __all__ = [
+    "HALVES",
     "RUN_HEADER",
     "Runs",
     "Shape",
@@ -30,6 +31,9 @@ __all__ = [
     "scratch_floats",
     "tile_runs",
 ]
+
+HALVES = 4
+"""Vectors that the even and the odd columns of a row take, for a vector of windows: two each."""
 
 RUN_HEADER = 16
 """Elements of a run list before its offsets."""
@@ -118,6 +122,7 @@ def direct_shape(
     *,
     packed: bool,
     block: tuple[int, int],
+    columns: int,
     machine: Machine,
 ) -> np.ndarray:
     """Return the int32 constant `shape` of a layer.
@@ -126,7 +131,7 @@ def direct_shape(
         x, y: layout of the input and output planes.
         window: geometry of the convolution.
         channels: input and output channels.
-        packed, block: as in the kernel's `DirectConv`.
+        packed, block, columns: as in the kernel's `DirectConv`.
         machine: as in the kernel.
     """
     window.check(x, y)
@@ -135,7 +140,7 @@ def direct_shape(
     shape[Shape.X_PLANE], shape[Shape.Y_PLANE] = x.size, y.size
     shape[Shape.W_ROW] = _weight_row(channels[0] * window.size)
     shape[Shape.TAPS] = window.size
-    shape[Shape.SCRATCH] = _slice(window.size * channels[0], packed, block, machine)
+    shape[Shape.SCRATCH] = _slice(window.size, channels[0], packed, block, columns, machine)
     shape[Shape.TOGETHER] = _CACHE
     shape[Shape.PREFER_ROWS] = weights > _WEIGHTS_CACHE
     shape[Shape.FIRST_TAP :] = x.taps(window.kernel, window.dilations)
@@ -151,10 +156,10 @@ def direct_weights(weights: np.ndarray) -> np.ndarray:
 
 
 def scratch_floats(
-    size: int, channels: int, threads: int, *, packed: bool, block: tuple[int, int], machine: Machine
+    size: int, channels: int, threads: int, *, packed: bool, block: tuple[int, int], columns: int, machine: Machine
 ) -> int:
     """Return the floats of `scratch` for `threads` parts of a layer with `channels` inputs and windows of `size`."""
-    return threads * _slice(size * channels, packed, block, machine)
+    return threads * _slice(size, channels, packed, block, columns, machine)
 
 
 def dense_runs(x: Plane, y: Plane, window: Window, machine: Machine) -> Runs:
@@ -231,8 +236,11 @@ def _weight_row(depth: int) -> int:
     return -(-depth // 16) * 16 + 16
 
 
-def _slice(depth: int, packed: bool, block: tuple[int, int], machine: Machine) -> int:
+def _slice(
+    size: int, channels: int, packed: bool, block: tuple[int, int], columns: int, machine: Machine
+) -> int:  # fmt: skip
     """Floats of one thread's scratch: a register block, and the packed windows of a block of panels."""
     panel_row = block[1] * machine.lanes
-    windows = max(_CACHE, depth * panel_row) if packed else 0
+    vectors = size // columns * HALVES if columns else size
+    windows = max(_CACHE, vectors * channels * panel_row) if packed else 0
     return -(-(block[0] * panel_row + windows) // 16) * 16
