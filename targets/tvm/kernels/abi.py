@@ -23,10 +23,13 @@ import tvm.tirx as tx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
-__all__ = ["Frame", "Kernel", "i64", "prefetch", "share", "write_kernel", "write_serial_kernel"]
+__all__ = ["PREFETCH_AHEAD", "Frame", "Kernel", "i64", "prefetch", "share", "write_kernel", "write_serial_kernel"]
 
 _C_ABI = 1
 """`tvm::CallingConv::kCPackedFunc`: any but the default keeps `MakePackedAPI` away."""
+
+PREFETCH_AHEAD = 128
+"""Floats of a row of weights that are asked for before they are needed: of 32 to 1024, what measured best."""
 
 _PREFETCH = 0, 3, 1
 """Arguments of `llvm.prefetch`: to read, to keep in all caches, data."""

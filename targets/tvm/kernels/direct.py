@@ -23,7 +23,7 @@ from typing import Any
 import tvm.tirx as tx
 from tvm.tirx.script import builder as T
 
-from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, write_kernel
+from dvexport.targets.tvm.kernels.abi import PREFETCH_AHEAD, Frame, Kernel, i64, prefetch, write_kernel
 from dvexport.targets.tvm.kernels.blocks import Groups, balanced
 from dvexport.targets.tvm.kernels.direct_data import HALVES, RUN_HEADER, Runs, Shape, Window
 from dvexport.targets.tvm.kernels.direct_vectors import ceildiv, choose, cut, int32, join, load, store
@@ -34,6 +34,9 @@ __all__ = ["DirectConv", "direct_conv", "spec_for"]
 
 _SMALL_PLANE = 128
 """Pixels up to which packing pays for any window, if a few rows share what is packed: weights come by once."""
+
+_FEW_PIXELS = 256
+"""Pixels of a plane up to which a convolution waits for its weights more than it computes."""
 
 _FEW_ROWS = 64
 """Output channels up to which a 1 x 1 window is not worth packing for."""
@@ -57,6 +60,7 @@ class DirectConv:
         packed: copy windows to scratch first.
         block: rows x vectors of the register block.
         columns: width of a window whose even and odd columns are packed, instead of every tap; 0: every tap is.
+        ahead: weights are asked for ahead: for layers whose few pixels read each of them once.
     """
 
     taps: int
@@ -68,6 +72,7 @@ class DirectConv:
     packed: bool
     block: tuple[int, int]
     columns: int = 0
+    ahead: bool = False
 
     def memory(self, machine: Machine) -> dict[str, Any]:
         """What the sizes of its buffers depend on; see `direct_shape` and `scratch_floats`."""
@@ -81,7 +86,7 @@ class DirectConv:
         """The symbol of this family's function."""
         taps = f"t{self.taps or 'n'}"
         kind = f"halves{self.columns}" if self.columns else "packed" if self.packed else "planes"
-        marks = [mark for mark in ("inside", "residual", "relu") if getattr(self, mark)]
+        marks = [mark for mark in ("ahead", "inside", "residual", "relu") if getattr(self, mark)]
         rows, vectors = self.block
         return "_".join(["direct", kind, taps, f"s{self.step}", f"r{self.run}x{lanes}", f"b{rows}x{vectors}", *marks])
 
@@ -135,7 +140,8 @@ def spec_for(
     columns = window.kernel[1] if wide and 3 <= window.kernel[1] <= machine.lanes else 0
     plain = point or (packed and not columns)
     block = machine.block if plain else _SQUARE_BLOCKS.get(machine.lanes, machine.block)
-    return DirectConv(taps, step, runs.run, runs.inside, residual, relu, packed, block, columns)
+    ahead = packed and not point and len(runs.outputs) * runs.run <= _FEW_PIXELS
+    return DirectConv(taps, step, runs.run, runs.inside, residual, relu, packed, block, columns, ahead)
 
 
 def _reads_planes(window: Window, runs: Runs, rows: int, machine: Machine) -> bool:
@@ -290,6 +296,9 @@ class _Writer:
         depth = i64(self.depth)
         with T.serial(0, self.n_cols) as col:
             weight = T.bind(i64(self.frame.cols[i64(col) + 1]) * depth)
+            if self.spec.ahead:
+                for row in weights:
+                    prefetch(self.frame.W, row + weight + PREFETCH_AHEAD)
             if self.spec.columns:
                 with T.serial(0, self.lines) as line:
                     pixel = T.bind(panel + (i64(col) * i64(self.lines) + i64(line)) * self.line)

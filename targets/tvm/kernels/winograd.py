@@ -19,7 +19,7 @@ from typing import Any
 import tvm.tirx as tx
 from tvm.tirx.script import builder as T
 
-from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, prefetch, share, write_kernel
+from dvexport.targets.tvm.kernels.abi import PREFETCH_AHEAD, Frame, Kernel, i64, prefetch, share, write_kernel
 from dvexport.targets.tvm.kernels.planes_vectors import LINE
 from dvexport.targets.tvm.kernels.winograd_lists import SHAPE, tile_cells
 from dvexport.targets.tvm.kernels.winograd_vectors import (
@@ -41,9 +41,6 @@ _GRAIN = 4
 """Output channels that threads don't share."""
 
 _LIST_HEAD = 16
-
-_AHEAD = 128
-"""Floats of a row of weights that are asked for before they are needed: of 32 to 1024, what measured best."""
 
 _GAP = 16
 """Floats between the points of transformed input, so that they don't fall into one cache set."""
@@ -246,7 +243,7 @@ class _Writer:
             return
         with T.serial(0, _ceil_div(self.col_count, LINE)) as turn:
             first = T.bind(turn * LINE)
-            ahead = T.bind(i64(self.frame.cols[first + 1]) + (shift + _AHEAD))
+            ahead = T.bind(i64(self.frame.cols[first + 1]) + (shift + PREFETCH_AHEAD))
             for weight in weights:
                 prefetch(self.frame.U, weight + ahead)
             with T.serial(first, T.bind(tx.min(first + LINE, self.col_count))) as c:
