@@ -35,6 +35,10 @@ __all__ = ["DirectConv", "direct_conv", "spec_for"]
 _SMALL_PLANE = 128
 """Pixels up to which packing pays for any window, if a few rows share what is packed: weights come by once."""
 
+_BEYOND = 8
+_COLUMNS = range(5, _BEYOND + 2)
+"""Widths of a window worth packing by columns, and the floats that its last taps reach beyond two vectors at most."""
+
 _FEW_PIXELS = 256
 """Pixels of a plane up to which a convolution waits for its weights more than it computes."""
 
@@ -137,7 +141,7 @@ def spec_for(
     point = window.size == 1
     taps = 1 if point else 0 if packed else 9
     wide = step == 2 and runs.run == machine.lanes and window.dilations[1] == 1
-    columns = window.kernel[1] if wide and 3 <= window.kernel[1] <= machine.lanes else 0
+    columns = window.kernel[1] if wide and window.kernel[1] in _COLUMNS else 0
     plain = point or (packed and not columns)
     block = machine.block if plain else _SQUARE_BLOCKS.get(machine.lanes, machine.block)
     ahead = packed and not point and len(runs.outputs) * runs.run <= _FEW_PIXELS
@@ -159,7 +163,9 @@ def _check(spec: DirectConv, machine: Machine) -> None:
         raise ValueError(f"no direct convolution has {spec} with {machine.lanes} lanes")
     if spec.inside and spec.run != machine.lanes:
         raise ValueError("runs shorter than a vector cover no padding")
-    if spec.columns and (not spec.packed or spec.taps or spec.step != 2 or spec.run != machine.lanes):
+    if spec.columns and (
+        spec.columns not in _COLUMNS or not spec.packed or spec.taps or spec.step != 2 or spec.run != machine.lanes
+    ):
         raise ValueError(f"even and odd columns are packed for whole vectors of stride 2, not for {spec}")
     if not spec.packed and (spec.step != 1 or spec.run == 1):
         raise ValueError("only runs of neighbouring pixels are read from the planes")
@@ -241,16 +247,14 @@ class _Writer:
                         store(self.frame.scratch, target, self._window(source + offset), self.spec.run)
 
     def _pack_halves(self, source: Any, target: Any) -> None:
-        """Copy the even columns that a vector's windows have in a row, then the odd ones, two vectors for each."""
+        """Copy the even columns that a vector's windows have in a row, then the odd ones, with room for two vectors."""
         lanes, X = self.lanes, self.frame.X
-        more = 1 << (self.spec.columns - 2).bit_length()  # of the columns beyond those of two vectors, at least all
-        first, last = T.bind(load(X, source, 2 * lanes)), T.bind(load(X, source + 2 * lanes, more))
+        first, last = T.bind(load(X, source, 2 * lanes)), T.bind(load(X, source + 2 * lanes, _BEYOND))
         for parity in range(2):
             at = target + parity * (HALVES // 2 * lanes)
             store(self.frame.scratch, at, tx.Shuffle([first], list(range(parity, 2 * lanes, 2))), lanes)
-            rest = [last] if more > 1 else []
-            if more > 2 or parity == 0:
-                store(self.frame.scratch, at + lanes, tx.Shuffle(rest, list(range(parity, more, 2))), more // 2)
+            beyond = tx.Shuffle([last], list(range(parity, _BEYOND, 2)))
+            store(self.frame.scratch, at + lanes, beyond, _BEYOND // 2)
 
     def _window(self, offset: Any) -> Any:
         """A run's pixels under one tap."""
