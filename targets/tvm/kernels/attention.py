@@ -19,7 +19,7 @@ import tvm.tirx as tx
 from tvm.tirx.script import builder as T
 
 from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, share, write_kernel
-from dvexport.targets.tvm.kernels.activations import NUMBERS, Numbers, exp_numbers
+from dvexport.targets.tvm.kernels.activations import LOG2_E, NUMBERS, Numbers, exp2_numbers
 from dvexport.targets.tvm.kernels.blocks import Rows, balanced, product, register_block
 from dvexport.targets.tvm.kernels.direct_vectors import choose
 from dvexport.targets.tvm.kernels.planes_vectors import ceil_div, load, splat, store
@@ -38,6 +38,9 @@ __all__ = [
 
 _QUERIES = 32
 """Queries of a block."""
+
+_VALUES = 256
+"""Values that a block of queries passes over together: some 32 KB of a panel, by lanes."""
 
 _NEVER = -3e38
 """A score that weighs nothing."""
@@ -149,12 +152,18 @@ def _pitch(sizes: Sizes, machine: Machine) -> int:
     return pitch + 16 if pitch % 512 == 0 else pitch
 
 
-def _slice(sizes: Sizes, spec: Attention, machine: Machine) -> int:
-    """Floats of a thread: numbers twice, factors of rows, a tile, scores, keys and values."""
+def _tiles(spec: Attention, machine: Machine) -> int:
+    """Floats of the tiles of sums: of one group of queries for scores, of all groups of a block for the outputs."""
     rows, vectors = register_block(machine)
-    panel = vectors * machine.lanes
+    groups = -(-_QUERIES // rows)
+    return rows * max(vectors, groups * spec.vectors) * machine.lanes
+
+
+def _slice(sizes: Sizes, spec: Attention, machine: Machine) -> int:
+    """Floats of a thread: numbers twice, factors of rows, tiles, scores, keys and values."""
+    panel = register_block(machine)[1] * machine.lanes
     keys = -(-sizes.keys // panel) * panel * sizes.depth
-    fixed = 2 * NUMBERS + _QUERIES + rows * max(vectors, spec.vectors) * machine.lanes
+    fixed = 2 * NUMBERS + _QUERIES + _tiles(spec, machine)
     if not spec.softmax:
         return -(-(fixed + keys) // 16) * 16
     width = spec.vectors * machine.lanes
@@ -207,50 +216,70 @@ class _Writer:
         self.pitch = T.bind(i64(self._shape(_Shape.PITCH)))
         base = T.bind(i64(frame.part) * i64(self._shape(_Shape.SLICE)))
         self.numbers = Numbers(frame.scratch, T.bind(base + i64(self._shape(_Shape.NUMBERS))))
-        self.numbers.write([*exp_numbers(), _NEVER])
+        self.numbers.write([*exp2_numbers(), 1.0, LOG2_E, _NEVER])
         self.factors = T.bind(base + 2 * NUMBERS)
         self.tile = T.bind(self.factors + _QUERIES)
-        self.scores = T.bind(self.tile + self.most * max(self.panel, self.width))
+        self.scores = T.bind(self.tile + _tiles(self.spec, self.machine))
         self.packed = T.bind(self.scores + self.pitch * _QUERIES) if self.spec.softmax else self.scores
         self.panels = T.bind(ceil_div(self.keys, self.panel))
         self.packed_values = T.bind(self.packed + i64(self.panels) * self.panel * i64(self.depth))
         self.scale = T.bind(frame.scale[0])
 
     def _pack_keys(self) -> None:
-        """Copy keys to panels `[depth][keys of the panel]`, zero beyond the last."""
-        frame, source = self.frame, self._start(_Shape.K)
+        """Copy keys to panels `[depth][keys of the panel]`; what lies beyond the last key is the last key again."""
+        lanes, source = self.lanes, self._start(_Shape.K)
         row, column = (T.bind(i64(self._shape(_Shape.K + i))) for i in (3, 4))
-        with T.serial(0, self.panels) as panel:
-            target = T.bind(self.packed + i64(panel) * self.panel * i64(self.depth))
-            first = T.bind(panel * self.panel)
-            with T.serial(0, self.panel) as each:
-                key = T.bind(tx.min(first + each, self.keys - 1))
-                from_ = T.bind(source + i64(key) * row)
-                with T.serial(0, self.depth) as k:
-                    store(frame.scratch, target + i64(k) * self.panel + i64(each), frame.K[from_ + i64(k) * column], 1)
+        squares = T.bind(tx.Select(tx.EQ(column, i64(1)), tx.truncdiv(self.depth, lanes), tx.IntImm("int32", 0)))
+        with T.serial(0, self.panels * self.vectors) as vector:
+            panel, place = tx.truncdiv(vector, self.vectors), tx.truncmod(vector, self.vectors)
+            target = T.bind(self.packed + i64(panel) * self.panel * i64(self.depth) + i64(place * lanes))
+            first = T.bind(vector * lanes)
+            with T.If(first + lanes <= self.keys):
+                with T.Then():
+                    begin = T.bind(source + i64(first) * row)
+                    with T.serial(0, squares) as square:
+                        self._transpose(T.bind(begin + i64(square * lanes)), row, target + i64(square) * lanes * self.panel)
+                    self._pack_one_by_one(first, (source, row, column), target, squares * lanes)
+                with T.Else():
+                    self._pack_one_by_one(first, (source, row, column), target, tx.IntImm("int32", 0))
+
+    def _pack_one_by_one(self, first: Any, rows: tuple[Any, Any, Any], target: Any, start: Any) -> None:
+        """Copy a vector of keys from the depth `start` on; `rows`: the first key, from key to key, and in depth."""
+        source, row, column = rows
+        with T.serial(0, self.lanes) as each:
+            begin = T.bind(source + i64(tx.min(first + each, self.keys - 1)) * row)
+            with T.serial(start, self.depth) as k:
+                value = self.frame.K[begin + i64(k) * column]
+                store(self.frame.scratch, target + i64(k) * self.panel + i64(each), value, 1)
+
+    def _transpose(self, begin: Any, row: Any, target: Any) -> None:
+        """Copy `lanes` x `lanes` floats of keys, rows to columns: interleaved in halves, as often as halves fit."""
+        lanes, half = self.lanes, self.lanes // 2
+        vectors = [T.bind(load(self.frame.K, begin + row * each, lanes)) for each in range(lanes)]
+        order = [[offset + lane // 2 + lanes * (lane % 2) for lane in range(lanes)] for offset in (0, half)]
+        for _ in range(lanes.bit_length() - 1):
+            pairs = zip(vectors[:half], vectors[half:], strict=True)
+            vectors = [T.bind(tx.Shuffle([a, b], indices)) for a, b in pairs for indices in order]
+        for each, vector in enumerate(vectors):
+            store(self.frame.scratch, target + each * self.panel, vector, lanes)
 
     def _pack_values(self) -> None:
-        """Copy values to panels `[keys][columns of the panel]`, whole vectors where there are any."""
+        """Copy values to panels `[keys][columns of the panel]`, a row at a time: the next one is on another page."""
         frame, lanes, source = self.frame, self.lanes, self._start(_Shape.V)
         row = T.bind(i64(self._shape(_Shape.V + 3)))
         whole = T.bind(tx.truncdiv(self.values, lanes))
-        with T.serial(0, ceil_div(self.values, lanes)) as vector:
+
+        def target(vector: Any, line: Any) -> Any:
             panel, place = tx.truncdiv(vector, self.spec.vectors), tx.truncmod(vector, self.spec.vectors)
-            target = T.bind(self.packed_values + i64(panel) * self.width * i64(self.keys) + i64(place * lanes))
-            column = T.bind(source + i64(vector) * lanes)
-            with T.If(vector < whole):
-                with T.Then(), T.serial(0, self.keys) as key:
-                    store(
-                        frame.scratch,
-                        target + i64(key) * self.width,
-                        load(frame.V, column + i64(key) * row, lanes),
-                        lanes,
-                    )
-                with T.Else(), T.serial(0, self.keys) as key:
-                    at = T.bind(target + i64(key) * self.width)
-                    with T.serial(0, self.values - whole * lanes) as each:
-                        rest = T.bind(i64(tx.bitwise_and(each, lanes - 1)))
-                        store(frame.scratch, at + rest, frame.V[column + i64(key) * row + rest], 1)
+            return T.bind(line + i64(panel) * self.width * i64(self.keys) + i64(place * lanes))
+
+        with T.serial(0, self.keys) as key:
+            begin, line = T.bind(source + i64(key) * row), T.bind(self.packed_values + i64(key) * self.width)
+            with T.serial(0, whole) as vector:
+                store(frame.scratch, target(vector, line), load(frame.V, begin + i64(vector) * lanes, lanes), lanes)
+            with T.serial(whole * lanes, self.values) as one:
+                rest = T.bind(i64(tx.bitwise_and(one, lanes - 1)))
+                store(frame.scratch, target(whole, line) + rest, frame.V[begin + i64(one)], 1)
 
     def _scores(self, rows: Any) -> None:
         """Compute queries x keys, panel by panel: into scratch, or into Y."""
@@ -275,7 +304,8 @@ class _Writer:
 
                 choose(size, self.most, block)
                 if not self.spec.softmax:
-                    self._write(row, size, (self.panel, T.bind(panel * self.panel), self.keys), lambda each: self.scale)
+                    edge = self.panel, T.bind(panel * self.panel), self.keys
+                    self._write(row, size, edge, lambda each: self.scale, self.tile)
 
     def _softmax(self, first: Any, row: Any) -> None:
         """Turn a row of scores into weights that are not normalised yet, and keep one over their sum."""
@@ -283,7 +313,7 @@ class _Writer:
         line = T.bind(self.scores + i64(row - first) * self.pitch)
         whole = T.bind(tx.truncdiv(self.keys, lanes))
         vectors = T.bind(ceil_div(self.keys, lanes))
-        scale = self._biased(row, line, whole)
+        scale = T.bind(self._biased(row, line, whole) * self.numbers(LOG2_E, 1))
         with T.serial(self.keys, vectors * lanes) as each:
             store(frame.scratch, line + i64(each), self.numbers(_NEVER, 1), 1)
         largest, total = (T.alloc_buffer((lanes,), "float32", scope="global") for _ in range(2))
@@ -305,7 +335,7 @@ class _Writer:
         with T.serial(0, vectors) as vector:
             at = T.bind(line + i64(vector) * lanes)
             less = T.bind((load(frame.scratch, at, lanes) - peak) * splat(scale, lanes))
-            value = T.bind(self.numbers.exp(less, lanes))
+            value = T.bind(self.numbers.exp2(less, lanes))
             store(frame.scratch, at, value, lanes)
             store(total, 0, load(total, 0, lanes) + value, lanes)
         one = self.numbers(1.0, 1)
@@ -343,33 +373,49 @@ class _Writer:
         return cell[0]
 
     def _output(self, first: Any, rows: Any) -> None:
-        """Multiply weights with values, normalise and store."""
-        frame = self.frame
+        """Multiply weights with values, normalise and store; values that stay in the first level cache at a time."""
+        frame, lanes, size = self.frame, self.lanes, self.most * self.width
+        pieces = T.bind(tx.max(tx.truncdiv(self.keys + _VALUES // 2, _VALUES), tx.IntImm("int32", 1)))
         with T.serial(0, ceil_div(self.values, self.width)) as panel:
-            weights = T.bind(self.packed_values + i64(panel) * self.width * i64(self.keys))
+            values = T.bind(self.packed_values + i64(panel) * self.width * i64(self.keys))
+            with T.serial(0, tx.truncdiv(rows.count * size, lanes)) as vector:
+                store(frame.scratch, self.tile + i64(vector) * lanes, splat(0.0, lanes), lanes)
+            with T.serial(0, pieces) as piece:
+                low = T.bind(tx.truncdiv(self.keys * piece, pieces))
+                depth = T.bind(tx.truncdiv(self.keys * (piece + 1), pieces) - low)
+                part = frame.scratch, T.bind(values + i64(low) * self.width), self.width
+                with T.serial(0, rows.count) as group:
+                    row, count = rows.group(group)
+                    begin = T.bind(self.scores + i64(row - first) * self.pitch + i64(low))
+                    tile = T.bind(self.tile + i64(group) * size)
+                    given = begin, part, depth, tile
+                    choose(count, self.most, lambda n, given=given: self._add(n, *given))
             with T.serial(0, rows.count) as group:
-                row, size = rows.group(group)
-                begin = T.bind(self.scores + i64(row - first) * self.pitch)
-
-                def block(n: int, begin: Any = begin) -> None:
-                    product(
-                        Rows(frame.scratch, begin, self.pitch), n, (frame.scratch, weights, self.width), self.keys,
-                        (frame.scratch, self.tile, self.width), (self.spec.vectors, self.lanes), self.machine,
-                    )  # fmt: skip
-
-                choose(size, self.most, block)
-                factor = T.bind(self.factors + i64(row - first))
+                row, count = rows.group(group)
+                factor, tile = T.bind(self.factors + i64(row - first)), T.bind(self.tile + i64(group) * size)
                 edge = self.width, T.bind(panel * self.width), self.values
-                self._write(row, size, edge, lambda each, factor=factor: frame.scratch[factor + i64(each)])
+                self._write(row, count, edge, lambda each, factor=factor: frame.scratch[factor + i64(each)], tile)
 
-    def _write(self, row: Any, size: Any, edge: tuple[int, Any, Any], factor: Any) -> None:
+    def _add(self, rows: int, begin: Any, values: tuple[Any, Any, Any], depth: Any, tile: Any) -> None:
+        """Add a product of weights and values to a tile of sums."""
+        scratch, lanes = self.frame.scratch, self.lanes
+
+        def sums(row: int, vector: int) -> Any:
+            return load(scratch, tile + (row * self.width + vector * lanes), lanes)
+
+        product(
+            Rows(scratch, begin, self.pitch), rows, values, depth, (scratch, tile, self.width),
+            (self.spec.vectors, lanes), self.machine, starts=sums,
+        )  # fmt: skip
+
+    def _write(self, row: Any, size: Any, edge: tuple[int, Any, Any], factor: Any, tile: Any) -> None:
         """Store a tile times a factor by row; `edge`: floats of a tile's row, its first column, and all columns."""
         frame, lanes, (pitch, column, columns) = self.frame, self.lanes, edge
         start, stride = self._start(_Shape.Y), T.bind(i64(self._shape(_Shape.Y + 3)))
         left = T.bind(tx.min(columns - column, pitch))
         whole = T.bind(tx.truncdiv(left, lanes))
         with T.serial(0, size) as each:
-            source = T.bind(self.tile + i64(each) * pitch)
+            source = T.bind(tile + i64(each) * pitch)
             target = T.bind(start + i64(row + each) * stride + i64(column))
             by = T.bind(factor(each))
             with T.serial(0, whole) as vector:
