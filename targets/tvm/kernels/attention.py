@@ -238,7 +238,9 @@ class _Writer:
                 with T.Then():
                     begin = T.bind(source + i64(first) * row)
                     with T.serial(0, squares) as square:
-                        self._transpose(T.bind(begin + i64(square * lanes)), row, target + i64(square) * lanes * self.panel)
+                        self._transpose(
+                            T.bind(begin + i64(square * lanes)), row, target + i64(square) * lanes * self.panel
+                        )
                     self._pack_one_by_one(first, (source, row, column), target, squares * lanes)
                 with T.Else():
                     self._pack_one_by_one(first, (source, row, column), target, tx.IntImm("int32", 0))
