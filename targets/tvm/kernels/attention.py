@@ -390,8 +390,11 @@ class _Writer:
                     row, count = rows.group(group)
                     begin = T.bind(self.scores + i64(row - first) * self.pitch + i64(low))
                     tile = T.bind(self.tile + i64(group) * size)
-                    given = begin, part, depth, tile
-                    choose(count, self.most, lambda n, given=given: self._add(n, *given))
+
+                    def add(n: int, given: tuple[Any, ...] = (begin, part, depth, tile)) -> None:
+                        self._add(n, *given)
+
+                    choose(count, self.most, add)
             with T.serial(0, rows.count) as group:
                 row, count = rows.group(group)
                 factor, tile = T.bind(self.factors + i64(row - first)), T.bind(self.tile + i64(group) * size)
