@@ -20,6 +20,7 @@ from tvm.tirx.script import builder as T
 
 from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, share, write_kernel
 from dvexport.targets.tvm.kernels.activations import LOG2_E, NUMBERS, Numbers, exp2_numbers
+from dvexport.targets.tvm.kernels.attention_panels import Keys, Values, pack_keys, pack_values
 from dvexport.targets.tvm.kernels.blocks import Rows, balanced, product, register_block
 from dvexport.targets.tvm.kernels.direct_vectors import choose
 from dvexport.targets.tvm.kernels.planes_vectors import ceil_div, load, splat, store
@@ -196,9 +197,7 @@ class _Writer:
             self.batch, self.head = T.bind(tx.truncdiv(item, heads)), T.bind(tx.truncmod(item, heads))
             start = T.bind(tx.max(low - item * blocks, tx.IntImm("int32", 0)))
             stop = T.bind(tx.min(high - item * blocks, blocks))
-            self._pack_keys()
-            if self.spec.softmax:
-                self._pack_values()
+            self._pack()
             with T.serial(start, stop) as block:
                 first = T.bind(block * _QUERIES)
                 rows = balanced(first, T.bind(tx.min(first + _QUERIES, queries)), self.most)
@@ -225,63 +224,16 @@ class _Writer:
         self.packed_values = T.bind(self.packed + i64(self.panels) * self.panel * i64(self.depth))
         self.scale = T.bind(frame.scale[0])
 
-    def _pack_keys(self) -> None:
-        """Copy keys to panels `[depth][keys of the panel]`; what lies beyond the last key is the last key again."""
-        lanes, source = self.lanes, self._start(_Shape.K)
+    def _pack(self) -> None:
+        """Copy this head's keys and values to panels."""
+        frame, start = self.frame, self._start(_Shape.K)
         row, column = (T.bind(i64(self._shape(_Shape.K + i))) for i in (3, 4))
-        squares = T.bind(tx.Select(tx.EQ(column, i64(1)), tx.truncdiv(self.depth, lanes), tx.IntImm("int32", 0)))
-        with T.serial(0, self.panels * self.vectors) as vector:
-            panel, place = tx.truncdiv(vector, self.vectors), tx.truncmod(vector, self.vectors)
-            target = T.bind(self.packed + i64(panel) * self.panel * i64(self.depth) + i64(place * lanes))
-            first = T.bind(vector * lanes)
-            with T.If(first + lanes <= self.keys):
-                with T.Then():
-                    begin = T.bind(source + i64(first) * row)
-                    with T.serial(0, squares) as square:
-                        self._transpose(
-                            T.bind(begin + i64(square * lanes)), row, target + i64(square) * lanes * self.panel
-                        )
-                    self._pack_one_by_one(first, (source, row, column), target, squares * lanes)
-                with T.Else():
-                    self._pack_one_by_one(first, (source, row, column), target, tx.IntImm("int32", 0))
-
-    def _pack_one_by_one(self, first: Any, rows: tuple[Any, Any, Any], target: Any, start: Any) -> None:
-        """Copy a vector of keys from the depth `start` on; `rows`: the first key, from key to key, and in depth."""
-        source, row, column = rows
-        with T.serial(0, self.lanes) as each:
-            begin = T.bind(source + i64(tx.min(first + each, self.keys - 1)) * row)
-            with T.serial(start, self.depth) as k:
-                value = self.frame.K[begin + i64(k) * column]
-                store(self.frame.scratch, target + i64(k) * self.panel + i64(each), value, 1)
-
-    def _transpose(self, begin: Any, row: Any, target: Any) -> None:
-        """Copy `lanes` x `lanes` floats of keys, rows to columns: interleaved in halves, as often as halves fit."""
-        lanes, half = self.lanes, self.lanes // 2
-        vectors = [T.bind(load(self.frame.K, begin + row * each, lanes)) for each in range(lanes)]
-        order = [[offset + lane // 2 + lanes * (lane % 2) for lane in range(lanes)] for offset in (0, half)]
-        for _ in range(lanes.bit_length() - 1):
-            pairs = zip(vectors[:half], vectors[half:], strict=True)
-            vectors = [T.bind(tx.Shuffle([a, b], indices)) for a, b in pairs for indices in order]
-        for each, vector in enumerate(vectors):
-            store(self.frame.scratch, target + each * self.panel, vector, lanes)
-
-    def _pack_values(self) -> None:
-        """Copy values to panels `[keys][columns of the panel]`, a row at a time: the next one is on another page."""
-        frame, lanes, source = self.frame, self.lanes, self._start(_Shape.V)
-        row = T.bind(i64(self._shape(_Shape.V + 3)))
-        whole = T.bind(tx.truncdiv(self.values, lanes))
-
-        def target(vector: Any, line: Any) -> Any:
-            panel, place = tx.truncdiv(vector, self.spec.vectors), tx.truncmod(vector, self.spec.vectors)
-            return T.bind(line + i64(panel) * self.width * i64(self.keys) + i64(place * lanes))
-
-        with T.serial(0, self.keys) as key:
-            begin, line = T.bind(source + i64(key) * row), T.bind(self.packed_values + i64(key) * self.width)
-            with T.serial(0, whole) as vector:
-                store(frame.scratch, target(vector, line), load(frame.V, begin + i64(vector) * lanes, lanes), lanes)
-            with T.serial(whole * lanes, self.values) as one:
-                rest = T.bind(i64(tx.bitwise_and(one, lanes - 1)))
-                store(frame.scratch, target(whole, line) + rest, frame.V[begin + i64(one)], 1)
+        keys = Keys(frame.K, start, row, column, self.keys, self.depth)
+        pack_keys(keys, frame.scratch, self.packed, self.panels, (self.vectors, self.lanes))
+        if self.spec.softmax:
+            start, row = self._start(_Shape.V), T.bind(i64(self._shape(_Shape.V + 3)))
+            values = Values(frame.V, start, row, self.keys, self.values)
+            pack_values(values, frame.scratch, self.packed_values, (self.spec.vectors, self.lanes))
 
     def _scores(self, rows: Any) -> None:
         """Compute queries x keys, panel by panel: into scratch, or into Y."""
