@@ -119,10 +119,9 @@ def _tokens(arguments: argparse.Namespace) -> list[_Measured]:
     return [
         _show(
             f"STA, {name}, 16 frames", tokens.COLUMNS,
-            [
-                row for backend in arguments.backends for r in (48, 64)
-                for row in tokens.token_rows(name, r, backend, arguments.threads, min(arguments.rounds, _CLIP_ROUNDS))
-            ],
+            tokens.token_rows(
+                name, (48, 64), arguments.backends, arguments.threads, min(arguments.rounds, _CLIP_ROUNDS)
+            ),
         )
         for name in arguments.transformers
     ]  # fmt: skip

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.compiled import host
-from benchmarks.timing import take_turns
+from benchmarks.timing import Timing, take_turns
 from dvexport.backends import onnx_variant
 from dvexport.dialect.flops import flop_table
 from dvexport.export import build_model, traced_levels
@@ -15,64 +15,105 @@ from dvexport.golden import moving_texture
 from dvexport.passes.pipeline import Plan, lower
 from dvexport.profile.call_times import call_times
 from dvexport.profile.node_times import gates_of_nodes, node_times
+from dvexport.profile.result import NodeTime
 from dvexport.targets.onnx.runtime import OnnxVariant
 from dvexport.targets.runtime import Runtime, Variant
 
 __all__ = ["COLUMNS", "token_rows"]
 
-COLUMNS = ("model", "r", "backend", "threads", "GMACs", "dense GMACs", "ms", "dense ms", "spread", "speed-up",
-           "FLOP ratio", "realisation", "choosing")  # fmt: skip
+COLUMNS = ("model", "r", "backend", "threads", "GMACs", "ms", "dense ms", "spread", "speed-up", "FLOP ratio",
+           "realisation", "choosing", "dense over ORT's")  # fmt: skip
+
+_PRUNING = ("island", "product", "select_tokens")
+"""Calls that pruning adds to a native plan, where a dense plan has no call of the same kernel."""
+
+
+@dataclass(frozen=True)
+class _Level:
+    """A model at one r, on every backend."""
+
+    variants: dict[str, Variant]
+    macs: int
 
 
 def token_rows(
-    name: str, r: int, backend: str, threads: list[int], rounds: int, tell: Callable[[str], None] = lambda _: None
+    name: str,
+    rates: Sequence[int],
+    backends: Sequence[str],
+    threads: Sequence[int],
+    rounds: int,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
-    """Return the rows of one model at one r: 16 frames at 224 x 224, random weights.
+    """Return the rows of one model: 16 frames at 224 x 224, random weights.
 
-    `choosing` is the share of the step that pruning itself takes: metric, scores, top-k, gather.
+    All models at all r on all backends take turns in one run. `choosing` is the share of the step that pruning
+    itself takes: metric, scores, top-k, gather. `dense over ORT's` is the speed of this backend's dense model over
+    that of ONNX Runtime.
 
     Args:
         name: a transformer of the zoo.
-        backend: `onnx` or `tvm`.
-        threads: numbers of threads, a row each.
-        rounds: each runs the gated and the dense model once uncounted, once counted, in turn.
+        rates: values of r, above 0.
+        backends: `onnx`, `tvm`.
+        threads: numbers of threads, each a run.
+        rounds: each runs every model once uncounted and once counted.
     """
-    net = build_model(name, None, {"sta.r": r}).model
-    frames = net.preprocess.frames
-    tell("trace")
-    gated, dense = traced_levels(net)
-    plan = Plan(mode="clip", frames=frames)
-    variants: dict[str, Variant]
+    levels: dict[int, _Level] = {}
+    for r in rates:
+        net = build_model(name, None, {"sta.r": r}).model
+        gated, dense = traced_levels(net)
+        table, plan = flop_table(gated, dense), Plan(mode="clip", frames=net.preprocess.frames)
+        tell(f"{name}, r = {r}")
+        made = {backend: _variants(backend, gated, dense, plan) for backend in backends}
+        levels[r] = _Level({backend: sides["gated"] for backend, sides in made.items()}, table.fixed + table.decisions)
+        if 0 not in levels:
+            levels[0] = _Level({backend: sides["dense"] for backend, sides in made.items()}, table.dense)
+    feeds = {"frames": moving_texture(net.preprocess, net.preprocess.frames)}
+    timings = {count: _times(levels, feeds, count, rounds) for count in threads}
+    return [
+        _row(name, r, backend, count, levels, timings[count]) | {
+            "choosing": _choosing(levels[r].variants[backend], levels[0].variants[backend], feeds, count)
+        }
+        for backend in backends for count in threads for r in rates
+    ]  # fmt: skip
+
+
+def _variants(backend: str, gated: Any, dense: Any, plan: Plan) -> dict[str, Variant]:
     if backend == "onnx":
-        variants = {"gated": onnx_variant(gated, plan), "dense": onnx_variant(dense, replace(plan, variant="dense"))}
-    else:
-        variants = _compiled(gated, dense, plan, tell)
-    table = flop_table(gated, dense)
-    executed = table.fixed + table.decisions
-    feeds = {"frames": moving_texture(net.preprocess, frames)}
-    rows = []
-    for count in threads:
-        opened = {side: variant.open(threads=count) for side, variant in variants.items()}
-        times = take_turns({side: lambda run=run: _step(run, feeds) for side, run in opened.items()}, rounds)  # type: ignore[misc]
-        speedup, ratio = times["gated"].speedup_over(times["dense"]), table.dense / executed
-        rows.append({
-            "model": name, "r": r, "backend": backend, "threads": count,
-            "GMACs": f"{executed / 1e9:.1f}", "dense GMACs": f"{table.dense / 1e9:.1f}",
-            "ms": f"{times['gated'].median:.0f}", "dense ms": f"{times['dense'].median:.0f}",
-            "spread": f"{max(time.spread for time in times.values()):.0%}",
-            "speed-up": f"{speedup:.2f}", "FLOP ratio": f"{ratio:.2f}", "realisation": f"{speedup / ratio:.2f}",
-            "choosing": _choosing(variants["gated"], feeds, count),
-        })  # fmt: skip
-    return rows
-
-
-def _compiled(gated: Any, dense: Any, plan: Plan, tell: Callable[[str], None]) -> dict[str, Variant]:
+        return {"gated": onnx_variant(gated, plan), "dense": onnx_variant(dense, replace(plan, variant="dense"))}
     from dvexport.targets.tvm.artifact import build_artifact
 
     native = replace(plan, kernels=True)
     models = {"gated": lower(gated, native).model, "dense": lower(dense, replace(native, variant="dense")).model}
-    artifact = build_artifact(models, host(), tell)
+    artifact = build_artifact(models, host(), lambda _: None)
     return {side: artifact.variant(side, plan.frames) for side in models}
+
+
+def _times(
+    levels: Mapping[int, _Level], feeds: dict[str, Any], threads: int, rounds: int
+) -> dict[tuple[str, int], Timing]:
+    """Time every (backend, r), in turn."""
+    opened = {
+        (backend, r): variant.open(threads=threads)
+        for r, level in levels.items() for backend, variant in level.variants.items()
+    }  # fmt: skip
+    names = {f"{backend} {r}": (backend, r) for backend, r in opened}
+    times = take_turns({key: lambda run=opened[at]: _step(run, feeds) for key, at in names.items()}, rounds)  # type: ignore[misc]
+    return {at: times[key] for key, at in names.items()}
+
+
+def _row(
+    name: str, r: int, backend: str, threads: int, levels: Mapping[int, _Level], times: Mapping[tuple[str, int], Timing]
+) -> dict[str, Any]:
+    gated, dense, peer = times[backend, r], times[backend, 0], times.get(("onnx", 0))
+    speedup, ratio = gated.speedup_over(dense), levels[0].macs / levels[r].macs
+    return {
+        "model": name, "r": r, "backend": backend, "threads": threads,
+        "GMACs": f"{levels[r].macs / 1e9:.1f} of {levels[0].macs / 1e9:.1f}",
+        "ms": f"{gated.median:.0f}", "dense ms": f"{dense.median:.0f}",
+        "spread": f"{max(gated.spread, dense.spread):.0%}",
+        "speed-up": f"{speedup:.2f}", "FLOP ratio": f"{ratio:.2f}", "realisation": f"{speedup / ratio:.2f}",
+        "dense over ORT's": f"{dense.speedup_over(peer):.2f}" if peer and backend != "onnx" else "-",
+    }  # fmt: skip
 
 
 def _step(run: Runtime, feeds: dict[str, Any]) -> float:
@@ -81,15 +122,25 @@ def _step(run: Runtime, feeds: dict[str, Any]) -> float:
     return run.seconds
 
 
-def _choosing(variant: Variant, feeds: dict[str, Any], threads: int) -> str:
-    """Return the share of a step's nodes that are there for pruning; a recording of a few steps."""
+def _choosing(gated: Variant, dense: Variant, feeds: dict[str, Any], threads: int) -> str:
+    """Return the share of a step that is there for pruning; a recording of a few steps."""
+    nodes = _nodes(gated, feeds, threads)
+    if isinstance(gated, OnnxVariant):
+        added = sum(node.median_us for node in nodes if node.gate == "tokens")
+    else:
+        usual = {_kernel(node) for node in _nodes(dense, feeds, threads)}
+        added = sum(node.median_us for node in nodes if node.op in _PRUNING and _kernel(node) not in usual)
+    return f"{added / sum(node.median_us for node in nodes):.1%}"
+
+
+def _nodes(variant: Variant, feeds: dict[str, Any], threads: int) -> list[NodeTime]:
     run = variant.open(threads=threads, profile=True)
     for _ in range(4):
         run.run(feeds)
     if isinstance(variant, OnnxVariant):
-        times = node_times(run.end_profile(), gates_of_nodes(variant.model, ()), skip=1)
-    else:
-        times = call_times(run.end_profile(), skip=1)
-    total = sum(node.median_us for node in times.nodes)
-    share = sum(node.median_us for node in times.nodes if node.gate == "tokens") / total
-    return f"{share:.1%}" if share else "-"
+        return node_times(run.end_profile(), gates_of_nodes(variant.model, ()), skip=1).nodes
+    return call_times(run.end_profile(), skip=1).nodes
+
+
+def _kernel(node: NodeTime) -> str:
+    return node.node.rpartition(" (")[2]

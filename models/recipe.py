@@ -57,7 +57,7 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class OptimiserOptions:
-    """AdamW with a linear warm-up and a cosine decay to zero.
+    """AdamW with a linear warm-up and a cosine decay to zero, over the whole training or at its end.
 
     Attributes:
         epochs: length of the training.
@@ -66,6 +66,9 @@ class OptimiserOptions:
         warmup_epochs: of the learning rate.
         weight_decay: of weights with two or more axes.
         clip_norm: the gradient's norm is cut to this.
+        decay_epochs: the learning rate stays at its highest until so many epochs before the end; 0 to decay
+            from the beginning. Until then an epoch does not depend on how many there are.
+        half: multiply in bfloat16 on a CPU too, where a GPU always does; half the time on a CPU with AMX.
     """
 
     epochs: int
@@ -74,6 +77,8 @@ class OptimiserOptions:
     warmup_epochs: float = 1.0
     weight_decay: float = 0.02
     clip_norm: float = 5.0
+    decay_epochs: float = 0.0
+    half: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,11 +156,14 @@ class Recipe:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, as they stand in JSON; `mirrored` and `transformer` only where they are set."""
+        """Return plain values, as they stand in JSON; choices that came later only where they are made."""
         values = dataclasses.asdict(self)
         # Recipes from before there were these choices stay what they were.
         if not self.data.mirrored:
             del values["data"]["mirrored"]
+        for later in ("decay_epochs", "half"):
+            if not values["optimiser"][later]:
+                del values["optimiser"][later]
         if self.transformer is None:
             del values["transformer"]
         return values
@@ -241,6 +249,8 @@ def _check(recipe: Recipe) -> None:
         (not data.mirrored or optimiser.batch % 8 == 0, f"batch = {optimiser.batch} of mirrored clips",
          "a multiple of 8: each clip has eight mirror images"),
         (optimiser.learning_rate > 0, f"learning_rate = {optimiser.learning_rate}", "above 0"),
+        (0 <= optimiser.decay_epochs <= optimiser.epochs, f"decay_epochs = {optimiser.decay_epochs}",
+         f"from 0 to epochs, {optimiser.epochs}"),
         (recipe.start_from != recipe.name, f"start_from = '{recipe.start_from}', its own name",
          "the name of another training, or a file"),
         (data.validation_clips >= 1, f"validation_clips = {data.validation_clips}", "at least 1"),

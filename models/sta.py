@@ -154,28 +154,39 @@ def select_survivors(x: Tensor, metric: Tensor, stage: PruningStage) -> tuple[Te
         For each group their places in it, int64 `[B, keep]`.
     """
     metric = metric / metric.norm(dim=2, keepdim=True).clamp_min(1e-12)
-    tokens, keys = x.split(stage.tokens, dim=1), metric.split(stage.tokens, dim=1)
-    weak = weakness(x, stage).split(1, dim=1)
+    weak = weakness(x, stage)
+    if x.shape[0] == 1:  # without the batch axis, choosing traces to far fewer operators
+        metric, weak = metric.squeeze(0), weak.squeeze(0)
+    tokens, keys, weak_of = x.split(stage.tokens, dim=1), metric.split(stage.tokens, dim=-2), weak.split(1, dim=-2)
     kept: dict[int, Tensor] = {}
     places: dict[int, Tensor] = {}
     before = attention = None
     for group in _order(stage):
-        now = keys[group]
+        now, gate = keys[group], stage.gate(group)
         if before is None:
-            score = _likeness(now)
-            kept[group], places[group] = gates.select_tokens(tokens[group], score, stage.keep, gate=stage.gate(group))
+            score = _likeness(now).reshape(x.shape[0], stage.tokens)
+            kept[group], places[group] = gates.select_tokens(tokens[group], score, stage.keep, gate=gate)
             before = now
             continue
-        shares = (before @ now.transpose(1, 2)).softmax(dim=2)  # [B, before, now]: each token gives away 1
-        attention = shares.sum(1, keepdim=True) if attention is None else attention @ shares
-        score = (attention * weak[group]).squeeze(1)
-        kept[group], index = gates.select_tokens(tokens[group], score, stage.keep, gate=stage.gate(group))
+        shares = (before @ now.transpose(-1, -2)).softmax(dim=-1)  # [.., before, now]: each token gives away 1
+        attention = shares.sum(-2, keepdim=True) if attention is None else attention @ shares
+        score = attention * weak_of[group]  # [.., 1, now]
+        score = score if score.ndim == 2 else score.squeeze(1)
+        kept[group], index = gates.select_tokens(tokens[group], score, stage.keep, gate=gate)
         places[group] = index
-        before = rows(now, index)
-        attention = rows(attention.transpose(1, 2), index).transpose(1, 2)
-        attention = attention / attention.sum(2, keepdim=True)
+        before, attention = _taken(now, index, 0), _taken(attention, index, 1)
+        attention = attention / attention.sum(-1, keepdim=True)
     in_time = range(stage.groups)
     return torch.cat([kept[group] for group in in_time], dim=1), [places[group] for group in in_time]
+
+
+def _taken(values: Tensor, index: Tensor, axis: int) -> Tensor:
+    """Return the rows (`axis` 0) or columns (1) `index` `[B, K]` of `values` `[B, M, N]`, `[M, N]` for one clip."""
+    if values.ndim == 2:
+        return values.index_select(axis, index.squeeze(0))
+    if axis == 0:
+        return rows(values, index)
+    return values.gather(2, index.unsqueeze(1).expand(-1, values.shape[1], -1))
 
 
 def _order(stage: PruningStage) -> Sequence[int]:
@@ -184,11 +195,11 @@ def _order(stage: PruningStage) -> Sequence[int]:
 
 
 def _likeness(keys: Tensor) -> Tensor:
-    """Return `[B, N]`: for even tokens the largest cosine to an odd one, for odd ones less than any cosine."""
-    cosine = keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)
-    even = cosine.amax(2)
+    """Return `[.., N]` of `[.., N, D]`: for even tokens the largest cosine to an odd one, for odd ones less."""
+    cosine = keys[..., ::2, :] @ keys[..., 1::2, :].transpose(-1, -2)
+    even = cosine.amax(-1)
     odd = torch.full_like(even, -2.0)
-    return torch.stack([even, odd], dim=2).flatten(1)[:, : keys.shape[1]]
+    return torch.stack([even, odd], dim=-1).flatten(-2)[..., : keys.shape[-2]]
 
 
 def weakness(x: Tensor, stage: PruningStage) -> Tensor:

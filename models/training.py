@@ -227,7 +227,8 @@ class _Run:
         if gate_options is not None:
             _fade_noise(self.model, 1 - _share(epoch, gate_options.noise_until))
         x = normalised(frames, self.model).contiguous(memory_format=torch.channels_last)
-        half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+        in_half = self.device.type == "cuda" or self.recipe.optimiser.half
+        half = torch.autocast(self.device.type, torch.bfloat16, enabled=in_half)
         with gates.frames_per_clip(frames.shape[1]), half:
             logits = clip_logits(self.model, x, frames.shape[1]).float()
             task = F.cross_entropy(logits, labels)
@@ -337,10 +338,11 @@ def _optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def _learning_rate(recipe: Recipe, epoch: float) -> float:
-    """Return the learning rate at a fractional epoch: linear up, cosine down to zero."""
+    """Return the learning rate at a fractional epoch: linear up, and a cosine down to zero, by default all the way."""
     options = recipe.optimiser
     up = min(1.0, epoch / options.warmup_epochs) if options.warmup_epochs > 0 else 1.0
-    down = 0.5 + 0.5 * math.cos(math.pi * min(1.0, epoch / options.epochs))
+    length = options.decay_epochs or options.epochs
+    down = 0.5 + 0.5 * math.cos(math.pi * min(1.0, max(0.0, epoch - options.epochs + length) / length))
     return options.learning_rate * max(up * down, 1e-4)
 
 

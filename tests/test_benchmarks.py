@@ -134,3 +134,16 @@ def test_machine_code_of_an_object_is_counted():
     sections = [(flags, size) for flags, size in ((0x6, 100), (0x2, 50), (0x6, 7))]
     rows = [struct.pack("<IIQQQQIIQQ", 0, 1, flags, 0, 0, size, 0, 0, 0, 0) for flags, size in sections]
     assert artifacts.text_bytes(bytes(header) + b"".join(rows)) == 107
+
+
+@pytest.mark.slow
+def test_transformers_that_drop_tokens_are_timed_beside_dense_ones_on_every_backend():
+    from benchmarks.tokens import COLUMNS, token_rows
+
+    rows = token_rows("vit_motion", (4, 8), ("onnx", "tvm"), (1,), rounds=1)
+    assert [(row["r"], row["backend"]) for row in rows] == [(4, "onnx"), (8, "onnx"), (4, "tvm"), (8, "tvm")]
+    for row in rows:
+        assert set(row) == set(COLUMNS)
+        assert 0 < float(row["choosing"].rstrip("%")) < 60
+        assert float(row["FLOP ratio"]) == pytest.approx({4: 1.38, 8: 2.13}[row["r"]], abs=0.01)
+        assert (row["dense over ORT's"] == "-") == (row["backend"] == "onnx")

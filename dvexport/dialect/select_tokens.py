@@ -45,8 +45,8 @@ class SelectTokens(Operator):
         _, index = build.multi("TopK", (score, build.ints(keep)), 2, axis=-1, largest=0, sorted=1)
         index.shape, index.type = ir.Shape([batch, keep]), ir.TensorType(ir.DataType.INT64)
         kept = ir.Shape([batch, keep, x.shape[2]])
-        if batch == 1:  # rows of one clip: no index needs its batch before it
-            row = build.op("Reshape", index, build.ints(keep), shape=[keep], dtype=ir.DataType.INT64)
+        if batch == 1:  # rows of one clip: no index needs its batch before it, and STA's scores squeeze it as well
+            row = build.op("Squeeze", index, build.ints(0), shape=[keep], dtype=ir.DataType.INT64)
             return [build.op("Gather", x, row, axis=1, shape=list(kept), dtype=x.dtype), index]
         place = build.op("Unsqueeze", index, build.ints(2), shape=[batch, keep, 1], dtype=ir.DataType.INT64)
         return [build.op("GatherND", x, place, batch_dims=1, shape=list(kept), dtype=x.dtype), index]

@@ -10,7 +10,7 @@ from typing import Any
 
 import tvm.tirx as tx
 
-__all__ = ["FUNCTIONS", "erf_parts", "exp_parts"]
+__all__ = ["FUNCTIONS", "erf_parts"]
 
 Bind = Callable[[Any], Any]
 """Keeps a value that is used several times."""
@@ -106,8 +106,3 @@ FUNCTIONS: dict[str, Callable[[Any, int, Bind], Any]] = {
 def erf_parts() -> tuple[float, tuple[float, ...], tuple[float, ...]]:
     """Return erf's lower limit, numerator and denominator: x P(x²) / Q(x²), highest power first."""
     return -_ERF_LIMIT, *_ERF
-
-
-def exp_parts() -> tuple[float, float, float, float, float, tuple[float, ...]]:
-    """Return exp's lower limit, log2(e), what rounds, ln(2) in two parts and P: exp(r) = 1 + r + r² P(r)."""
-    return _EXP_LIMITS[0] + 0.5, _LOG2_E, _ROUND, _LN2_HIGH, _LN2_LOW, _EXP

@@ -12,14 +12,25 @@ from typing import Any
 import tvm.tirx as tx
 from tvm.tirx.script import builder as T
 
-from dvexport.targets.tvm.generic_math import erf_parts, exp_parts
+from dvexport.targets.tvm.generic_math import erf_parts
 from dvexport.targets.tvm.kernels.abi import i64
 from dvexport.targets.tvm.kernels.planes_vectors import splat, store
 
-__all__ = ["NUMBERS", "Numbers", "exp_numbers", "gelu_numbers"]
+__all__ = ["LOG2_E", "NUMBERS", "Numbers", "exp2_numbers", "gelu_numbers"]
 
 NUMBERS = 32
 """Floats that a table of constants takes."""
+
+
+LOG2_E = 1.44269504088896341
+"""exp(x) = 2^(LOG2_E x)."""
+
+_ROUND = 12582912.0
+"""1.5 * 2^23: added to a small number, it leaves the nearest integer in the low bits."""
+_EXP2_LIMIT = -125.0
+_EXP2 = (0.001327647129073739, 0.009675540961325169, 0.05550713092088699, 0.24022120237350464, 0.6931469440460205,
+         1.0000001192092896)  # fmt: skip
+"""2^x for |x| <= 1/2, highest power first: least greatest relative error, 7.5e-8 before rounding."""
 
 
 class Numbers:
@@ -54,19 +65,15 @@ class Numbers:
         square = T.bind(inside * inside)
         return half + half * (inside * self._polynomial(square, above, lanes) / self._polynomial(square, below, lanes))
 
-    def exp(self, x: Any, lanes: int) -> Any:
-        """Return exp(x) of x <= 0; 1e-38 where it is less."""
-        low, log2e, rounding, high, rest, powers = exp_parts()
+    def exp2(self, x: Any, lanes: int) -> Any:
+        """Return 2^x of x <= 0, within 3 units of the last place; about 1e-38 where it is less."""
         int_type, float_type = (f"{name}x{lanes}" if lanes > 1 else name for name in ("int32", "float32"))
-        inside = T.bind(tx.Max(x, self(low, lanes)))
-        shifted = T.bind(inside * self(log2e, lanes) + self(rounding, lanes))
-        n = T.bind(shifted - self(rounding, lanes))
-        r = T.bind(inside - n * self(high, lanes) - n * self(rest, lanes))
-        power = self._polynomial(r, powers, lanes) * (r * r) + r + self(1.0, lanes)
-        scale = tx.shift_left(tx.reinterpret(int_type, shifted), _ints(23, lanes)) + tx.reinterpret(
-            int_type, splat(tx.FloatImm("float32", 1.0), lanes)
-        )
-        return power * tx.reinterpret(float_type, scale)
+        inside = T.bind(tx.Max(x, self(_EXP2_LIMIT, lanes)))
+        shifted = T.bind(inside + self(_ROUND, lanes))
+        power = self._polynomial(T.bind(inside - (shifted - self(_ROUND, lanes))), _EXP2, lanes)
+        # The integer is in the low bits of `shifted`: moved to where exponents are, it is added to that of the power.
+        whole = tx.shift_left(tx.reinterpret(int_type, shifted), _ints(23, lanes))
+        return tx.reinterpret(float_type, tx.reinterpret(int_type, power) + whole)
 
     def _polynomial(self, x: Any, factors: tuple[float, ...], lanes: int) -> Any:
         total = self(factors[0], lanes)
@@ -86,7 +93,6 @@ def gelu_numbers() -> list[float]:
     return [0.5, 0.5**0.5, -low, low, *above, *below]
 
 
-def exp_numbers() -> list[float]:
-    """Return the constants of `Numbers.exp`."""
-    *numbers, powers = exp_parts()
-    return [*numbers, 1.0, *powers]
+def exp2_numbers() -> list[float]:
+    """Return the constants of `Numbers.exp2`."""
+    return [_EXP2_LIMIT, _ROUND, *_EXP2]

@@ -19,7 +19,8 @@ import tvm.tirx as tx
 from tvm.tirx.script import builder as T
 
 from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, share, write_kernel
-from dvexport.targets.tvm.kernels.activations import NUMBERS, Numbers, exp_numbers
+from dvexport.targets.tvm.kernels.activations import LOG2_E, NUMBERS, Numbers, exp2_numbers
+from dvexport.targets.tvm.kernels.attention_panels import Keys, Values, pack_keys, pack_values
 from dvexport.targets.tvm.kernels.blocks import Rows, balanced, product, register_block
 from dvexport.targets.tvm.kernels.direct_vectors import choose
 from dvexport.targets.tvm.kernels.planes_vectors import ceil_div, load, splat, store
@@ -38,6 +39,9 @@ __all__ = [
 
 _QUERIES = 32
 """Queries of a block."""
+
+_VALUES = 256
+"""Values that a block of queries passes over together: some 32 KB of a panel, by lanes."""
 
 _NEVER = -3e38
 """A score that weighs nothing."""
@@ -149,12 +153,18 @@ def _pitch(sizes: Sizes, machine: Machine) -> int:
     return pitch + 16 if pitch % 512 == 0 else pitch
 
 
-def _slice(sizes: Sizes, spec: Attention, machine: Machine) -> int:
-    """Floats of a thread: numbers twice, factors of rows, a tile, scores, keys and values."""
+def _tiles(spec: Attention, machine: Machine) -> int:
+    """Floats of the tiles of sums: of one group of queries for scores, of all groups of a block for the outputs."""
     rows, vectors = register_block(machine)
-    panel = vectors * machine.lanes
+    groups = -(-_QUERIES // rows)
+    return rows * max(vectors, groups * spec.vectors) * machine.lanes
+
+
+def _slice(sizes: Sizes, spec: Attention, machine: Machine) -> int:
+    """Floats of a thread: numbers twice, factors of rows, tiles, scores, keys and values."""
+    panel = register_block(machine)[1] * machine.lanes
     keys = -(-sizes.keys // panel) * panel * sizes.depth
-    fixed = 2 * NUMBERS + _QUERIES + rows * max(vectors, spec.vectors) * machine.lanes
+    fixed = 2 * NUMBERS + _QUERIES + _tiles(spec, machine)
     if not spec.softmax:
         return -(-(fixed + keys) // 16) * 16
     width = spec.vectors * machine.lanes
@@ -187,9 +197,7 @@ class _Writer:
             self.batch, self.head = T.bind(tx.truncdiv(item, heads)), T.bind(tx.truncmod(item, heads))
             start = T.bind(tx.max(low - item * blocks, tx.IntImm("int32", 0)))
             stop = T.bind(tx.min(high - item * blocks, blocks))
-            self._pack_keys()
-            if self.spec.softmax:
-                self._pack_values()
+            self._pack()
             with T.serial(start, stop) as block:
                 first = T.bind(block * _QUERIES)
                 rows = balanced(first, T.bind(tx.min(first + _QUERIES, queries)), self.most)
@@ -207,50 +215,25 @@ class _Writer:
         self.pitch = T.bind(i64(self._shape(_Shape.PITCH)))
         base = T.bind(i64(frame.part) * i64(self._shape(_Shape.SLICE)))
         self.numbers = Numbers(frame.scratch, T.bind(base + i64(self._shape(_Shape.NUMBERS))))
-        self.numbers.write([*exp_numbers(), _NEVER])
+        self.numbers.write([*exp2_numbers(), 1.0, LOG2_E, _NEVER])
         self.factors = T.bind(base + 2 * NUMBERS)
         self.tile = T.bind(self.factors + _QUERIES)
-        self.scores = T.bind(self.tile + self.most * max(self.panel, self.width))
+        self.scores = T.bind(self.tile + _tiles(self.spec, self.machine))
         self.packed = T.bind(self.scores + self.pitch * _QUERIES) if self.spec.softmax else self.scores
         self.panels = T.bind(ceil_div(self.keys, self.panel))
         self.packed_values = T.bind(self.packed + i64(self.panels) * self.panel * i64(self.depth))
         self.scale = T.bind(frame.scale[0])
 
-    def _pack_keys(self) -> None:
-        """Copy keys to panels `[depth][keys of the panel]`, zero beyond the last."""
-        frame, source = self.frame, self._start(_Shape.K)
+    def _pack(self) -> None:
+        """Copy this head's keys and values to panels."""
+        frame, start = self.frame, self._start(_Shape.K)
         row, column = (T.bind(i64(self._shape(_Shape.K + i))) for i in (3, 4))
-        with T.serial(0, self.panels) as panel:
-            target = T.bind(self.packed + i64(panel) * self.panel * i64(self.depth))
-            first = T.bind(panel * self.panel)
-            with T.serial(0, self.panel) as each:
-                key = T.bind(tx.min(first + each, self.keys - 1))
-                from_ = T.bind(source + i64(key) * row)
-                with T.serial(0, self.depth) as k:
-                    store(frame.scratch, target + i64(k) * self.panel + i64(each), frame.K[from_ + i64(k) * column], 1)
-
-    def _pack_values(self) -> None:
-        """Copy values to panels `[keys][columns of the panel]`, whole vectors where there are any."""
-        frame, lanes, source = self.frame, self.lanes, self._start(_Shape.V)
-        row = T.bind(i64(self._shape(_Shape.V + 3)))
-        whole = T.bind(tx.truncdiv(self.values, lanes))
-        with T.serial(0, ceil_div(self.values, lanes)) as vector:
-            panel, place = tx.truncdiv(vector, self.spec.vectors), tx.truncmod(vector, self.spec.vectors)
-            target = T.bind(self.packed_values + i64(panel) * self.width * i64(self.keys) + i64(place * lanes))
-            column = T.bind(source + i64(vector) * lanes)
-            with T.If(vector < whole):
-                with T.Then(), T.serial(0, self.keys) as key:
-                    store(
-                        frame.scratch,
-                        target + i64(key) * self.width,
-                        load(frame.V, column + i64(key) * row, lanes),
-                        lanes,
-                    )
-                with T.Else(), T.serial(0, self.keys) as key:
-                    at = T.bind(target + i64(key) * self.width)
-                    with T.serial(0, self.values - whole * lanes) as each:
-                        rest = T.bind(i64(tx.bitwise_and(each, lanes - 1)))
-                        store(frame.scratch, at + rest, frame.V[column + i64(key) * row + rest], 1)
+        keys = Keys(frame.K, start, row, column, self.keys, self.depth)
+        pack_keys(keys, frame.scratch, self.packed, self.panels, (self.vectors, self.lanes))
+        if self.spec.softmax:
+            start, row = self._start(_Shape.V), T.bind(i64(self._shape(_Shape.V + 3)))
+            values = Values(frame.V, start, row, self.keys, self.values)
+            pack_values(values, frame.scratch, self.packed_values, (self.spec.vectors, self.lanes))
 
     def _scores(self, rows: Any) -> None:
         """Compute queries x keys, panel by panel: into scratch, or into Y."""
@@ -275,7 +258,8 @@ class _Writer:
 
                 choose(size, self.most, block)
                 if not self.spec.softmax:
-                    self._write(row, size, (self.panel, T.bind(panel * self.panel), self.keys), lambda each: self.scale)
+                    edge = self.panel, T.bind(panel * self.panel), self.keys
+                    self._write(row, size, edge, lambda each: self.scale, self.tile)
 
     def _softmax(self, first: Any, row: Any) -> None:
         """Turn a row of scores into weights that are not normalised yet, and keep one over their sum."""
@@ -283,7 +267,7 @@ class _Writer:
         line = T.bind(self.scores + i64(row - first) * self.pitch)
         whole = T.bind(tx.truncdiv(self.keys, lanes))
         vectors = T.bind(ceil_div(self.keys, lanes))
-        scale = self._biased(row, line, whole)
+        scale = T.bind(self._biased(row, line, whole) * self.numbers(LOG2_E, 1))
         with T.serial(self.keys, vectors * lanes) as each:
             store(frame.scratch, line + i64(each), self.numbers(_NEVER, 1), 1)
         largest, total = (T.alloc_buffer((lanes,), "float32", scope="global") for _ in range(2))
@@ -305,7 +289,7 @@ class _Writer:
         with T.serial(0, vectors) as vector:
             at = T.bind(line + i64(vector) * lanes)
             less = T.bind((load(frame.scratch, at, lanes) - peak) * splat(scale, lanes))
-            value = T.bind(self.numbers.exp(less, lanes))
+            value = T.bind(self.numbers.exp2(less, lanes))
             store(frame.scratch, at, value, lanes)
             store(total, 0, load(total, 0, lanes) + value, lanes)
         one = self.numbers(1.0, 1)
@@ -343,33 +327,52 @@ class _Writer:
         return cell[0]
 
     def _output(self, first: Any, rows: Any) -> None:
-        """Multiply weights with values, normalise and store."""
-        frame = self.frame
+        """Multiply weights with values, normalise and store; values that stay in the first level cache at a time."""
+        frame, lanes, size = self.frame, self.lanes, self.most * self.width
+        pieces = T.bind(tx.max(tx.truncdiv(self.keys + _VALUES // 2, _VALUES), tx.IntImm("int32", 1)))
         with T.serial(0, ceil_div(self.values, self.width)) as panel:
-            weights = T.bind(self.packed_values + i64(panel) * self.width * i64(self.keys))
+            values = T.bind(self.packed_values + i64(panel) * self.width * i64(self.keys))
+            with T.serial(0, tx.truncdiv(rows.count * size, lanes)) as vector:
+                store(frame.scratch, self.tile + i64(vector) * lanes, splat(0.0, lanes), lanes)
+            with T.serial(0, pieces) as piece:
+                low = T.bind(tx.truncdiv(self.keys * piece, pieces))
+                depth = T.bind(tx.truncdiv(self.keys * (piece + 1), pieces) - low)
+                part = frame.scratch, T.bind(values + i64(low) * self.width), self.width
+                with T.serial(0, rows.count) as group:
+                    row, count = rows.group(group)
+                    begin = T.bind(self.scores + i64(row - first) * self.pitch + i64(low))
+                    tile = T.bind(self.tile + i64(group) * size)
+
+                    def add(n: int, given: tuple[Any, ...] = (begin, part, depth, tile)) -> None:
+                        self._add(n, *given)
+
+                    choose(count, self.most, add)
             with T.serial(0, rows.count) as group:
-                row, size = rows.group(group)
-                begin = T.bind(self.scores + i64(row - first) * self.pitch)
-
-                def block(n: int, begin: Any = begin) -> None:
-                    product(
-                        Rows(frame.scratch, begin, self.pitch), n, (frame.scratch, weights, self.width), self.keys,
-                        (frame.scratch, self.tile, self.width), (self.spec.vectors, self.lanes), self.machine,
-                    )  # fmt: skip
-
-                choose(size, self.most, block)
-                factor = T.bind(self.factors + i64(row - first))
+                row, count = rows.group(group)
+                factor, tile = T.bind(self.factors + i64(row - first)), T.bind(self.tile + i64(group) * size)
                 edge = self.width, T.bind(panel * self.width), self.values
-                self._write(row, size, edge, lambda each, factor=factor: frame.scratch[factor + i64(each)])
+                self._write(row, count, edge, lambda each, factor=factor: frame.scratch[factor + i64(each)], tile)
 
-    def _write(self, row: Any, size: Any, edge: tuple[int, Any, Any], factor: Any) -> None:
+    def _add(self, rows: int, begin: Any, values: tuple[Any, Any, Any], depth: Any, tile: Any) -> None:
+        """Add a product of weights and values to a tile of sums."""
+        scratch, lanes = self.frame.scratch, self.lanes
+
+        def sums(row: int, vector: int) -> Any:
+            return load(scratch, tile + (row * self.width + vector * lanes), lanes)
+
+        product(
+            Rows(scratch, begin, self.pitch), rows, values, depth, (scratch, tile, self.width),
+            (self.spec.vectors, lanes), self.machine, starts=sums,
+        )  # fmt: skip
+
+    def _write(self, row: Any, size: Any, edge: tuple[int, Any, Any], factor: Any, tile: Any) -> None:
         """Store a tile times a factor by row; `edge`: floats of a tile's row, its first column, and all columns."""
         frame, lanes, (pitch, column, columns) = self.frame, self.lanes, edge
         start, stride = self._start(_Shape.Y), T.bind(i64(self._shape(_Shape.Y + 3)))
         left = T.bind(tx.min(columns - column, pitch))
         whole = T.bind(tx.truncdiv(left, lanes))
         with T.serial(0, size) as each:
-            source = T.bind(self.tile + i64(each) * pitch)
+            source = T.bind(tile + i64(each) * pitch)
             target = T.bind(start + i64(row + each) * stride + i64(column))
             by = T.bind(factor(each))
             with T.serial(0, whole) as vector:

@@ -7,6 +7,7 @@ as panels `[depth][columns of the panel]`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +73,7 @@ def product(
     sizes: tuple[int, int],
     machine: Machine,
     *,
-    starts: list[Any] | None = None,
+    starts: Callable[[int, int], Any] | None = None,
 ) -> None:
     """Write `count` rows x a panel of vectors, summed over `depth`, to a tile.
 
@@ -84,14 +85,14 @@ def product(
         tile: a buffer, its first float, and the floats from one row to the next.
         sizes: vectors of the panel, and lanes of a vector.
         machine: what to generate code for.
-        starts: what the sums of a row start from, by vector; zero by default.
+        starts: what a sum starts from, by row and vector; zero by default.
     """
     vectors, lanes = sizes
     buffer, origin, pitch = panel
     sums = [[T.alloc_buffer((lanes,), "float32", scope="global") for _ in range(vectors)] for _ in range(count)]
-    for line in sums:
+    for row, line in enumerate(sums):
         for vector, total in enumerate(line):
-            store(total, 0, splat(0.0, lanes) if starts is None else starts[vector], lanes)
+            store(total, 0, splat(0.0, lanes) if starts is None else starts(row, vector), lanes)
     firsts = [T.bind(rows.first + rows.stride * row) for row in range(count)]
 
     def step(k: Any, factors: list[Any]) -> None:

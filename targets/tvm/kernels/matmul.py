@@ -136,7 +136,8 @@ class _Writer:
         starts = [T.bind(load(frame.B, column + vector * lanes, lanes)) for vector in range(self.vectors)]
         product(
             Rows(frame.X, T.bind(i64(row) * stride), stride), count, (frame.W, weights, self.panel), self.depth,
-            (frame.scratch, self.tile, self.panel), (self.vectors, lanes), self.machine, starts=starts,
+            (frame.scratch, self.tile, self.panel), (self.vectors, lanes), self.machine,
+            starts=lambda _, vector: starts[vector],
         )  # fmt: skip
 
     def _epilogue(self, row: Any, size: Any, column: Any) -> None:
