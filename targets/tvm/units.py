@@ -18,6 +18,7 @@ from dvexport.graph import DV, array_of
 from dvexport.passes.fuse_residual import is_nonnegative
 from dvexport.targets.tvm.owners import gate_owners
 from dvexport.targets.tvm.patches import embed_patches
+from dvexport.targets.tvm.tables import lay_out
 from dvexport.targets.tvm.unit import Unit
 from dvexport.targets.tvm.units_tokens import token_units
 
@@ -56,6 +57,7 @@ def cut(model: ir.Model, gates: Collection[str] = ()) -> list[Unit]:
         gates: names of the gates, so that what a dense model does in their place is told apart.
     """
     embed_patches(model)
+    lay_out(model)
     _fill_in(model)
     nodes = list(model.graph)
     planar = _planar_values(model)
@@ -71,8 +73,9 @@ def cut(model: ir.Model, gates: Collection[str] = ()) -> list[Unit]:
     levels, rest = _levels(nodes, units)
     islands = [Unit("island", group) for _, group in sorted(rest.items())]
     owners = gate_owners(model, gates)
+    read = {value for unit in units for value in unit.reads or ()}
     for unit in (*units, *islands):
-        _set_edges(unit)
+        _set_edges(unit, read)
         unit.gate = next((owners[node] for node in unit.nodes if node in owners), "")
     order = sorted(units, key=lambda unit: (levels[unit.nodes[-1]], nodes.index(unit.nodes[-1])))
     return list(_interleave(order, islands, levels))
@@ -130,14 +133,17 @@ def _levels(nodes: list[ir.Node], units: list[Unit]) -> tuple[dict[ir.Node, int]
     return levels, rest
 
 
-def _set_edges(unit: Unit) -> None:
+def _set_edges(unit: Unit, read: Collection[ir.Value]) -> None:
+    """Set what a unit reads from outside and what it must write; `read`: values that units read past views of them."""
     inside = set(unit.nodes)
     reads = [v for node in unit.nodes for v in node.inputs if v is not None and array_of(v) is None]
     if unit.reads is not None:
         reads = [v for v in unit.reads if array_of(v) is None]
     unit.inputs = list(dict.fromkeys(v for v in reads if v.producer() not in inside))
     written = [v for node in unit.nodes for v in node.outputs]
-    unit.outputs = [v for v in written if v.is_graph_output() or any(user not in inside for user, _ in v.uses())]
+    unit.outputs = [
+        v for v in written if v.is_graph_output() or v in read or any(user not in inside for user, _ in v.uses())
+    ]
 
 
 def _planar_values(model: ir.Model) -> set[ir.Value]:
