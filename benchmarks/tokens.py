@@ -12,6 +12,7 @@ from dvexport.backends import onnx_variant
 from dvexport.dialect.flops import flop_table
 from dvexport.export import build_model, traced_levels
 from dvexport.golden import moving_texture
+from dvexport.graph import TOKENS
 from dvexport.passes.pipeline import Plan, lower
 from dvexport.profile.call_times import call_times
 from dvexport.profile.node_times import gates_of_nodes, node_times
@@ -91,5 +92,5 @@ def _choosing(variant: Variant, feeds: dict[str, Any], threads: int) -> str:
     else:
         times = call_times(run.end_profile(), skip=1)
     total = sum(node.median_us for node in times.nodes)
-    share = sum(node.median_us for node in times.nodes if node.gate == "tokens") / total
+    share = sum(node.median_us for node in times.nodes if node.gate == TOKENS) / total
     return f"{share:.1%}" if share else "-"
