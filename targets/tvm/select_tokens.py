@@ -33,8 +33,8 @@ def _linear(program: Program, unit: Unit) -> None:
     bias = np.zeros(outputs, np.float32) if unit.bias is None else unit.bias
     arguments = [
         program.flat(unit.x),
-        program.constants.add(matmul.matmul_weights(unit.weight, machine)),
-        program.constants.add(matmul.matmul_bias(bias, machine)),
+        program.constants.add(matmul.matmul_weights(unit.weight, machine), of=unit.weight),
+        program.constants.add(matmul.matmul_bias(bias, machine), of=bias),
         *([program.flat(unit.residual)] if unit.residual is not None else []),
         program.scratch(matmul.matmul_scratch(MAX_THREADS, machine)),
         program.constants.add(matmul.matmul_shape(rows, inputs, outputs, machine)),
