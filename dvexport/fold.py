@@ -15,7 +15,7 @@ import onnx_ir as ir
 __all__ = ["fold_constants"]
 
 _UNLIMITED = 1 << 40
-_LARGE = 1 << 16
+_LARGE = 1 << 14
 """Bytes from which a table is read when it is needed."""
 
 
