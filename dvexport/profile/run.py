@@ -118,6 +118,7 @@ def profile(
         nodes=nodes.nodes,
         tokens=token_stages(manifest, measured.steps[0].decisions),
         tokens_ms=nodes.gate_ms.get(TOKENS),
+        whole_clip=gated.whole_clip,
     )
 
 
