@@ -35,8 +35,9 @@ def _blows_up(node: ir.Node) -> bool:
     """Tell whether a node makes more of a table than the table is; its indices are often shared."""
     if node.op_type != "Gather" or node.domain:
         return False
-    table, shape = ir.convenience.get_const_tensor(node.inputs[0]), node.outputs[0].shape
+    rows, shape = node.inputs[0], node.outputs[0].shape
+    table = None if rows is None else ir.convenience.get_const_tensor(rows)
     if table is None or shape is None or not all(isinstance(size, int) for size in shape):
         return False
-    made = prod(int(size) for size in shape) * table.dtype.itemsize  # type: ignore[call-overload]
+    made = prod(shape.numpy()) * table.dtype.itemsize
     return made >= _LARGE and made > table.nbytes

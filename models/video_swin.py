@@ -91,7 +91,12 @@ class WindowTable:
         real = self.order < self.count
         self.inverse = torch.empty(self.count, dtype=torch.int64, device="cpu")
         self.inverse[self.order[real]] = torch.arange(len(self.order), device="cpu")[real]
-        self.masks, self.which = self._masks(padded, shift) if any(shift) else (None, None)  # type: ignore[arg-type]
+        self.masks: Tensor | None = None
+        """What shifted windows add to logits, `[masks, 1, places, places]`."""
+        self.which: Tensor | None = None
+        """Which of the masks is each window's."""
+        if any(shift):
+            self.masks, self.which = self._masks(padded, shift)  # type: ignore[arg-type]
 
     def _cut(self, grid: Tensor) -> Tensor:
         """Return `[windows, places]` of a grid of tokens."""

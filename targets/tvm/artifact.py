@@ -144,7 +144,7 @@ def read_variant(bundle: Bundle, name: str) -> NativeVariant:
     """Return a variant of a bundle; BundleError if it lacks a file."""
     read = {file: bundle.read(f"{FOLDER}/{file}") for file in (LIBRARY, _plan_name(name))}
     weights, frames = bundle.mapped(NATIVE_WEIGHTS), bundle.manifest.inputs[0].shape[0]
-    return NativeVariant(read[LIBRARY], read[_plan_name(name)], memoryview(weights), frames)
+    return NativeVariant(read[LIBRARY], read[_plan_name(name)], weights.data, frames)
 
 
 def runs_here(cpu: Cpu) -> bool:

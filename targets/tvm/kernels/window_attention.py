@@ -47,7 +47,7 @@ def window_shape(
     """Return the int32 constant `shape`: that of `attention`, then of each bias its strides and its table's place."""
     head = attention_shape(sizes, strides, (), spec, machine)
     first = len(head) + _ENTRIES * len(biases)
-    entries, tables = [], []
+    entries, tables = list[int](), list[int]()
     for index, bias in enumerate(biases):
         assert len(bias.parts) == sizes.batches, bias
         entries += [bias.part, bias.head, bias.row, first + index * sizes.batches]
