@@ -1,6 +1,7 @@
-"""Inner loops of the kernels of convolutions and transformers, as LLVM writes them: vectors multiplied and added, in registers throughout.
+"""Inner loops of the kernels of convolutions and transformers, as LLVM writes them.
 
-A loop that keeps its register block in memory computes the same numbers, three times slower.
+Vectors are multiplied and added, in registers throughout: a loop that keeps its register block in memory computes the
+same numbers, three times slower.
 """
 
 from __future__ import annotations
