@@ -8,7 +8,7 @@ import pytest
 from plane_kernels import compiled, every_machine, every_split, machine, rng, run
 from test_attention import heads_of, interleaved, softmax
 
-from dvexport.targets.tvm.kernels.attention import Sizes, attention_scratch, attention_spec
+from dvexport.targets.tvm.kernels.attention import Sizes, Strides, attention_scratch, attention_spec
 from dvexport.targets.tvm.kernels.window_attention import WindowBias, window_attention, window_shape
 from dvexport.targets.tvm.units_tokens import AttentionUnit, token_units
 
@@ -107,3 +107,20 @@ def test_how_biases_are_read():
     (mask,) = attention("mask").biases
     assert (mask.parts, mask.part, mask.head, mask.row) == (tuple(range(6)), 81, 0, 9)
     assert attention("relative", "chosen", "dropped", "mask") is None
+
+
+def test_weights_of_masked_keys_sum_to_normal_numbers():
+    """Sums over keys that are all masked out so far must not be subnormal, which is many times slower."""
+    sizes, on = Sizes(1, 1, 1, 24, 8, 8), machine(8)
+    q, k = np.zeros((1, 8), np.float32), np.zeros((24, 8), np.float32)
+    v = np.full((24, 8), 1e-6, np.float32)
+    mask = np.full((1, 24), -100, np.float32)
+    mask[0, -1] = 0
+    spec = attention_spec(8, 1, on)
+    shape = window_shape(sizes, (Strides(0, 0, 0, 8),) * 4, (WindowBias((0,), 24, 0, 24),), spec, on)
+    scratch = np.zeros(attention_scratch(1, sizes, spec, on), np.float32)
+    arrays = [q, k, v, mask, np.ones(1, np.float32), scratch, shape, np.full((1, 8), np.nan, np.float32)]
+    views = run(compiled(window_attention, 8, spec), *arrays)
+    np.testing.assert_allclose(views[-1], v[:1], rtol=1e-6)
+    held = np.abs(views[-3])
+    assert not ((held > 0) & (held < np.finfo(np.float32).tiny * 1e6)).any()

@@ -21,6 +21,10 @@ __all__ = ["NUMBERS", "Numbers", "exp_numbers", "gelu_numbers"]
 NUMBERS = 32
 """Floats that a table of constants takes."""
 
+_LOWEST = -60.0
+"""What exponents of softmax are cut off at: far below what a sum of weights can show, and far enough above the smallest
+normal numbers. Sums over keys that are masked out were subnormal, which made shifted windows four times slower."""
+
 
 class Numbers:
     """The constants of a function, in a buffer that the kernel writes.
@@ -55,10 +59,10 @@ class Numbers:
         return half + half * (inside * self._polynomial(square, above, lanes) / self._polynomial(square, below, lanes))
 
     def exp(self, x: Any, lanes: int) -> Any:
-        """Return exp(x) of x <= 0; 1e-38 where it is less."""
-        low, log2e, rounding, high, rest, powers = exp_parts()
+        """Return exp(x) of x <= 0; 9e-27 where it is less."""
+        _, log2e, rounding, high, rest, powers = exp_parts()
         int_type, float_type = (f"{name}x{lanes}" if lanes > 1 else name for name in ("int32", "float32"))
-        inside = T.bind(tx.Max(x, self(low, lanes)))
+        inside = T.bind(tx.Max(x, self(_LOWEST, lanes)))
         shifted = T.bind(inside * self(log2e, lanes) + self(rounding, lanes))
         n = T.bind(shifted - self(rounding, lanes))
         r = T.bind(inside - n * self(high, lanes) - n * self(rest, lanes))
@@ -88,5 +92,5 @@ def gelu_numbers() -> list[float]:
 
 def exp_numbers() -> list[float]:
     """Return the constants of `Numbers.exp`."""
-    *numbers, powers = exp_parts()
-    return [*numbers, 1.0, *powers]
+    _, *numbers, powers = exp_parts()
+    return [_LOWEST, *numbers, 1.0, *powers]
