@@ -12,10 +12,10 @@ from dvexport.backends import onnx_variant
 from dvexport.dialect.flops import flop_table
 from dvexport.export import build_model, traced_levels
 from dvexport.golden import moving_texture
+from dvexport.graph import TOKENS
 from dvexport.passes.pipeline import Plan, lower
 from dvexport.profile.call_times import call_times
 from dvexport.profile.node_times import gates_of_nodes, node_times
-from dvexport.profile.result import NodeTime
 from dvexport.targets.onnx.runtime import OnnxVariant
 from dvexport.targets.runtime import Runtime, Variant
 
@@ -23,9 +23,6 @@ __all__ = ["COLUMNS", "token_rows"]
 
 COLUMNS = ("model", "r", "backend", "threads", "GMACs", "ms", "dense ms", "spread", "speed-up", "FLOP ratio",
            "realisation", "choosing", "dense over ORT's")  # fmt: skip
-
-_PRUNING = ("island", "product", "select_tokens")
-"""Calls that pruning adds to a native plan, where a dense plan has no call of the same kernel."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ def token_rows(
     timings = {count: _times(levels, feeds, count, rounds) for count in threads}
     return [
         _row(name, r, backend, count, levels, timings[count]) | {
-            "choosing": _choosing(levels[r].variants[backend], levels[0].variants[backend], feeds, count)
+            "choosing": _choosing(levels[r].variants[backend], feeds, count)
         }
         for backend in backends for count in threads for r in rates
     ]  # fmt: skip
@@ -122,25 +119,14 @@ def _step(run: Runtime, feeds: dict[str, Any]) -> float:
     return run.seconds
 
 
-def _choosing(gated: Variant, dense: Variant, feeds: dict[str, Any], threads: int) -> str:
+def _choosing(variant: Variant, feeds: dict[str, Any], threads: int) -> str:
     """Return the share of a step that is there for pruning; a recording of a few steps."""
-    nodes = _nodes(gated, feeds, threads)
-    if isinstance(gated, OnnxVariant):
-        added = sum(node.median_us for node in nodes if node.gate == "tokens")
-    else:
-        usual = {_kernel(node) for node in _nodes(dense, feeds, threads)}
-        added = sum(node.median_us for node in nodes if node.op in _PRUNING and _kernel(node) not in usual)
-    return f"{added / sum(node.median_us for node in nodes):.1%}"
-
-
-def _nodes(variant: Variant, feeds: dict[str, Any], threads: int) -> list[NodeTime]:
     run = variant.open(threads=threads, profile=True)
     for _ in range(4):
         run.run(feeds)
     if isinstance(variant, OnnxVariant):
-        return node_times(run.end_profile(), gates_of_nodes(variant.model, ()), skip=1).nodes
-    return call_times(run.end_profile(), skip=1).nodes
-
-
-def _kernel(node: NodeTime) -> str:
-    return node.node.rpartition(" (")[2]
+        times = node_times(run.end_profile(), gates_of_nodes(variant.model, ()), skip=1)
+    else:
+        times = call_times(run.end_profile(), skip=1)
+    total = sum(node.median_us for node in times.nodes)
+    return f"{sum(node.median_us for node in times.nodes if node.gate == TOKENS) / total:.1%}"

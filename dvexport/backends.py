@@ -34,7 +34,8 @@ class Built:
         variant: the gated variant, to be opened on this machine.
         files: what the bundle gets, by name.
         memory: bytes on the device by use, where the backend knows them.
-        weights: those that the files refer to as `dvexport.weights.WEIGHTS`; empty where each file holds its own.
+        weights: those that the files refer to as `dvexport.weights.WEIGHTS`, empty where each file holds its own; and
+            what the files hold that graphs may refer to.
     """
 
     lowered: Lowered
@@ -152,7 +153,8 @@ class TvmBackend:
             tell("build the twin for this machine")
             twin = build_artifact(models, machine_for(load(HOST)), tell, algorithms)
         frames = plan.frames if plan.mode == "clip" else 1
-        return Built(lowered["gated"], twin.variant("gated", frames), artifact.files(), artifact.memory)
+        weights = WeightFile(held=artifact.held)
+        return Built(lowered["gated"], twin.variant("gated", frames), artifact.files(), artifact.memory, weights)
 
     def variant(self, bundle: Bundle, variant: str) -> Variant:
         """All variants are plans over one library and one file of weights, and in the bundle."""
@@ -168,7 +170,7 @@ def _weights_of(bundle: Bundle, artifact: bytes) -> Mapping[str, np.ndarray]:
     import onnx
 
     graph = onnx.load_model_from_string(artifact)
-    return external_arrays(graph, bundle.mapped(WEIGHTS), where=str(bundle.path))
+    return external_arrays(graph, bundle.mapped, where=str(bundle.path))
 
 
 def onnx_variant(gate_level: ir.Model, plan: Plan) -> Variant:

@@ -27,14 +27,16 @@ if TYPE_CHECKING:
     import numpy as np
 
 __all__ = [
-    "ALIGNMENT", "GOLDEN", "MANIFEST", "MAX_MANIFEST_BYTES", "MAX_TOTAL_BYTES", "WEIGHTS", "Bundle", "Content",
-    "write_bundle",
+    "ALIGNMENT", "GOLDEN", "MANIFEST", "MAX_MANIFEST_BYTES", "MAX_TOTAL_BYTES", "NATIVE_WEIGHTS", "WEIGHTS",
+    "Bundle", "Content", "write_bundle",
 ]  # fmt: skip
 
 MANIFEST = "manifest.json"
 GOLDEN = "golden.safetensors"
 WEIGHTS = "weights.bin"
 """The weights that graphs of the bundle share, see `dvexport.weights`."""
+NATIVE_WEIGHTS = "native/weights.bin"
+"""Those of a native artifact, as its kernels read them."""
 ALIGNMENT = 64
 """Bytes that its arrays, and itself in the bundle, start at a multiple of: a cache line, and the widest vector."""
 MAX_TOTAL_BYTES = 8 << 30
@@ -204,7 +206,7 @@ def _add(archive: zipfile.ZipFile, name: str, content: Content) -> None:
     info = zipfile.ZipInfo(name, _EPOCH)
     info.create_system, info.external_attr, info.compress_type = 3, _MODE, zipfile.ZIP_STORED
     info.file_size = _size(content)
-    if name == WEIGHTS:
+    if name in (WEIGHTS, NATIVE_WEIGHTS):
         info.extra = _padding(archive, info)
     with archive.open(info, "w") as stream:
         for chunk in _chunks(content):

@@ -15,6 +15,7 @@ __all__ = [
     "DV",
     "FRAMES",
     "OPSET",
+    "TOKENS",
     "Builder",
     "array_of",
     "branch",
@@ -32,6 +33,8 @@ DV = "dv"
 """The custom operator domain."""
 DECIDES = "dv.decides"
 """Metadata of a node that is there for decisions: of which kind (`passes/mark_decisions.py`)."""
+TOKENS = "tokens"
+"""The kind of decisions over tokens; in profiles the gate that they all belong to."""
 FRAMES = "frames"
 """The symbol of the frame axis in a traced model."""
 OPSET = 20

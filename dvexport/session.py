@@ -265,7 +265,7 @@ def _read_traced(bundle: Bundle, name: str) -> ir.Model:
     try:
         proto = onnx.load_model_from_string(data)
         if WEIGHTS in bundle.manifest.files:
-            return attach_weights(proto, bundle.mapped(WEIGHTS), where=str(bundle.path))
+            return attach_weights(proto, bundle.mapped, where=str(bundle.path))
         return ir.from_proto(proto)
     except (DecodeError, ValueError) as error:
         raise BundleError("the gate-level model can't be read", where=f"{bundle.path}, {name}",

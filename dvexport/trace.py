@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from dvexport.dialect import operator_of
 from dvexport.errors import TraceError
+from dvexport.fold import fold_constants
 from dvexport.graph import DV, FRAMES, OPSET, mark_whole_clip, source_of
 
 if TYPE_CHECKING:
@@ -65,19 +66,11 @@ def trace(model: nn.Module, size: tuple[int, int]) -> ir.Model:
         ) from error
     assert program is not None
     traced = program.model
-    _fold_constants(traced)
+    fold_constants(traced)
     if frames:
         mark_whole_clip(traced, frames)
     _check(traced)
     return traced
-
-
-def _fold_constants(model: ir.Model) -> None:
-    """Fold batch norm into gated weights, of any size (the exporter stops at small ones)."""
-    from onnxscript import optimizer
-
-    unlimited = 1 << 40
-    optimizer.optimize_ir(model, input_size_limit=unlimited, output_size_limit=unlimited)
 
 
 def _check(model: ir.Model) -> None:

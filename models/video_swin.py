@@ -91,7 +91,12 @@ class WindowTable:
         real = self.order < self.count
         self.inverse = torch.empty(self.count, dtype=torch.int64, device="cpu")
         self.inverse[self.order[real]] = torch.arange(len(self.order), device="cpu")[real]
-        self.mask = self._mask(padded, shift) if any(shift) else None  # type: ignore[arg-type]
+        self.masks: Tensor | None = None
+        """What shifted windows add to logits, `[masks, 1, places, places]`."""
+        self.which: Tensor | None = None
+        """Which of the masks is each window's."""
+        if any(shift):
+            self.masks, self.which = self._masks(padded, shift)  # type: ignore[arg-type]
 
     def _cut(self, grid: Tensor) -> Tensor:
         """Return `[windows, places]` of a grid of tokens."""
@@ -99,8 +104,14 @@ class WindowTable:
         parts = grid.reshape(grid.shape[0] // d, d, grid.shape[1] // h, h, grid.shape[2] // w, w)
         return parts.permute(0, 2, 4, 1, 3, 5).reshape(-1, d * h * w)
 
-    def _mask(self, padded: Size, shift: Size) -> Tensor:
-        """Return what to add to logits, `[windows, 1, places, places]`: tokens of other regions are not seen."""
+    def _masks(self, padded: Size, shift: Size) -> tuple[Tensor, Tensor]:
+        """Return what to add to logits, and which of it for each window: tokens of other regions are not seen.
+
+        Few windows differ: those at the end of an axis, where it was shifted, from the others.
+
+        Returns:
+            `[masks, 1, places, places]`; int64 `[windows]`.
+        """
         region = torch.zeros(padded, device="cpu")
         sides = [
             (slice(0, -w), slice(-w, -s), slice(-s, None)) if s else (slice(None),)
@@ -109,8 +120,10 @@ class WindowTable:
         for number, part in enumerate(itertools.product(*sides)):
             region[part] = number
         regions = self._cut(region)
-        other = regions[:, None, :] != regions[:, :, None]
-        return torch.where(other, _MASKED, 0.0)[:, None]
+        # Numbers only have to differ inside of a window, so windows cut alike get the same ones.
+        regions = torch.stack([window.unique(return_inverse=True)[1] for window in regions])
+        cuts, which = regions.unique(dim=0, return_inverse=True)
+        return torch.where(cuts[:, None, :] != cuts[:, :, None], _MASKED, 0.0)[:, None], which
 
 
 class WindowAttention(nn.Module):
@@ -134,7 +147,7 @@ class WindowAttention(nn.Module):
         """Return `[B, K, C]` for the tokens `[B, K, C]`, all of a stage's or its survivors."""
         batch, kept, channels = x.shape
         order, inverse = table.order.to(x.device), table.inverse.to(x.device)
-        rows, mask = self.qkv(x), None if table.mask is None else table.mask.to(x.device)
+        rows = self.qkv(x)
         if table.padded or survivors is not None:
             # After the tokens: what the layer gives for a dropped token (zero), and for padding.
             extra = torch.stack([torch.zeros_like(self.qkv.bias), self.qkv.bias]).expand(batch, 2, -1)
@@ -150,14 +163,11 @@ class WindowAttention(nn.Module):
             part.reshape(-1, places, self.num_heads, channels // self.num_heads).transpose(1, 2)
             for part in _take(rows, order).split(channels, dim=2)
         )
-        index = self.relative_position_index[:places, :places]  # type: ignore[index]
-        bias = (
-            self.relative_position_bias_table.index_select(0, index.flatten())
-            .reshape(places, places, -1)
-            .permute(2, 0, 1)
-        )
+        index = self.relative_position_index[:places, :places].flatten()  # type: ignore[index]
+        bias = self.relative_position_bias_table.t().index_select(1, index).reshape(-1, places, places)
         logits = (query * self.scale) @ key.transpose(2, 3) + bias
-        if mask is not None:
+        if table.masks is not None and table.which is not None:
+            mask = table.masks.to(x).index_select(0, table.which.to(x.device))
             logits = logits + (mask if batch == 1 else mask.repeat(batch, 1, 1, 1))
         if survivors is not None:
             dropped = torch.where(order == kept, _MASKED, 0.0).to(x.dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from dvexport.dialect.flops import dense_nodes
-from dvexport.graph import DECIDES, DV
+from dvexport.graph import DECIDES, DV, TOKENS
 
 __all__ = ["MarkDecisions"]
 
@@ -25,5 +25,5 @@ class MarkDecisions(ir.passes.InPlacePass):
         kept = dense_nodes(model) - selections
         for node in model.graph:
             if node not in kept:
-                node.metadata_props[DECIDES] = "tokens"
+                node.metadata_props[DECIDES] = TOKENS
         return ir.passes.PassResult(model, modified=True)

@@ -11,13 +11,13 @@ import onnx_ir as ir
 
 from dvexport.dialect.spec import attach_references
 from dvexport.errors import PassError
+from dvexport.fold import fold_constants
 from dvexport.graph import FRAMES
 from dvexport.weights import split_weights
 
 __all__ = ["Simplify"]
 
 _TOLERANCE = 1e-4  # of the largest output: batch norms are folded in another order
-_FOLD_LIMIT = 1 << 40  # weights of any size
 
 
 class Simplify(ir.passes.InPlacePass):
@@ -25,10 +25,8 @@ class Simplify(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Optimize in place; compare on three frames of noise through the references."""
-        from onnxscript import optimizer
-
         before, count = model.clone(), model.graph.num_nodes()
-        optimizer.optimize_ir(model, input_size_limit=_FOLD_LIMIT, output_size_limit=_FOLD_LIMIT)
+        fold_constants(model)
         if _text(model) == _text(before):  # the trace was simple already: a large model need not run twice
             return ir.passes.PassResult(model, modified=False)
         numbers = _outputs(before)

@@ -208,3 +208,25 @@ def test_the_command_line_leaves_nothing_behind(tmp_path):
     assert "don't fit config.json" in done.stderr
     assert "Traceback" not in done.stderr
     assert not out.exists()
+
+
+def test_a_bundle_is_verified_against_its_directory(tmp_path, capsys):
+    from dvexport.cli import main
+
+    out, settings = tmp_path / "out.dvx", ["--set", "sta.r=1", "--set", "sta.groups=2,1,1"]
+    saved(tmp_path / "saved")
+    saved(tmp_path / "other", num_attention_heads=6)
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as left:
+            main([str(each) for each in arguments])
+        return left.value.code, capsys.readouterr()
+
+    assert call("export", tmp_path / "saved", *settings, "-o", out)[0] == 0
+    code, text = call("verify", out, "--checkpoint", tmp_path / "saved")
+    assert code == 0
+    assert "PyTorch: logits" in text.out and "PyTorch: tokens that differ" in text.out
+    code, text = call("verify", out, "--checkpoint", tmp_path / "other")
+    assert code == 2 and "not the checkpoint that the bundle was made from" in text.err
+    code, text = call("verify", out, "--checkpoint", tmp_path / "absent")
+    assert code == 2 and "can't be read" in text.err

@@ -25,6 +25,7 @@ from dvexport.passes.pipeline import Plan, lower
 from dvexport.profile import profile
 from dvexport.profile.clip import load_clip
 from dvexport.profile.report import render_html
+from dvexport.profile.report_text import headline
 from dvexport.profile.result import ProfileResult
 from dvexport.run import run
 from dvexport.session import DENSE_LEVEL, GATE_LEVEL, Step, open_session, read_level
@@ -211,6 +212,22 @@ def test_profile_and_page(bundle, tmp_path):
     page = render_html(result, load_clip(bundle, None).images)
     assert "each keeps 9 of 12 tokens" in page and page.count("% of its tokens left") == 2 * 4
     assert "each keeps 6 of 9 tokens" in render_html(result)
+
+
+def test_a_profile_without_pruning_counts_clips_too(tmp_path):
+    """Whether a step is a frame or a clip depends on the model, not on whether it chooses tokens."""
+    plain = export("test_whole_clip:unpruned", output=tmp_path / "plain.dvx")
+    result = profile(plain, runs=2, warmup_s=0.0)
+    assert (result.unit, len(result.steps), result.tokens) == ("clip", 1, [])
+    assert ProfileResult.from_dict(json.loads(json.dumps(result.to_dict()))).unit == "clip"
+    text = headline(result)
+    assert "1 clip," in text and "GMACs per clip" in text and "frame" not in text.replace("golden frames", "")
+    page = render_html(result, load_clip(plain, None).images)
+    assert "GMACs per clip" in page and "Median of each frame" not in page
+
+
+def unpruned() -> Toy:
+    return toy(drop=0)
 
 
 def test_forced_profile(bundle):

@@ -82,7 +82,7 @@ def profile(
         from dvexport.profile.report import write_html
 
         images = load_clip(opened, clip).images
-        write_html(result, html_file, images if result.tokens else images[: len(result.steps)])
+        write_html(result, html_file, images if result.whole_clip else images[: len(result.steps)])
     if trace_file:
         from dvexport.profile.trace_events import write_trace
 

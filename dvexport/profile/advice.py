@@ -233,8 +233,10 @@ def _whole(result: ProfileResult) -> Iterator[Advice]:
 
 
 def _spread(result: ProfileResult) -> Iterator[Advice]:
-    """A dense step does the same work each time, so its spread is the machine's alone."""
+    """A dense step does the same work each time, so its spread is the machine's alone; so does one over a clip."""
     machine = result.dense or result.gated
+    if result.whole_clip:
+        machine = max(machine, result.gated, key=lambda times: times.spread)
     if machine.spread > WIDE_SPREAD:
         yield Advice("warning", None, _unreliable(result, machine))
     elif result.gated.spread > WIDE_SPREAD:

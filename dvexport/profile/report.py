@@ -66,8 +66,8 @@ def render_html(result: ProfileResult, frames: np.ndarray | None = None) -> str:
 
     Args:
         result: the profile.
-        frames: uint8 `[T, H, W, 3]`, RGB, one a step of `result` (all of the clip where a model chooses tokens and
-            so reads it as one), cropped as the model saw them; None draws the masks on plain ground.
+        frames: uint8 `[T, H, W, 3]`, RGB, one a step of `result` (all of the clip where a model
+            reads it as one), cropped as the model saw them; None draws the masks on plain ground.
 
     Raises:
         UsageError: `frames` is not of that shape and type.
@@ -81,7 +81,7 @@ def render_html(result: ProfileResult, frames: np.ndarray | None = None) -> str:
         charts=_charts(result),
         gates=_gate_views(result),
         axis=figures.frame_axis(len(result.steps)),
-        masks=None if result.tokens else _mask_view(result, frames),
+        masks=None if result.whole_clip else _mask_view(result, frames),
         tokens=_token_view(result, frames),
         nodes=_top_nodes(result),
         node_total=_node_total(result),
@@ -114,7 +114,7 @@ def _check_frames(result: ProfileResult, frames: np.ndarray) -> None:
             "frames for the page must be uint8 of shape [T, H, W, 3]",
             why=f"they are {frames.dtype} of shape {list(frames.shape)}",
         )
-    if not result.tokens and len(frames) != len(result.steps):
+    if not result.whole_clip and len(frames) != len(result.steps):
         raise UsageError(
             f"{len(frames)} frames were given for a profile of {len(result.steps)} steps",
             hint="pass the frames that were profiled",
@@ -160,7 +160,7 @@ def _cards(result: ProfileResult) -> list[_Card]:
         _Card("Median step", f"{gated.median:.2f}", "ms", beside),
         _Card("P90 / P99", f"{gated.p90:.2f} / {gated.p99:.2f}", "ms", tails),
         _Card(
-            "GMACs per clip" if result.tokens else "GMACs per frame",
+            f"GMACs per {result.unit}",
             f"{executed.mean:.3f}",
             "",
             f"min {executed.min:.3f}, max {executed.max:.3f}, dense {result.dense_gmacs:.3f}",

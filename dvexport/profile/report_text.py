@@ -24,10 +24,10 @@ def number(value: float | None, digits: int = 2) -> str:
 def headline(result: ProfileResult) -> str:
     """Return the lines above the table: what was measured, times, and the three figures."""
     gated, dense, executed = result.gated, result.dense, result.executed_gmacs
-    unit = "clip" if result.tokens else "frame"
+    unit = result.unit
     lines = [
         f"{result.model} on {result.target} ({result.backend}, {result.mode}), {result.clip.name}, "
-        f"{len(result.steps)} {unit}s, {result.device.threads} thread(s)",
+        f"{len(result.steps)} {unit}{'' if len(result.steps) == 1 else 's'}, {result.device.threads} thread(s)",
         f"gated  median {gated.median:.2f} ms   P90 {gated.p90:.2f}   P99 {gated.p99:.2f}   "
         f"GMACs per {unit} {executed.min:.3f} / {executed.mean:.3f} / {executed.max:.3f} (min / mean / max)",
     ]

@@ -240,6 +240,7 @@ class ProfileResult:
     `forced` holds the rates of random decisions that replaced the model's, None with its own.
     `tokens_ms` is the median time of choosing tokens in all stages, None where that is not known.
     `dense` is the dense artifact of the same model and backend, None when it was not measured.
+    `whole_clip`: the model reads a clip as one, so that a step is a clip.
     """
 
     model: str
@@ -257,6 +258,12 @@ class ProfileResult:
     nodes: list[NodeTime] = field(default_factory=list)
     tokens: list[TokenStage] = field(default_factory=list)
     tokens_ms: float | None = None
+    whole_clip: bool = False
+
+    @property
+    def unit(self) -> str:
+        """What a step takes: a frame, or a clip at once."""
+        return "clip" if self.whole_clip else "frame"
 
     @property
     def executed_gmacs(self) -> MinMeanMax:
@@ -322,6 +329,7 @@ class ProfileResult:
                 nodes=[NodeTime(**item) for item in data["nodes"]],
                 tokens=[TokenStage(**item) for item in data.get("tokens", [])],
                 tokens_ms=data.get("tokens_ms"),
+                whole_clip=data.get("whole_clip", bool(data.get("tokens"))),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise UsageError(

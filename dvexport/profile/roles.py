@@ -12,17 +12,18 @@ __all__ = ["ROLES", "node_role"]
 
 ROLES = {
     "compute": {"conv", "Conv", "FusedConv", "ConvTranspose", "NhwcFusedConv", "QLinearConv", "ConvInteger",
-                "Gemm", "FusedGemm", "MatMul", "FusedMatMul"},
+                "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "attention", "linear", "product"},
     "decide": {
         "GlobalAveragePool", "AveragePool", "ReduceMean", "ReduceSum", "ReduceMax", "ArgMax", "TopK", "NonZero",
         "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal", "And", "Or", "Not", "BatchNormalization",
         "Softmax", "Sigmoid", "Tanh", "avg_pool", "gemm", "island", "list", "mask", "mean",
+        "select_tokens",
     },
     "move": {
         "Gather", "GatherND", "GatherElements", "ScatterND", "ScatterElements", "Where", "Concat",
         "Slice", "Split", "Pad", "Transpose", "Reshape", "Expand", "Tile", "Resize", "Squeeze",
         "Unsqueeze", "Compress", "Cast", "Mul", "Add", "ReorderInput", "ReorderOutput", "Identity",
-        "add", "clear", "concat", "copy", "load", "merge", "pad", "relu", "slice", "store",
+        "add", "clear", "concat", "copy", "load", "merge", "pad", "relu", "scatter", "slice", "store",
         "MemcpyFromHost", "MemcpyToHost", "SpaceToDepth", "DepthToSpace",
     },
     "control": {"If", "Loop", "Scan"},

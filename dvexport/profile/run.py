@@ -11,6 +11,7 @@ import numpy as np
 from dvexport.actions import COMPUTE, REUSE, SKIP
 from dvexport.dialect.flops import ExecutedFlops, FlopTable
 from dvexport.errors import DeviceError, UsageError, unknown_name
+from dvexport.graph import TOKENS
 from dvexport.profile.call_times import call_times
 from dvexport.profile.clip import ProfileClip, load_clip
 from dvexport.profile.environment import device_info
@@ -116,7 +117,8 @@ def profile(
         gates=[_gate_stats(gate, executed, flops, nodes, dense_nodes) for gate in convolving],
         nodes=nodes.nodes,
         tokens=token_stages(manifest, measured.steps[0].decisions),
-        tokens_ms=nodes.gate_ms.get("tokens"),
+        tokens_ms=nodes.gate_ms.get(TOKENS),
+        whole_clip=gated.whole_clip,
     )
 
 

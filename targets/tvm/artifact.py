@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dvexport.bundle import NATIVE_WEIGHTS
 from dvexport.graph import gate_name
 from dvexport.targets.devices import Cpu
 from dvexport.targets.runtime import Port, Runtime
@@ -24,6 +25,7 @@ from dvexport.targets.tvm.memory import Constants
 from dvexport.targets.tvm.plan import plan_bytes
 from dvexport.targets.tvm.program import ALGORITHMS
 from dvexport.targets.tvm.session import NativeSession
+from dvexport.weights import Place
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -50,7 +52,7 @@ class NativeVariant:
 
     library: bytes
     plan: bytes
-    weights: bytes
+    weights: bytes | memoryview
     frames: int
 
     def open(self, *, threads: int = 1, profile: bool = False) -> Runtime:
@@ -69,6 +71,7 @@ class NativeArtifact:
         plans: by name of the variant.
         memory: bytes that an instance of the gated variant takes: `arena`, `states`, `weights`; and `arena_bound`, what
             no placement could do without.
+        held: where the weights of traced graphs are among `weights`, by digest.
     """
 
     library: bytes
@@ -76,6 +79,7 @@ class NativeArtifact:
     weights: bytes
     plans: Mapping[str, bytes]
     memory: Mapping[str, int]
+    held: Mapping[str, Place] = field(default_factory=dict)
 
     def files(self) -> dict[str, bytes | Path]:
         """Return the files by their name in a bundle."""
@@ -132,14 +136,15 @@ def build_artifact(
         weights=weights,
         plans={name: plan_bytes(plan, names, identity, weights) for name, plan in plans.items()},
         memory=memory,
+        held=constants.held,
     )
 
 
 def read_variant(bundle: Bundle, name: str) -> NativeVariant:
     """Return a variant of a bundle; BundleError if it lacks a file."""
-    read = {file: bundle.read(f"{FOLDER}/{file}") for file in (LIBRARY, WEIGHTS, _plan_name(name))}
-    frames = bundle.manifest.inputs[0].shape[0]
-    return NativeVariant(read[LIBRARY], read[_plan_name(name)], read[WEIGHTS], frames)
+    read = {file: bundle.read(f"{FOLDER}/{file}") for file in (LIBRARY, _plan_name(name))}
+    weights, frames = bundle.mapped(NATIVE_WEIGHTS), bundle.manifest.inputs[0].shape[0]
+    return NativeVariant(read[LIBRARY], read[_plan_name(name)], weights.data, frames)
 
 
 def runs_here(cpu: Cpu) -> bool:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from dvexport.bundle import NATIVE_WEIGHTS
 from dvexport.targets.tvm.layout import Plane
-from dvexport.targets.tvm.plan import Place, Space
+from dvexport.targets.tvm.plan import Place as PlanPlace
+from dvexport.targets.tvm.plan import Space
+from dvexport.weights import SMALLEST, Place, digest, panels_of
 
 __all__ = ["Buffer", "Constants", "Part", "Placement", "lower_bound", "place_buffers"]
 
@@ -60,15 +63,24 @@ class Part:
 
 
 class Constants:
-    """The weights file being made: equal arrays once, each on 64 bytes, in the order they were added."""
+    """The weights file being made: equal arrays once, each on 64 bytes, in the order they were added.
+
+    Attributes:
+        held: where graphs find weights of theirs in it, by digest (`dvexport.weights`).
+    """
 
     def __init__(self) -> None:
+        self.held: dict[str, Place] = {}
         self._data = bytearray()
         self._places: dict[bytes, Buffer] = {}
         self._offsets: dict[Buffer, int] = {}
 
-    def add(self, array: np.ndarray, name: str = "") -> Part:
-        """Return where a constant is."""
+    def add(self, array: np.ndarray, name: str = "", *, of: np.ndarray | None = None) -> Part:
+        """Return where a constant is.
+
+        Args:
+            of: what it was made of: a matrix `[K, N]` that is packed in panels, or what is followed by zeros.
+        """
         data = np.ascontiguousarray(array).tobytes()
         key = hashlib.sha256(data).digest()
         if key not in self._places:
@@ -76,7 +88,19 @@ class Constants:
             self._places[key] = buffer
             self._offsets[buffer] = len(self._data)
             self._data += data + b"\0" * (-len(data) % _ALIGN)
+            self._note(array if of is None else of, array, self._offsets[buffer])
         return self._places[key].part()
+
+    def _note(self, original: np.ndarray, array: np.ndarray, offset: int) -> None:
+        """Note where an array is found again that graphs may hold too."""
+        if original.nbytes < SMALLEST:
+            return
+        place = Place(NATIVE_WEIGHTS, offset, array.nbytes)
+        if original is array or np.array_equal(original.ravel(), array.ravel()[: original.size]):
+            self.held.setdefault(digest(original), replace(place, length=original.nbytes))
+        elif original.ndim == 2 and (panel := panels_of(original, array)):
+            self.held.setdefault(digest(original), replace(place, panel=panel))
+            self.held.setdefault(digest(original.T), replace(place, panel=panel, turned=True))
 
     def offset(self, buffer: Buffer) -> int:
         """Return the offset of a constant in the file."""
@@ -112,11 +136,11 @@ class Placement:
         assert buffer.layout is not None
         return other.layout != buffer.layout or (at - start) % (buffer.layout.size * _FLOAT_BYTES) != 0
 
-    def place(self, part: Part, constants: Constants) -> Place:
+    def place(self, part: Part, constants: Constants) -> PlanPlace:
         """Return the place of some bytes."""
         buffer = part.buffer
         start = constants.offset(buffer) if buffer.space is Space.WEIGHTS else self.offsets[buffer.before or buffer]
-        return Place(buffer.space, start + part.offset, part.size)
+        return PlanPlace(buffer.space, start + part.offset, part.size)
 
 
 def place_buffers(uses: Sequence[Iterable[Buffer]], kept: Iterable[Buffer] = ()) -> Placement:

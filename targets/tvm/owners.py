@@ -7,7 +7,7 @@ from collections.abc import Collection
 import onnx_ir as ir
 
 from dvexport.dialect.spec import operator_of
-from dvexport.graph import gate_name, scopes_of
+from dvexport.graph import DECIDES, gate_name, scopes_of
 
 __all__ = ["gate_owners"]
 
@@ -19,7 +19,8 @@ def gate_owners(model: ir.Model, gates: Collection[str]) -> dict[ir.Node, str]:
     """Return the gate of every node that has one.
 
     A node belongs to a gate if it is one of its convolutions or merges; if all that is made of its results
-    is the gate's decision; or if it was traced in the gate's own module, as in a dense model.
+    is the gate's decision; or if it was traced in the gate's own module, as in a dense model. What is there to choose
+    tokens (`passes/mark_decisions.py`) belongs to `tokens`, which is no module.
     """
     owners: dict[ir.Node, str] = {}
     data: set[ir.Node] = set()
@@ -41,7 +42,8 @@ def gate_owners(model: ir.Model, gates: Collection[str]) -> dict[ir.Node, str]:
         elif node in owners:
             for value in node.inputs:
                 _own(owners, value, owners[node])
-    return {node: gate for node, gate in owners.items() if gate and (node not in data or _is_gates(node, gates))}
+    found = {node: gate for node, gate in owners.items() if gate and (node not in data or _is_gates(node, gates))}
+    return found | {node: node.metadata_props[DECIDES] for node in model.graph if DECIDES in node.metadata_props}
 
 
 def _is_gates(node: ir.Node, gates: Collection[str]) -> bool:

@@ -66,8 +66,8 @@ def _gemm(program: Program, unit: Unit) -> None:
     given = np.zeros(outputs, np.float32) if bias is None else bias
     arguments = [
         program.flat(node.inputs[0]),
-        program.constants.add(dense.dense_weights(weight, spec, machine)),
-        program.constants.add(dense.dense_bias(given, spec, machine)),
+        program.constants.add(dense.dense_weights(weight, spec, machine), of=weight.T),
+        program.constants.add(dense.dense_bias(given, spec, machine), of=given),
         *([program.scratch(dense.dense_scratch(inputs, MAX_THREADS))] if skips else []),
         program.constants.add(dense.dense_shape(rows, outputs, (inputs,))),
         program.new_flat(unit.output),

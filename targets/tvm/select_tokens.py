@@ -12,6 +12,7 @@ from dvexport.dialect.spec import operator_of
 from dvexport.graph import static_shape
 from dvexport.targets.tvm.kernels import attention, matmul, tokens
 from dvexport.targets.tvm.kernels.attention import Bias, Sizes, Strides
+from dvexport.targets.tvm.kernels.window_attention import WindowBias, window_attention, window_shape
 from dvexport.targets.tvm.program import FLOAT_BYTES, MAX_THREADS, Program
 from dvexport.targets.tvm.unit import Unit
 from dvexport.targets.tvm.units_tokens import AttentionUnit, LinearUnit, ViewUnit
@@ -19,6 +20,7 @@ from dvexport.targets.tvm.views import View, view_of
 
 __all__ = ["TOKEN_RULES"]
 
+_PLAIN_BIASES = 2
 _EPSILON = 1e-5
 """LayerNormalization's, where it gives none."""
 
@@ -31,8 +33,8 @@ def _linear(program: Program, unit: Unit) -> None:
     bias = np.zeros(outputs, np.float32) if unit.bias is None else unit.bias
     arguments = [
         program.flat(unit.x),
-        program.constants.add(matmul.matmul_weights(unit.weight, machine)),
-        program.constants.add(matmul.matmul_bias(bias, machine)),
+        program.constants.add(matmul.matmul_weights(unit.weight, machine), of=unit.weight),
+        program.constants.add(matmul.matmul_bias(bias, machine), of=bias),
         *([program.flat(unit.residual)] if unit.residual is not None else []),
         program.scratch(matmul.matmul_scratch(MAX_THREADS, machine)),
         program.constants.add(matmul.matmul_shape(rows, inputs, outputs, machine)),
@@ -51,16 +53,37 @@ def _attention(program: Program, unit: Unit) -> None:
     head = width if unit.tokens_first else queries * width
     result = Strides(0, queries * heads * width, head, row)
     strides = (_strides(unit.q), _strides(unit.k), _strides(unit.v), result)
-    biases = tuple(Bias(each.period, each.batch, each.head) for each in unit.biases)
+    plain = _plain_biases(unit, sizes)
+    if plain is not None:
+        kernel = attention.attention(spec, program.machine)
+        shape = attention.attention_shape(sizes, strides, plain, spec, program.machine)
+    else:
+        biases = tuple(WindowBias(each.parts, each.part, each.head, each.row) for each in unit.biases)
+        kernel = window_attention(spec, program.machine)
+        shape = window_shape(sizes, strides, biases, spec, program.machine)
+    made, *others = unit.outputs
     arguments = [
         *(program.flat(view.base) for view in (unit.q, unit.k, unit.v)),
         *(program.flat(each.value) for each in unit.biases),
         program.constants.add(np.array([unit.scale], np.float32)),
         program.scratch(attention.attention_scratch(MAX_THREADS, sizes, spec, program.machine)),
-        program.constants.add(attention.attention_shape(sizes, strides, biases, spec, program.machine)),
-        program.new_flat(unit.output),
+        program.constants.add(shape),
+        program.new_flat(made),
     ]
-    program.call(attention.attention(spec, program.machine), arguments, _label(unit), unit.gate)
+    program.call(kernel, arguments, _label(unit), unit.gate)
+    for value in others:  # the same, before or after the reshape that joins the heads
+        program.share(value, arguments[-1], flat=True)
+
+
+def _plain_biases(unit: AttentionUnit, sizes: Sizes) -> tuple[Bias, ...] | None:
+    """Return biases whose rows are dense and whose parts come in turn, None if some are not of that kind."""
+    made = []
+    for each in unit.biases:
+        period = 1 if not any(each.parts) else len(each.parts)
+        if each.row != sizes.keys or each.parts != tuple(batch % period for batch in range(sizes.batches)):
+            return None
+        made.append(Bias(period, each.part, each.head))
+    return tuple(made) if len(made) <= _PLAIN_BIASES else None
 
 
 def _product(program: Program, unit: Unit) -> None:
@@ -135,6 +158,20 @@ def _select_tokens(program: Program, unit: Unit) -> None:
     program.call(tokens.select_tokens(program.machine), arguments, _label(unit), unit.gate)
 
 
+def _scatter(program: Program, unit: Unit) -> None:
+    x, index, updates = unit.nodes[0].inputs
+    assert x is not None and index is not None and updates is not None and x.dtype is not None
+    *leading, count = static_shape(x)
+    arguments = [
+        program.flat(x),
+        program.flat(index),
+        program.flat(updates),
+        program.constants.add(tokens.scatter_shape(prod(leading), count, static_shape(index)[-1])),
+        program.new_flat(unit.output),
+    ]
+    program.call(tokens.scatter(str(x.dtype.numpy())), arguments, _label(unit), unit.gate)
+
+
 def _view(program: Program, unit: Unit) -> None:
     """Parts of what is there already: nothing is moved."""
     assert isinstance(unit, ViewUnit)
@@ -151,6 +188,7 @@ TOKEN_RULES: dict[str, Callable[[Program, Unit], None]] = {
     "product": _product,
     "layer_norm": _layer_norm,
     "select_tokens": _select_tokens,
+    "scatter": _scatter,
     "view": _view,
 }
 

@@ -16,7 +16,7 @@ class Unit:
     Attributes:
         kind: `conv`, `gemm`, `max_pool`, `avg_pool`, `mean`, `merge`, `relu`, `add`, `concat`, `slice`,
             `copy`, `island`, or one of `units_tokens.py`: `linear`, `attention`, `product`, `layer_norm`,
-            `select_tokens`, `view`.
+            `select_tokens`, `scatter`, `view`.
         nodes: in graph order.
         inputs: values read from outside, constants left out.
         outputs: values that others or the host read.

@@ -14,10 +14,11 @@ import numpy as np
 import onnx_ir as ir
 
 from dvexport.dialect.spec import operator_of
-from dvexport.graph import DV, array_of
+from dvexport.graph import DECIDES, DV, array_of
 from dvexport.passes.fuse_residual import is_nonnegative
 from dvexport.targets.tvm.owners import gate_owners
 from dvexport.targets.tvm.patches import embed_patches
+from dvexport.targets.tvm.tables import lay_out
 from dvexport.targets.tvm.unit import Unit
 from dvexport.targets.tvm.units_tokens import token_units
 
@@ -56,6 +57,7 @@ def cut(model: ir.Model, gates: Collection[str] = ()) -> list[Unit]:
         gates: names of the gates, so that what a dense model does in their place is told apart.
     """
     embed_patches(model)
+    lay_out(model)
     _fill_in(model)
     nodes = list(model.graph)
     planar = _planar_values(model)
@@ -71,8 +73,9 @@ def cut(model: ir.Model, gates: Collection[str] = ()) -> list[Unit]:
     levels, rest = _levels(nodes, units)
     islands = [Unit("island", group) for _, group in sorted(rest.items())]
     owners = gate_owners(model, gates)
+    read = {value for unit in units for value in unit.reads or ()}
     for unit in (*units, *islands):
-        _set_edges(unit)
+        _set_edges(unit, read)
         unit.gate = next((owners[node] for node in unit.nodes if node in owners), "")
     order = sorted(units, key=lambda unit: (levels[unit.nodes[-1]], nodes.index(unit.nodes[-1])))
     return list(_interleave(order, islands, levels))
@@ -97,47 +100,56 @@ def _fill_in(model: ir.Model) -> None:
 
 
 def _interleave(units: Iterable[Unit], islands: list[Unit], levels: dict[ir.Node, int]) -> Iterator[Unit]:
-    """Yield the units level by level, each level's island after its units."""
-    waiting = {levels[island.nodes[0]]: island for island in islands}
+    """Yield the units level by level, each level's islands after its units."""
+    waiting = [(levels[island.nodes[0]], island) for island in islands]
     for unit in units:
-        level = levels[unit.nodes[-1]]
-        for ready in sorted(key for key in waiting if key < level):
-            yield waiting.pop(ready)
+        while waiting and waiting[0][0] < levels[unit.nodes[-1]]:
+            yield waiting.pop(0)[1]
         yield unit
-    for ready in sorted(waiting):
-        yield waiting[ready]
+    yield from (island for _, island in waiting)
 
 
-def _levels(nodes: list[ir.Node], units: list[Unit]) -> tuple[dict[ir.Node, int], dict[int, list[ir.Node]]]:
-    """Return the level of every node, and what is left over by level.
+_Level = tuple[int, int]
 
-    A unit is a level above all it reads; other nodes are on the level of the highest value they read.
+
+def _levels(nodes: list[ir.Node], units: list[Unit]) -> tuple[dict[ir.Node, int], dict[_Level, list[ir.Node]]]:
+    """Return the level of every node, and what is left over by level and turn.
+
+    A unit is a level above all it reads; other nodes are on the level of the highest value they read. Within a level
+    what chooses tokens has turns of its own, the odd ones, so that its time can be told.
     """
     unit_of = {node: unit for unit in units for node in unit.nodes}
     levels: dict[ir.Node, int] = {}
-    rest: dict[int, list[ir.Node]] = {}
+    turns: dict[ir.Node, int] = {}
+    rest: dict[_Level, list[ir.Node]] = {}
     for node in nodes:
         if node in levels or (node in unit_of and node is not unit_of[node].nodes[-1]):
             continue  # a unit runs where its last node stands: by then all it reads has been computed
         own = unit_of[node].nodes if node in unit_of else [node]
-        producers = [v.producer() for n in own for v in n.inputs if v is not None and v.const_value is None]
-        level = max((levels[p] for p in producers if p is not None and p not in own and p in levels), default=0)
+        made_by = [v.producer() for n in own for v in n.inputs if v is not None and v.const_value is None]
+        producers = [p for p in made_by if p is not None and p not in own and p in levels]
+        level = max((levels[p] for p in producers), default=0)
         if node in unit_of:
             levels.update(dict.fromkeys(own, level + 1))
         elif node.op_type != "Constant":
-            levels[node] = level
-            rest.setdefault(level, []).append(node)
+            turn = max((turns[p] for p in producers if p in turns and levels[p] == level), default=0)
+            turn += (turn + (DECIDES in node.metadata_props)) % 2
+            levels[node], turns[node] = level, turn
+            rest.setdefault((level, turn), []).append(node)
     return levels, rest
 
 
-def _set_edges(unit: Unit) -> None:
+def _set_edges(unit: Unit, read: Collection[ir.Value]) -> None:
+    """Set what a unit reads from outside and what it must write; `read`: values that units read past views of them."""
     inside = set(unit.nodes)
     reads = [v for node in unit.nodes for v in node.inputs if v is not None and array_of(v) is None]
     if unit.reads is not None:
         reads = [v for v in unit.reads if array_of(v) is None]
     unit.inputs = list(dict.fromkeys(v for v in reads if v.producer() not in inside))
     written = [v for node in unit.nodes for v in node.outputs]
-    unit.outputs = [v for v in written if v.is_graph_output() or any(user not in inside for user, _ in v.uses())]
+    unit.outputs = [
+        v for v in written if v.is_graph_output() or v in read or any(user not in inside for user, _ in v.uses())
+    ]
 
 
 def _planar_values(model: ir.Model) -> set[ir.Value]:

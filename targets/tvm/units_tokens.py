@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dvexport.graph import DV, array_of, static_shape
+from dvexport.targets.tvm.tables import chosen_rows
 from dvexport.targets.tvm.unit import Unit
 from dvexport.targets.tvm.views import View, is_dense, is_static, view_of
 
@@ -24,6 +25,9 @@ _FEW_ROWS = 16
 
 _LARGE = 1 << 12
 """Elements from which a view is worth more than the copy in an island, which may be fused with others."""
+
+_MOST_BIASES = 3
+"""Of one attention: by position, mask, dropped keys."""
 
 _LINE = 16
 """Floats that parts of a buffer are aligned to."""
@@ -42,12 +46,19 @@ class LinearUnit(Unit):
 
 @dataclass(frozen=True)
 class Added:
-    """A bias of scores: batch b has number b mod `period`; strides in elements."""
+    """A bias of scores, `[parts, heads, queries, keys]` where it has all axes.
+
+    Attributes:
+        value: what lies in memory.
+        parts: of each batch, which part it reads.
+        part, head, row: strides in elements, 0 where it has one for all; a row's keys are neighbours.
+    """
 
     value: ir.Value
-    period: int
-    batch: int
+    parts: tuple[int, ...]
+    part: int
     head: int
+    row: int
 
 
 @dataclass
@@ -81,7 +92,7 @@ def token_units(model: ir.Model, planar: Collection[ir.Value]) -> Iterator[Unit]
     nodes = list(model.graph)
     order = {node: i for i, node in enumerate(nodes)}
     taken: set[ir.Node] = set()
-    makers = (_attention, _product, _linear, _norm, _select, _view)
+    makers = (_attention, _product, _linear, _norm, _select, _scatter, _view)
     for make in makers:
         for node in nodes:
             if node in taken or any(value in planar for value in node.outputs) or not _has_shapes(node):
@@ -198,6 +209,22 @@ def _select(node: ir.Node) -> Unit | None:
     return Unit("select_tokens", [node]) if node.domain == DV and node.op_type == "SelectTokens" else None
 
 
+def _scatter(node: ir.Node) -> Unit | None:
+    """Single elements written along the last axis, every row at places of its own."""
+    if node.op_type != "ScatterElements" or node.domain:
+        return None
+    given = node.attributes.get("reduction")
+    if given is not None and given.as_string() != "none":
+        return None
+    x, index, updates = node.inputs
+    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+    if x is None or index is None or updates is None or index.dtype != ir.DataType.INT64:
+        return None
+    rank = len(static_shape(x))
+    alike = static_shape(x)[:-1] == static_shape(index)[:-1] and axis % rank == rank - 1
+    return Unit("scatter", [node]) if alike and x.dtype in (ir.DataType.FLOAT, ir.DataType.INT64) else None
+
+
 def _view(node: ir.Node) -> ViewUnit | None:
     """Views that lie as one piece: parts of a split have one unit each, so only operators with one result."""
     if node.domain or node.op_type not in ("Reshape", "Squeeze", "Unsqueeze", "Slice", "Split"):
@@ -227,7 +254,7 @@ def _attention(node: ir.Node) -> AttentionUnit | None:
     if len(shape) not in (3, 4) or axis % len(shape) != len(shape) - 1 or array_of(after.inputs[1]) is not None:
         return None
     found = _scores(node.inputs[0])
-    if found is None or len(found[2]) > 2:
+    if found is None or len(found[2]) > _MOST_BIASES:
         return None
     scores, scale, added, between = found
     q, k, v = _factors(scores, after.inputs[1])
@@ -279,18 +306,22 @@ def _scores(value: ir.Value | None) -> tuple[ir.Node, float, list[Added], list[i
 
 def _added(bias: ir.Value, shape: tuple[int, ...]) -> Added | None:
     """Return how a bias repeats over scores `[..., batches, heads, queries, keys]`."""
+    chosen = chosen_rows(bias)
     given = static_shape(bias)
     given = (1,) * (len(shape) - len(given)) + given
-    square = shape[-2] * shape[-1]
-    if given[-2:] != shape[-2:] or len(shape) < 3 or not _is_float(bias):
+    if len(shape) < 3 or not _is_float(bias) or any(size != 1 for size in given[:-4]):
         return None
-    heads = given[-3]
-    batches = given[-4] if len(given) > 3 else 1
-    if heads not in (1, shape[-3]) or any(size != 1 for size in given[:-4]):
+    if len(shape) == 3:  # batches without heads
+        shape, given = (shape[0], 1, *shape[1:]), (given[0], 1, *given[1:])
+    wanted = shape[-4:]
+    batches, heads, queries, keys = given = given[-4:]
+    if keys != wanted[3] or any(size not in (1, whole) for size, whole in zip(given, wanted, strict=True)):
         return None
-    if batches != 1 and batches != shape[-4]:
-        return None
-    return Added(bias, batches, heads * square if batches > 1 else 0, square if heads > 1 else 0)
+    value, parts = bias, tuple(range(batches)) if batches > 1 else (0,) * wanted[0]
+    if chosen is not None and len(static_shape(bias)) >= 4:
+        value, parts = chosen[1], tuple(chosen[0].tolist())
+    part = 0 if value is bias and batches == 1 else heads * queries * keys
+    return Added(value, parts, part, queries * keys if heads > 1 else 0, keys if queries > 1 else 0)
 
 
 def _factors(scores: ir.Node, values: ir.Value | None) -> tuple[View | None, View | None, View | None]:

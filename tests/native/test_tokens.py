@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from plane_kernels import compiled, every_machine, every_split, rng, run
+from native_harness import Callable
+from plane_kernels import compiled, every_machine, every_split, machine, rng, run
 
 from dvexport.targets.tvm.kernels import tokens
+from dvexport.targets.tvm.kernels.tokens import scatter, scatter_shape
 
 
 @every_machine
@@ -61,3 +63,23 @@ def test_nan_counts_as_infinite(lanes):
     x = np.arange(9, dtype=np.float32).reshape(1, 9, 1)
     index, _ = select(lanes, 2, x, score, 9)
     np.testing.assert_array_equal(index, [[2, 8, 7, 5, 6, 1, 0, 3, 4]])
+
+
+@every_split
+@pytest.mark.parametrize("dtype", ["float32", "int64"])
+@pytest.mark.parametrize(("rows", "count", "updates"), [(1, 1, 1), (3, 19, 7), (1, 196, 148)])
+def test_scatter(threads, dtype, rows, count, updates):
+    """Places of all orders, from the end too, and one that is not there."""
+    random = rng()
+    x, update = (random.integers(-9, 9, (rows, size)).astype(dtype) for size in (count, updates))
+    index = np.stack([random.permutation(count)[:updates] for _ in range(rows)])
+    expected = x.copy()
+    np.put_along_axis(expected, index, update, 1)
+    index[0, 0] -= count
+    outside = np.full((rows, 1), count)
+    given = np.concatenate([index, outside], 1)
+    more = np.concatenate([update, np.full((rows, 1), 99)], 1).astype(dtype)
+    kernel = Callable(scatter(dtype), machine(8))
+    shape = scatter_shape(rows, count, updates + 1)
+    found = run(kernel, x, given, more, shape, np.full_like(x, -1), threads=threads)[-1]
+    np.testing.assert_array_equal(found, expected)

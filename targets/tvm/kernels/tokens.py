@@ -1,4 +1,4 @@
-"""Kernels over tokens: layer normalisation, and the choice of those that go on."""
+"""Kernels over tokens: layer normalisation, the choice of those that go on, and notes of where they went."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import tvm.tirx as tx
 from tvm.tirx.script import builder as T
 
 from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, share, write_kernel
-from dvexport.targets.tvm.kernels.planes_vectors import cover, load, splat, store
+from dvexport.targets.tvm.kernels.planes_vectors import cover, load, row_spans, splat, store
 from dvexport.targets.tvm.machine import Machine
 
-__all__ = ["layer_norm", "layer_norm_shape", "select_shape", "select_tokens"]
+__all__ = ["layer_norm", "layer_norm_shape", "scatter", "scatter_shape", "select_shape", "select_tokens"]
 
 _CHAINS = 4
 _INFINITY_BITS = 0x7F800000
@@ -160,3 +160,29 @@ def _place(frame: Frame, first: Any, of: tuple[Any, Any, Any], lanes: int) -> An
         store(count, 0, load(count, 0, half) + load(count, half, half), half)
         half //= 2
     return count[0] + rest[0]
+
+
+def scatter_shape(rows: int, count: int, updates: int) -> np.ndarray:
+    """Return `shape` of `scatter`."""
+    return np.array([rows, count, updates], np.int32)
+
+
+def scatter(dtype: str) -> Kernel:
+    """Y = X with Y[r, index[r, k]] = U[r, k]. Buffers: X `[R, N]`, index int64 `[R, K]`, U `[R, K]`, shape, Y.
+
+    Of equal indices the last one holds. An index below 0 counts from the end; one that is not in the row is left out.
+    Threads share the elements of Y, and each looks at all indices of its rows.
+    """
+    types = {"X": dtype, "index": "int64", "U": dtype, "shape": "int32", "Y": dtype}
+    with write_kernel(f"scatter_{dtype}", **types) as frame:
+        count, updates = T.bind(frame.shape[1]), T.bind(frame.shape[2])
+        with row_spans(frame, frame.shape[0], count) as (row, low, high):
+            start, first = T.bind(i64(row) * i64(count)), T.bind(i64(row) * i64(updates))
+            with T.serial(low, high) as each:
+                store(frame.Y, start + i64(each), frame.X[start + i64(each)], 1)
+            with T.serial(0, updates) as each:
+                place = T.bind(frame.index[first + i64(each)])
+                place = T.bind(place + tx.Select(place < 0, i64(count), i64(0)))
+                with T.If(tx.And(place >= i64(low), place < i64(high))), T.Then():
+                    store(frame.Y, start + place, frame.U[first + i64(each)], 1)
+    return frame.kernel
