@@ -154,9 +154,10 @@ class OrtSession:
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.log_severity_level = _ERRORS_ONLY
-        # Gated models have many short operators between the long ones. Threads that spin through them take the
-        # core's other half, or the cores of a session measured in turn; blocked ones made both faster.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Gated models have many short operators between the long ones, and a blocked thread takes longer to wake than
+        # most of them run. After a step threads must not spin: they would take the cores of whoever is next.
+        for key in ("session.intra_op.allow_spinning", "session.force_spinning_stop"):
+            options.add_session_config_entry(key, "1")
         if self._profile_folder is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(self._profile_folder.name) / "nodes")
