@@ -192,6 +192,15 @@ def test_empty_and_single(m: int, threads: int, rows: list[int], cols: list[int]
 
 
 @pytest.mark.parametrize("m", [2, 4])
+@pytest.mark.parametrize("cols", [1, 16, 37, 40])
+def test_weights_asked_for_ahead(m: int, cols: int) -> None:
+    """Inputs in turns of a cache line: fewer than one, one, some left over."""
+    rng, spec = np.random.default_rng(cols), dataclasses.replace(spec_of(m, 16, 14, 14, residual=True), ahead=True)
+    listed = sorted(rng.choice(40, cols, replace=False).tolist())
+    check(Case(spec, machine(16), 14, 14, 40, 20, [0, 3, *range(5, 20)], listed), cols)
+
+
+@pytest.mark.parametrize("m", [2, 4])
 def test_threads_share_rows(m: int) -> None:
     """One vector of tiles: every thread has work only if output channels are shared."""
     cin, cout, lanes = 16, 64, 16

@@ -300,11 +300,7 @@ class _Writer:
         frame, lanes = self.frame, self.lanes
         if not self.spec.biases:
             return self.scale
-        starts = []
-        for index in range(self.spec.biases):
-            period, batch, head = (T.bind(self._shape(_Shape.BIAS + 3 * index + i)) for i in range(3))
-            start = i64(tx.truncmod(self.batch, period)) * i64(batch) + i64(self.head) * i64(head)
-            starts.append(T.bind(start + i64(row) * i64(self.keys)))
+        starts = self._bias_starts(row)
 
         def add(at: Any, width: int) -> None:
             value = load(frame.scratch, line + at, width) * splat(self.scale, width)
@@ -317,6 +313,15 @@ class _Writer:
         with T.serial(whole * lanes, self.keys) as each:
             add(T.bind(i64(each)), 1)
         return self.numbers(1.0, 1)
+
+    def _bias_starts(self, row: Any) -> list[Any]:
+        """Return where the biases of a row begin, in their buffers."""
+        starts = []
+        for index in range(self.spec.biases):
+            period, batch, head = (T.bind(self._shape(_Shape.BIAS + 3 * index + i)) for i in range(3))
+            start = i64(tx.truncmod(self.batch, period)) * i64(batch) + i64(self.head) * i64(head)
+            starts.append(T.bind(start + i64(row) * i64(self.keys)))
+        return starts
 
     def _across(self, cell: Any, operator: Any) -> Any:
         """Combine the lanes of a vector."""

@@ -17,7 +17,6 @@ from tvm.tirx.script import builder as T
 from dvexport.targets.tvm.kernels.abi import Kernel, i64, write_kernel
 from dvexport.targets.tvm.kernels.attention import Attention, Sizes, Strides, _Writer, attention_shape
 from dvexport.targets.tvm.kernels.blocks import register_block
-from dvexport.targets.tvm.kernels.planes_vectors import load, splat, store
 from dvexport.targets.tvm.machine import Machine
 
 __all__ = ["MOST_BIASES", "WindowBias", "window_attention", "window_shape"]
@@ -73,24 +72,11 @@ class _WindowWriter(_Writer):
         super().__init__(spec, machine, frame)
         self.first = first
 
-    def _biased(self, row: Any, line: Any, whole: Any) -> Any:
-        """Scale a row and add its biases."""
-        frame, lanes = self.frame, self.lanes
-        starts = []
+    def _bias_starts(self, row: Any) -> list[Any]:
+        frame, starts = self.frame, []
         for index in range(self.spec.biases):
             part, head, apart, table = (T.bind(frame.shape[self.first + _ENTRIES * index + i]) for i in range(_ENTRIES))
             number = T.bind(frame.shape[i64(table) + i64(self.batch)])
             start = i64(number) * i64(part) + i64(self.head) * i64(head)
             starts.append(T.bind(start + i64(row) * i64(apart)))
-
-        def add(at: Any, width: int) -> None:
-            value = load(frame.scratch, line + at, width) * splat(self.scale, width)
-            for index, start in enumerate(starts):
-                value = value + load(frame.buffers[f"bias{index}"], start + at, width)
-            store(frame.scratch, line + at, value, width)
-
-        with T.serial(0, whole) as vector:
-            add(T.bind(i64(vector) * lanes), lanes)
-        with T.serial(whole * lanes, self.keys) as each:
-            add(T.bind(i64(each)), 1)
-        return self.numbers(1.0, 1)
+        return starts
