@@ -374,7 +374,7 @@ def test_profile_writes_what_was_asked_for(call, monkeypatch, bundle, tmp_path):
 
     write_clip(tmp_path / "v.mp4", np.zeros((5, 64, 64, 3), np.uint8), 12.5)
     calls, pages = [], []
-    measured = SimpleNamespace(steps=[0] * 3, tokens=[])
+    measured = SimpleNamespace(whole_clip=False, steps=[0] * 3, tokens=[])
     monkeypatch.setattr(
         dvexport.profile, "profile", lambda *args, **kwargs: calls.append(kwargs) or measured, raising=False
     )
