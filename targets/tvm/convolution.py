@@ -137,17 +137,9 @@ def _options(program: Program, layer: _Layer, index: int, residual: bool) -> Ite
     unit, machine, channels = layer.unit, program.machine, layer.channels
     runs = _runs(layer, machine)
     spec = direct.spec_for(layer.window, runs, channels, machine, residual=residual, relu=unit.relu)
-    how = spec.memory(machine)
     vectors = -(-len(runs.outputs) // (machine.lanes // runs.run))
-    yield _Option(
-        direct.direct_conv(spec, machine),
-        direct_data.direct_weights(unit.weight),
-        _pixels(program, layer, index, runs),
-        vectors,
-        direct_data.scratch_floats(layer.window.size, channels[0], MAX_THREADS, **how),
-        direct_data.direct_shape(layer.x, layer.y, layer.window, channels, **how),
-        costs.direct_cost(spec, layer.window.size, machine),
-    )
+    cost = costs.direct_cost(spec, layer.window.size, machine)
+    yield _direct(program, layer, spec, _pixels(program, layer, index, runs), vectors, cost)
     tiled = None
     if _may_be_winograd(program, layer):
         tiled = winograd.spec_for(layer.x, layer.y, layer.grid, machine, residual=residual, relu=unit.relu)
@@ -172,6 +164,29 @@ def _tells_all(cells: np.ndarray, pieces: int) -> bool:
     """
     total = int(cells.sum())
     return -(-(total - int(cells[cells > 0].min())) // pieces) < -(-total // pieces)
+
+
+def _direct(
+    program: Program,
+    layer: _Layer,
+    spec: direct.DirectConv,
+    pixels: Part,
+    vectors: int,
+    cost: costs.Cost,
+    only: int = 0,
+) -> _Option:  # fmt: skip
+    """Return a direct kernel over the runs of tiles, or over those of the image."""
+    machine, how = program.machine, spec.memory(program.machine)
+    return _Option(
+        direct.direct_conv(spec, machine),
+        direct_data.direct_weights(layer.unit.weight),
+        pixels,
+        vectors,
+        direct_data.scratch_floats(layer.window.size, layer.channels[0], MAX_THREADS, **how),
+        direct_data.direct_shape(layer.x, layer.y, layer.window, layer.channels, **how),
+        cost,
+        only,
+    )
 
 
 def _winograd(
@@ -208,17 +223,9 @@ def _whole_plane(
     runs = direct_data.dense_runs(layer.x, layer.y, layer.window, machine)
     if runs.inside:
         spec = direct.spec_for(layer.window, runs, channels, machine, residual=tiled.residual, relu=unit.relu)
-        how = spec.memory(machine)
-        yield _Option(
-            direct.direct_conv(spec, machine),
-            direct_data.direct_weights(unit.weight),
-            program.constants.add(direct_data.run_list(runs, np.ones(1, bool), machine)),
-            vectors,
-            direct_data.scratch_floats(layer.window.size, channels[0], MAX_THREADS, **how),
-            direct_data.direct_shape(layer.x, layer.y, layer.window, channels, **how),
-            tuple(_WHOLE * factor for factor in costs.direct_cost(tiled, layer.window.size, machine)),
-            only=vectors,
-        )
+        pixels = program.constants.add(direct_data.run_list(runs, np.ones(1, bool), machine))
+        cost = tuple(_WHOLE * factor for factor in costs.direct_cost(tiled, layer.window.size, machine))
+        yield _direct(program, layer, spec, pixels, vectors, cost, only=vectors)
     if not _may_be_winograd(program, layer):
         return
     whole = winograd.spec_for(layer.x, layer.y, None, machine, residual=tiled.residual, relu=unit.relu)

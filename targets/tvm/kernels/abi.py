@@ -23,12 +23,12 @@ import tvm.tirx as tx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
-__all__ = ["PREFETCH_AHEAD", "Frame", "Kernel", "i64", "prefetch", "share", "write_kernel", "write_serial_kernel"]
+__all__ = ["Frame", "Kernel", "i64", "prefetch_ahead", "share", "write_kernel", "write_serial_kernel"]
 
 _C_ABI = 1
 """`tvm::CallingConv::kCPackedFunc`: any but the default keeps `MakePackedAPI` away."""
 
-PREFETCH_AHEAD = 128
+_AHEAD = 128
 """Floats of a row of weights that are asked for before they are needed: of 32 to 1024, what measured best."""
 
 _PREFETCH = 0, 3, 1
@@ -108,10 +108,10 @@ def i64(value: Any) -> Any:
     return tx.IntImm("int64", value) if isinstance(value, int) else tx.Cast("int64", value)
 
 
-def prefetch(buffer: Any, at: Any) -> None:
-    """Ask for the cache line of an element that is read soon. It need not be in the buffer."""
+def prefetch_ahead(buffer: Any, at: Any) -> None:
+    """Ask for the weights that follow those of a row at `at`, before they are needed; they may end before."""
     arguments = [tx.IntImm("int32", value) for value in _PREFETCH]
-    T.evaluate(tx.call_intrin("void", "tirx.prefetch", tx.address_of(buffer[at]), *arguments))
+    T.evaluate(tx.call_intrin("void", "tirx.prefetch", tx.address_of(buffer[at + _AHEAD]), *arguments))
 
 
 def share(count: Any, part: Any, parts: Any) -> tuple[Any, Any]:

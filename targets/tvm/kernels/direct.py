@@ -23,7 +23,7 @@ from typing import Any
 import tvm.tirx as tx
 from tvm.tirx.script import builder as T
 
-from dvexport.targets.tvm.kernels.abi import PREFETCH_AHEAD, Frame, Kernel, i64, prefetch, write_kernel
+from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, prefetch_ahead, write_kernel
 from dvexport.targets.tvm.kernels.blocks import Groups, balanced
 from dvexport.targets.tvm.kernels.direct_data import HALVES, RUN_HEADER, Runs, Shape, Window
 from dvexport.targets.tvm.kernels.direct_vectors import ceildiv, choose, cut, int32, join, load, store
@@ -302,7 +302,7 @@ class _Writer:
             weight = T.bind(i64(self.frame.cols[i64(col) + 1]) * depth)
             if self.spec.ahead:
                 for row in weights:
-                    prefetch(self.frame.W, row + weight + PREFETCH_AHEAD)
+                    prefetch_ahead(self.frame.W, row + weight)
             if self.spec.columns:
                 with T.serial(0, self.lines) as line:
                     pixel = T.bind(panel + (i64(col) * i64(self.lines) + i64(line)) * self.line)

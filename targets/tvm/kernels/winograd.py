@@ -19,7 +19,7 @@ from typing import Any
 import tvm.tirx as tx
 from tvm.tirx.script import builder as T
 
-from dvexport.targets.tvm.kernels.abi import PREFETCH_AHEAD, Frame, Kernel, i64, prefetch, share, write_kernel
+from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, prefetch_ahead, share, write_kernel
 from dvexport.targets.tvm.kernels.planes_vectors import LINE
 from dvexport.targets.tvm.kernels.winograd_lists import SHAPE, tile_cells
 from dvexport.targets.tvm.kernels.winograd_vectors import (
@@ -243,9 +243,9 @@ class _Writer:
             return
         with T.serial(0, _ceil_div(self.col_count, LINE)) as turn:
             first = T.bind(turn * LINE)
-            ahead = T.bind(i64(self.frame.cols[first + 1]) + (shift + PREFETCH_AHEAD))
+            channel = T.bind(i64(self.frame.cols[first + 1]) + shift)
             for weight in weights:
-                prefetch(self.frame.U, weight + ahead)
+                prefetch_ahead(self.frame.U, weight + channel)
             with T.serial(first, T.bind(tx.min(first + LINE, self.col_count))) as c:
                 yield c
 
