@@ -68,9 +68,9 @@ def tune(target: str, output: Path | None, seconds: float, as_json: bool) -> Non
 
 
 def _source() -> str:
-    from dvexport.profile.environment import device_info
+    from dvexport.profile.environment import processor
 
-    return f"measured: dvexport tune, {device_info(threads=1).cpu}, {datetime.now(UTC):%Y-%m-%d}"
+    return f"measured: dvexport tune, {processor()}, {datetime.now(UTC):%Y-%m-%d}"
 
 
 def _check(device: Target) -> None:

@@ -54,6 +54,7 @@ def test_verify_compares_with_the_oracle_and_with_pytorch(stream):
 def test_a_profile_tells_the_time_of_every_gate(stream):
     result = profile(stream, runs=1, warmup_s=0.0, force={"tiles": 0.5})
     assert result.backend == "tvm"
+    assert result.device.runtime == "dvexport native"
     assert all(gate.median_ms > 0 and gate.dense_median_ms > 0 for gate in result.gates)
     roles = {node.role for node in result.nodes}
     assert {"compute", "decide", "move"} <= roles
