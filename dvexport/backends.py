@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from dvexport.errors import TraceError, UsageError, unknown_name
 from dvexport.graph import whole_clip_of
-from dvexport.targets.devices import HOST, Target, load
+from dvexport.targets.devices import HOST, Target, load, runs_here
 from dvexport.targets.runtime import Variant
 from dvexport.weights import WEIGHTS, WeightFile, external_arrays
 
@@ -148,7 +148,7 @@ class TvmBackend:
         self, traced: ir.Model, plan: Plan, device: Target, tell: Progress, dense: ir.Model | None = None
     ) -> Built:
         """See `Backend`. An artifact for another processor is compared with PyTorch by its twin for this one."""
-        from dvexport.targets.tvm.artifact import build_artifact, runs_here
+        from dvexport.targets.tvm.artifact import build_artifact
         from dvexport.targets.tvm.machine import machine_for
 
         tell("lower the gates")

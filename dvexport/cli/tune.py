@@ -74,7 +74,7 @@ def _source() -> str:
 
 
 def _check(device: Target) -> None:
-    from dvexport.targets.tvm.artifact import runs_here
+    from dvexport.targets.devices import runs_here
 
     if device.runtimes.tvm is None:
         raise UsageError("compiled kernels are not among the target's runtimes", where=device.name)

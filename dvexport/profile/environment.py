@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dvexport.profile.result import DeviceInfo
+from dvexport.targets.devices import load, names, runs_here
 
 __all__ = ["device_info", "processor"]
 
@@ -21,12 +22,13 @@ def processor(root: Path = Path("/")) -> str:
     return _cpu_name(_lines(root / "proc/cpuinfo"))
 
 
-def device_info(threads: int, runtime: tuple[str, str], root: Path = Path("/")) -> DeviceInfo:
+def device_info(threads: int, runtime: tuple[str, str], target: str, root: Path = Path("/")) -> DeviceInfo:
     """Return the processor, its clock settings and temperature; None for what the system does not tell.
 
     Args:
         threads: that the runtime was given.
         runtime: its name and version.
+        target: what the artifact was made for, by its name in the catalogue.
         root: where `/proc` and `/sys` are.
     """
     cpuinfo = _lines(root / "proc/cpuinfo")
@@ -40,6 +42,7 @@ def device_info(threads: int, runtime: tuple[str, str], root: Path = Path("/")) 
         governor=_governor(root),
         frequencies_mhz=_frequencies(root, cpuinfo),
         temperature_c=_temperature(root),
+        is_target=runs_here(load(target).cpu) if target in names() else None,
     )
 
 

@@ -95,7 +95,7 @@ def profile(
     tell("warm up")
     warmup = warm_up(gated, dense, played.frames, forced, warmup_s)
     tell(f"measure {repeats} x {len(played.frames)} frames, gated and dense in turn")
-    device_state = device_info(threads, backend_of(manifest.backend).runtime(manifest))
+    device_state = device_info(threads, backend_of(manifest.backend).runtime(manifest), manifest.target)
     measured, measured_dense = interleaved(gated, dense, played.frames, forced, repeats)
     tell("time every node")
     fixed = child_scopes(dense_model.model, gates) if isinstance(dense_model, OnnxVariant) else set()
