@@ -27,7 +27,8 @@ def headline(result: ProfileResult) -> str:
     unit = result.unit
     lines = [
         f"{result.model} for {result.target} ({result.backend}, {result.mode}) on {result.device.cpu}: "
-        f"{result.clip.name}, {len(result.steps)} {unit}{'' if len(result.steps) == 1 else 's'}, {result.device.threads} thread(s)",
+        f"{result.clip.name}, {len(result.steps)} {unit}{'' if len(result.steps) == 1 else 's'}, "
+        f"{result.device.threads} thread(s)",
         f"gated  median {gated.median:.2f} ms   P90 {gated.p90:.2f}   P99 {gated.p99:.2f}   "
         f"GMACs per {unit} {executed.min:.3f} / {executed.mean:.3f} / {executed.max:.3f} (min / mean / max)",
     ]
