@@ -1,7 +1,7 @@
 """Fit a machine's rates to what its kernels took, and say how well they predict.
 
-The cost models are linear in the rates, but that weights come by cache lines or in a row, whichever is faster. Once that
-is decided for every sample, each is one equation: the work of each kind times its rate is the time. Solved for the
+The cost models are linear in the rates, but that weights come by cache lines or in a row, whichever is faster. Once it
+is decided which, each sample is one equation: the work of each kind times its rate is the time. Solved for the
 least relative error, so that calls of a microsecond count as much as those of a millisecond, and decided anew.
 """
 

@@ -20,7 +20,7 @@ from dvexport.targets.tvm import link
 from dvexport.targets.tvm.build import compile_kernels
 from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, share, write_kernel, write_serial_kernel
 from dvexport.targets.tvm.machine import Machine, machine_of
-from dvexport.targets.tvm.plan import Call, Place, Plan, Port, Space, Variant, plan_bytes
+from dvexport.targets.tvm.plan import COST_TERMS, Call, Place, Plan, Port, Space, Variant, plan_bytes
 
 CHANNELS = 200
 """Floats of the sample network's frame."""
@@ -28,6 +28,9 @@ CHANNELS = 200
 MOST_THREADS = 8
 COSTS = {"copy_few": (10.0, 40.0), "copy_many": (2000.0, 1.0)}
 """(constant, per channel) in ns: `copy_few` is the cheaper one up to 51 channels."""
+
+WAITS = {"copy_few": (10.0, 40.0, 2100.0), "copy_many": (2000.0, 1.0, 1e9)}
+"""(constant, line, stream) in ns: `copy_few` is the cheaper one up to 51 input channels, and again from 111 on."""
 
 EXAMPLE_TARGETS = ("raspberry-pi-4", "rv1126", "android-arm64")
 """Catalogue entries for AArch64, ARMv7 and Android."""
@@ -105,6 +108,11 @@ def who(name: str, *, splits: bool = True) -> Kernel:
     return frame.kernel
 
 
+def _cost(constant: float, row: float = 0.0, line: float = 0.0, stream: float = 0.0) -> tuple[float, ...]:
+    """A cost model of these coefficients alone."""
+    return (constant, row, *[0.0] * (COST_TERMS - 4), line, stream)
+
+
 def sample_plan() -> Plan:
     """A frame's relu; its running sum (state) and sum of two frames (flip); a gated copy; who ran."""
     floats, ints = 4 * CHANNELS, 4 * (CHANNELS + 16)
@@ -115,7 +123,7 @@ def sample_plan() -> Plan:
     ran = [Place(Space.STATE, 2048 + 64 * i, 4 * (MOST_THREADS + 1)) for i in range(3)]
     total, copied = Place(Space.STATE, 0, floats), Place(Space.STATE, 1024, floats)
     before, after = Place(Space.BEFORE, 0, floats), Place(Space.AFTER, 0, floats)
-    expensive, cheap = (9000.0, *[0.0] * 7), (100.0, *[0.0] * 7)
+    expensive, cheap = _cost(9000.0), _cost(100.0)
     calls = [
         Call((Variant("relu", (x, shape, y)),), "layer1/relu"),
         Call((Variant("add", (total, y, shape, total)),), "layer1/sum"),
@@ -123,7 +131,7 @@ def sample_plan() -> Plan:
         Call((Variant("add", (before, after, shape, double)),), "layer2/pair"),
         Call((Variant("decide", (y, shape, rows, action, tiles)),), "gate/decide", "g"),
         Call(
-            tuple(Variant(name, (y, rows, copied), (*cost, *[0.0] * 6)) for name, cost in COSTS.items()),
+            tuple(Variant(name, (y, rows, copied), _cost(*cost)) for name, cost in COSTS.items()),
             "gate/copy",
             "g",
             (rows, None, None),
@@ -133,6 +141,12 @@ def sample_plan() -> Plan:
             "gate/exact",
             "g",
             (None, None, rows),
+        ),
+        Call(
+            tuple(Variant(name, (y, rows, copied), _cost(first, 0.0, *wait)) for name, (first, *wait) in WAITS.items()),
+            "gate/wait",
+            "g",
+            (None, rows, None),
         ),
         Call((Variant("who", (ran[0],), expensive),), "who/expensive"),
         Call((Variant("who", (ran[1],), cheap),), "who/cheap"),

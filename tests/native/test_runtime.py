@@ -144,6 +144,21 @@ def test_calls_are_chosen_by_cost_and_skipped_at_zero():
         assert len(session.end_profile()) == 5
 
 
+def test_weights_are_waited_for_by_lines_or_in_a_row():
+    with opened(sample_network(), profile=True) as session:
+        for count, kernel in [
+            (1, "copy_few"),
+            (40, "copy_few"),
+            (60, "copy_many"),
+            (105, "copy_many"),
+            (120, "copy_few"),
+        ]:
+            frame = np.where(np.arange(CHANNELS) < count, 1, -1).astype(np.float32)[None]
+            session.run({"x": frame})
+            waited = next(call for call in session.call_times() if call.label == "gate/wait")
+            assert (waited.kernel, waited.counts) == (kernel, (None, count, None))
+
+
 def test_a_variant_for_some_number_of_vectors_is_taken_for_no_other():
     with opened(sample_network(), profile=True) as session:
         for count, kernel in [(0, None), (6, "copy_few"), (7, "copy_many"), (8, "copy_few")]:
@@ -254,7 +269,7 @@ HEADER, PORT, CALL = 128, 80, 64
 PORTS = len(sample_plan().inputs) + len(sample_plan().outputs)
 CALLS_AT = HEADER + PORTS * PORT
 VARIANTS_AT = CALLS_AT + len(sample_plan().calls) * CALL
-ARGUMENTS_AT = VARIANTS_AT + 48 * sum(len(call.variants) for call in sample_plan().calls)
+ARGUMENTS_AT = VARIANTS_AT + 56 * sum(len(call.variants) for call in sample_plan().calls)
 
 
 def _set(offset: int, layout: str, *values: int | float):
@@ -272,7 +287,7 @@ DAMAGE = {
     "truncated header": (lambda plan: plan[:100], "the plan is truncated"),
     "truncated": (lambda plan: plan[:-8], "the plan is truncated"),
     "longer": (lambda plan: plan + bytes(8), "longer than the plan"),
-    "newer": (_set(8, "<I", 2), "format version 2, this library reads version 1"),
+    "newer": (_set(8, "<I", 3), "format version 3, this library reads version 2"),
     "checksum": (lambda plan: plan[:200] + bytes([plan[200] ^ 1]) + plan[201:], "its checksum is wrong"),
     "another library": (_set(64, "<I", 1), "the plan is for another library"),
     "reserved": (_set(120, "<I", 1), "reserved bytes are set"),
