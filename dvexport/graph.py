@@ -21,6 +21,7 @@ __all__ = [
     "branch",
     "fresh_output",
     "gate_name",
+    "known_shape",
     "mark_whole_clip",
     "replace_node",
     "scopes_of",
@@ -140,6 +141,13 @@ def static_shape(value: ir.Value) -> tuple[int, ...]:
     """Return a value's shape; PassError if any dimension is unknown."""
     if value.shape is None or not all(isinstance(d, int) for d in value.shape):
         raise PassError("a shape must be static here", where=value.name, why=f"its shape is {value.shape}")
+    return tuple(int(d) for d in value.shape)  # type: ignore[arg-type]
+
+
+def known_shape(value: ir.Value) -> tuple[int, ...]:
+    """Return a value's shape, () if any dimension is unknown."""
+    if value.shape is None or not all(isinstance(d, int) for d in value.shape):
+        return ()
     return tuple(int(d) for d in value.shape)  # type: ignore[arg-type]
 
 

@@ -10,8 +10,8 @@ stage 2, in forward direction, and r / 4 of its 14 x 14 in the middle of stage 3
 metric is the mean key of the block that comes next. What is dropped stays dropped: after patch merging as
 large a part of the merged tokens goes, those with most dropped members first, among equals the weakest.
 Norms, projections and MLPs run on the tokens that are left, attention on whole windows. There a dropped
-token is zero and masked out like a token of another region (-100), so that nothing attends to it; patch
-merging takes its last value.
+token is zero, like padding, and masked out like a token of another region, so that nothing attends to it;
+patch merging takes its last value.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ from dvexport.models.vit import DropPath, Mlp, drop_rates
 
 __all__ = ["PatchMerging", "SwinBlock", "VideoSwin", "WindowAttention"]
 
-_MASKED = -100.0
-"""What the official code adds to the logit of a token that must not be attended to."""
+_MASKED = -50.0
+"""What is added to the logit of a token that must not be attended to. The official code has -100, with which weights
+are subnormal numbers, and arithmetic on those several times slower: e^-50 is nothing beside 1 in float32 as well."""
 
 Size = tuple[int, int, int]
 
@@ -147,11 +148,9 @@ class WindowAttention(nn.Module):
         """Return `[B, K, C]` for the tokens `[B, K, C]`, all of a stage's or its survivors."""
         batch, kept, channels = x.shape
         order, inverse = table.order.to(x.device), table.inverse.to(x.device)
-        rows = self.qkv(x)
         if table.padded or survivors is not None:
-            # After the tokens: what the layer gives for a dropped token (zero), and for padding.
-            extra = torch.stack([torch.zeros_like(self.qkv.bias), self.qkv.bias]).expand(batch, 2, -1)
-            rows = torch.cat([rows, extra], 1)
+            x = F.pad(x, (0, 0, 0, 2 if table.padded else 1))  # after the tokens: a dropped one, and padding
+        rows = self.qkv(x)
         if survivors is not None:
             padding = torch.full_like(survivors.slots[:, :1], kept + 1)
             order = torch.cat([survivors.slots, padding], 1).index_select(1, order)
@@ -166,12 +165,15 @@ class WindowAttention(nn.Module):
         index = self.relative_position_index[:places, :places].flatten()  # type: ignore[index]
         bias = self.relative_position_bias_table.t().index_select(1, index).reshape(-1, places, places)
         logits = (query * self.scale) @ key.transpose(2, 3) + bias
+        masks = []
         if table.masks is not None and table.which is not None:
             mask = table.masks.to(x).index_select(0, table.which.to(x.device))
-            logits = logits + (mask if batch == 1 else mask.repeat(batch, 1, 1, 1))
+            masks.append(mask if batch == 1 else mask.repeat(batch, 1, 1, 1))
         if survivors is not None:
             dropped = torch.where(order == kept, _MASKED, 0.0).to(x.dtype)
-            logits = logits + dropped.reshape(-1, 1, 1, places)
+            masks.append(dropped.reshape(-1, 1, 1, places))
+        if masks:
+            logits = logits + functools.reduce(torch.minimum, masks)
         found = (logits.softmax(dim=-1) @ value).transpose(1, 2).reshape(batch, -1, channels)
         return self.proj(_take(found, inverse))
 

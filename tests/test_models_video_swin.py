@@ -161,6 +161,26 @@ def test_without_pruning_is_the_dense_model_on_the_same_weights():
     assert all(p is q for p, q in zip(model.parameters(), model.without_pruning().parameters(), strict=True))
 
 
+def test_masked_tokens_weigh_nothing_and_no_weight_is_subnormal(monkeypatch):
+    """Arithmetic on subnormal numbers is many times slower, and a token can be masked for two reasons."""
+    found = []
+
+    def noted(logits, dim):
+        weights = softmax(logits, dim)
+        found.append(weights)
+        return weights
+
+    softmax = torch.Tensor.softmax
+    monkeypatch.setattr(torch.Tensor, "softmax", noted)
+    model = zoo.create("video_swin_tiny", **{**SMALL, **WINDOWED, "sta.r": 16}).eval()
+    with torch.no_grad():
+        model(torch.randn(8, 3, 64, 64))
+    attention = [weights for weights in found if weights.ndim == 4]
+    masked = torch.cat([weights[weights < 1e-12] for weights in attention])
+    assert len(masked) and masked.min() > 1e-30
+    assert masked.max() < 1e-18 and all(torch.allclose(weights.sum(-1), torch.tensor(1.0)) for weights in attention)
+
+
 @pytest.mark.parametrize(
     ("name", "millions"), [("video_swin_tiny", 28.2), ("video_swin_small", 49.8), ("video_swin_base", 88.1)]
 )
