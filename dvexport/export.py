@@ -402,6 +402,7 @@ def _tokens(net: Any) -> TokenEntry | None:
     return TokenEntry(
         grid=tuple(net.token_grid),  # type: ignore[arg-type]
         stages=[[stage.gate(group) for group in range(stage.groups)] for stage in stages],
+        grids=[getattr(stage, "grid", None) for stage in stages],
     )
 
 

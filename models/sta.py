@@ -66,6 +66,8 @@ class PruningStage:
         tokens: tokens of a group before.
         keep: tokens of a group after.
         direction: `forward` or `reverse`.
+        grid: tokens in time, height and width where the model has merged tokens since the last place, and this one
+            chooses from all of them; None: from those that the last place left.
     """
 
     call: int
@@ -74,6 +76,7 @@ class PruningStage:
     tokens: int
     keep: int
     direction: str
+    grid: tuple[int, int, int] | None = None
 
     def gate(self, group: int) -> str:
         """Return the name of a group's decision; groups are counted in the order of time."""

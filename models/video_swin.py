@@ -363,12 +363,11 @@ class VideoSwin(VideoModel):
         middle = config.depths[2] // 2
         left = tokens[2] - r // 4
         first = sta.PruningStage(0, 0, frames, tokens[1], tokens[1] - r, "forward")
-        stages[1].pruning = first
-        stages[2].inherits = sta.PruningStage(1, 0, frames, tokens[2], left, "forward")
-        stages[2].pruning = sta.PruningStage(2, middle, frames, left, left - r // 4, "reverse")
-        stages[3].inherits = sta.PruningStage(3, 0, frames, tokens[3], tokens[3] - r // 8, "forward")
-        # Pictures show what stage 2 keeps; later decisions are about merged tokens.
-        self.token_grid, self.token_groups = stages[1].size, [first]
+        second = sta.PruningStage(1, 0, frames, tokens[2], left, "forward", stages[2].size)
+        third = sta.PruningStage(2, middle, frames, left, left - r // 4, "reverse")
+        last = sta.PruningStage(3, 0, frames, tokens[3], tokens[3] - r // 8, "forward", stages[3].size)
+        stages[1].pruning, stages[2].inherits, stages[2].pruning, stages[3].inherits = first, second, third, last
+        self.token_grid, self.token_groups = stages[1].size, [first, second, third, last]
         self.without_pruning = functools.partial(sta.without_pruning, self)
 
     def forward(self, frames: Tensor) -> Tensor:

@@ -190,6 +190,8 @@ def test_survivors():
     first, second = survivors((2, 2, 2), [["a", "b"], ["c"]], decisions)
     np.testing.assert_array_equal(np.flatnonzero(first), [0, 2, 5, 7])
     np.testing.assert_array_equal(np.flatnonzero(second), [7])
+    _, merged = survivors((2, 2, 2), [["a", "b"], ["c"]], decisions, [None, (2, 1, 2)])
+    np.testing.assert_array_equal(np.argwhere(merged), [[1, 0, 1]])
     with pytest.raises(UsageError, match="outside its group"):
         survivors((2, 2, 1), [["a", "b"]], decisions)
     with pytest.raises(UsageError, match="divided into 2 groups"):

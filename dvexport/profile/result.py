@@ -150,8 +150,8 @@ class TokenStage:
     Args:
         name: what its gates' names share.
         groups, tokens, keep: number of groups, tokens of a group before and after.
-        left: 1 where a token is left, `[time][height][width]` of the first tokens; None: the model does not tell
-            where they lie.
+        left: 1 where a token is left, `[time][height][width]` of the first tokens, or of merged ones; None: the model
+            does not tell where they lie.
     """
 
     name: str
