@@ -184,8 +184,10 @@ class NodeTime:
 
     @property
     def role(self) -> str:
-        """`compute`, `decide`, `move`, `control` or `other` (see `roles.node_role`)."""
+        """`compute`, `decide`, `move`, `control` or `other` (see `roles.node_role`); outside of gates nothing decides."""
         role = node_role(self.op)
+        if role == "decide" and self.gate is None and not self.decides:
+            return "other"
         return "decide" if self.decides and role != "control" else role
 
     @property
