@@ -20,6 +20,7 @@ import functools
 import itertools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from dvexport.errors import UsageError
 from dvexport.models import sta
 from dvexport.models.base import VideoModel, imagenet_preprocess
 from dvexport.models.config import VideoSwinConfig
+from dvexport.models.random_drop import drop_at_random, random_scores
 from dvexport.models.vit import DropPath, Mlp, drop_rates
 
 __all__ = ["PatchMerging", "SwinBlock", "VideoSwin", "WindowAttention"]
@@ -235,6 +237,8 @@ class Stage(nn.Module):
         self.inherits: sta.PruningStage | None = None
         """How many tokens go at the start, since the stage before had dropped as large a part."""
         self.pruning: sta.PruningStage | None = None
+        self.scores: np.ndarray | None = None
+        """What tokens are dropped by, if not by STA."""
 
     def forward(self, x: Tensor, dropped: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Return the tokens for the next stage, and how many members of each were dropped, None if none was.
@@ -248,7 +252,7 @@ class Stage(nn.Module):
             x, survivors = _inherit(x, dropped, self.inherits)
         for number, block in enumerate(self.blocks):
             if self.pruning is not None and self.pruning.block == number and not sta.is_off():
-                x, survivors = _drop(x, block, self.pruning, survivors)
+                x, survivors = _drop(x, block, self.pruning, survivors, self.scores)
             x = block(x, self.tables[number % 2], survivors)
         lost = None
         if survivors is not None:
@@ -278,11 +282,16 @@ def _inherit(x: Tensor, dropped: Tensor, stage: sta.PruningStage) -> tuple[Tenso
     return torch.cat([tokens for tokens, _ in kept], dim=1), _survivors(x, places)
 
 
-def _drop(x: Tensor, block: nn.Module, stage: sta.PruningStage, before: Survivors | None) -> tuple[Tensor, Survivors]:
-    """Drop tokens before a block, whose mean key is the metric."""
-    weight, bias = sta.mean_key(block.attn, "qkv", block.attn.num_heads, "attn")  # type: ignore[arg-type,union-attr]
-    metric = F.linear(block.norm1(x), weight, bias)  # type: ignore[operator]
-    kept, index = sta.select_survivors(x, metric, stage)
+def _drop(
+    x: Tensor, block: nn.Module, stage: sta.PruningStage, before: Survivors | None, scores: np.ndarray | None
+) -> tuple[Tensor, Survivors]:
+    """Drop tokens before a block, whose mean key is the metric; or by `scores`, at random."""
+    if scores is not None:
+        kept, index = drop_at_random(x, stage, scores)
+    else:
+        weight, bias = sta.mean_key(block.attn, "qkv", block.attn.num_heads, "attn")  # type: ignore[arg-type,union-attr]
+        metric = F.linear(block.norm1(x), weight, bias)  # type: ignore[operator]
+        kept, index = sta.select_survivors(x, metric, stage)
     places = _places(index, stage)
     if before is None:
         return kept, _survivors(x, places)
@@ -367,6 +376,10 @@ class VideoSwin(VideoModel):
         third = sta.PruningStage(2, middle, frames, left, left - r // 4, "reverse")
         last = sta.PruningStage(3, 0, frames, tokens[3], tokens[3] - r // 8, "forward", stages[3].size)
         stages[1].pruning, stages[2].inherits, stages[2].pruning, stages[3].inherits = first, second, third, last
+        if config.sta_method == "random":
+            for stage in stages[1:3]:
+                assert stage.pruning is not None
+                stage.scores = random_scores(stage.pruning, config.sta_seed)
         self.token_grid, self.token_groups = stages[1].size, [first, second, third, last]
         self.without_pruning = functools.partial(sta.without_pruning, self)
 

@@ -180,6 +180,19 @@ def test_decisions_tell_which_tokens_are_left_of_every_stage(monkeypatch):
         assert set(mask.ravel().nonzero()[0]) == set(kept[0].tolist())
 
 
+def test_random_drop_keeps_as_many_and_is_decided_by_the_seed():
+    frames, found = torch.randn(8, 3, 64, 64, dtype=torch.float64), []
+    for options in ({}, {"sta.method": "random"}, {"sta.method": "random"}, {"sta.method": "random", "sta.seed": 1}):
+        with torch.no_grad(), gates.token_decisions() as chosen:
+            small(**{"sta.r": 16, **options})(frames)
+        found.append({gate: sorted(index[0].tolist()) for gate, index in chosen.items()})
+    own, first, again, other = found
+    assert first == again and first != other and first != own
+    assert [{gate: len(index) for gate, index in each.items()} for each in (first, other)] == [
+        {gate: len(index) for gate, index in own.items()}
+    ] * 2
+
+
 def test_masked_tokens_weigh_nothing_and_no_weight_is_subnormal(monkeypatch):
     """Arithmetic on subnormal numbers is many times slower, and a token can be masked for two reasons."""
     found = []

@@ -184,7 +184,7 @@ class NodeTime:
 
     @property
     def role(self) -> str:
-        """`compute`, `decide`, `move`, `control` or `other` (see `roles.node_role`); outside of gates nothing decides."""
+        """`compute`, `decide`, `move`, `control` or `other` (`roles.node_role`); outside of gates nothing decides."""
         role = node_role(self.op)
         if role == "decide" and self.gate is None and not self.decides:
             return "other"
