@@ -82,8 +82,8 @@ def _chunk(softmax: ir.Node) -> int:
 
 
 def _only_user(value: ir.Value) -> ir.Node | None:
-    users = value.uses()
-    return users[0][0] if len(users) == 1 and not value.is_graph_output() else None
+    users = [user for user, _ in value.uses()]
+    return users[0] if len(users) == 1 and not value.is_graph_output() else None
 
 
 def _result(softmax: ir.Node) -> ir.Value | None:
