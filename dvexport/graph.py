@@ -22,6 +22,7 @@ __all__ = [
     "fresh_output",
     "gate_name",
     "known_shape",
+    "make_contiguous",
     "mark_whole_clip",
     "replace_node",
     "scopes_of",
@@ -135,6 +136,15 @@ def array_of(value: ir.Value | None) -> np.ndarray | None:
         return None
     tensor = ir.convenience.get_const_tensor(value)
     return None if tensor is None else tensor.numpy()
+
+
+def make_contiguous(model: ir.Model) -> None:
+    """Store folded constants in C order, which comparing their bytes needs; what holds them already stays."""
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for value in graph.initializers.values():
+            array = value.const_value.numpy() if value.const_value is not None else None
+            if array is not None and not array.flags.c_contiguous:
+                value.const_value = ir.tensor(np.ascontiguousarray(array), name=value.name)
 
 
 def static_shape(value: ir.Value) -> tuple[int, ...]:
