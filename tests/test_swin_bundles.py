@@ -81,7 +81,7 @@ def test_profile_tells_what_choosing_takes(bundle, tmp_path):
     assert 0 < found["tokens_ms"] < whole
     stages = [(stage["groups"], stage["keep"], stage["tokens"], np.shape(stage["left"])) for stage in found["tokens"]]
     assert stages == STAGES
-    assert (tmp_path / "page.html").read_text().count("% of its tokens left") == 4 * len(STAGES)
+    assert (tmp_path / "page.html").read_text().count("% of its tokens left</title>") == 4 * len(STAGES)
     deciding = [node for node in found["nodes"] if node["gate"] == "tokens"]
     assert deciding and all(node["decides"] for node in deciding)
 

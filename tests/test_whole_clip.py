@@ -206,6 +206,8 @@ def test_profile_and_page(bundle, tmp_path):
     ]  # fmt: skip
     deciding = [node for node in result.nodes if node.gate == "tokens"]
     assert {"TopK", "Gather", "Abs", "ReduceSum"} <= {node.op for node in deciding}
+    attention = [node for node in result.nodes if node.op == "Softmax" and node.gate is None]
+    assert attention and {node.role for node in attention} == {"compute"}
     assert all(node.decides for node in deciding) and not {"LayerNormalization", "Gelu"} & {n.op for n in deciding}
     assert result.tokens_ms is not None and 0 < result.tokens_ms < sum(node.median_us for node in result.nodes) / 1e3
     assert [np.asarray(stage.left).sum() for stage in result.tokens] == [18, 12]

@@ -184,10 +184,10 @@ class NodeTime:
 
     @property
     def role(self) -> str:
-        """`compute`, `decide`, `move`, `control` or `other` (`roles.node_role`); outside of gates nothing decides."""
+        """`compute`, `decide`, `move`, `control` or `other` (`roles.node_role`); softmax outside of gates is attention."""
         role = node_role(self.op)
-        if role == "decide" and self.gate is None and not self.decides:
-            return "other"
+        if self.op == "Softmax" and self.gate is None and not self.decides:
+            return "compute"
         return "decide" if self.decides and role != "control" else role
 
     @property
