@@ -184,7 +184,7 @@ class NodeTime:
 
     @property
     def role(self) -> str:
-        """`compute`, `decide`, `move`, `control` or `other` (`roles.node_role`); a softmax outside of gates computes."""
+        """`compute`, `decide`, `move`, `control` or `other` (`roles.node_role`); softmax outside of gates computes."""
         role = node_role(self.op)
         if self.op == "Softmax" and self.gate is None and not self.decides:
             return "compute"
