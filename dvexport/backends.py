@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from dvexport.errors import TraceError, UsageError, unknown_name
 from dvexport.graph import whole_clip_of
-from dvexport.targets.devices import HOST, Target, load
+from dvexport.targets.devices import HOST, Target, load, runs_here
 from dvexport.targets.runtime import Variant
 from dvexport.weights import WEIGHTS, WeightFile, external_arrays
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from dvexport.bundle import Bundle
+    from dvexport.bundle_manifest import Manifest
     from dvexport.passes.pipeline import Lowered, Plan
 
 __all__ = ["BACKENDS", "Backend", "Built", "backend_of", "onnx_variant"]
@@ -69,6 +71,9 @@ class Backend(Protocol):
     def variant(self, bundle: Bundle, variant: str) -> Variant:
         """Return a variant of a bundle: `gated`, `dense` or `forced`."""
 
+    def runtime(self, manifest: Manifest) -> tuple[str, str]:
+        """Return the name and version of what executes a bundle's artifact on this machine."""
+
 
 class OnnxBackend:
     """Standard operators for ONNX Runtime."""
@@ -115,6 +120,10 @@ class OnnxBackend:
             return OnnxVariant(artifact, bundle.manifest.states, _weights_of(bundle, artifact))
         return onnx_variant(read_level(bundle, variant), plan_of(bundle.manifest, variant))
 
+    def runtime(self, manifest: Manifest) -> tuple[str, str]:
+        """The package that is installed here."""
+        return "onnxruntime", version("onnxruntime")
+
 
 class TvmBackend:
     """Kernels compiled with TVM, a static plan and a C runtime of our own."""
@@ -139,7 +148,7 @@ class TvmBackend:
         self, traced: ir.Model, plan: Plan, device: Target, tell: Progress, dense: ir.Model | None = None
     ) -> Built:
         """See `Backend`. An artifact for another processor is compared with PyTorch by its twin for this one."""
-        from dvexport.targets.tvm.artifact import build_artifact, runs_here
+        from dvexport.targets.tvm.artifact import build_artifact
         from dvexport.targets.tvm.machine import machine_for
 
         tell("lower the gates")
@@ -161,6 +170,10 @@ class TvmBackend:
         from dvexport.targets.tvm.artifact import read_variant
 
         return read_variant(bundle, variant)
+
+    def runtime(self, manifest: Manifest) -> tuple[str, str]:
+        """Our C runtime of the release that exported: it is inside the artifact."""
+        return "dvexport native", manifest.tools["dvexport"]
 
 
 def _weights_of(bundle: Bundle, artifact: bytes) -> Mapping[str, np.ndarray]:

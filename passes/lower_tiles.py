@@ -4,8 +4,9 @@ In the pixel-row layout (`dvexport.dialect.rows`) gated work is one matrix produ
 rows (`dvexport.passes.tile_products`), and everything around it copies contiguous rows.
 
 Between the two convolutions of a gate the merged activation stays compact: only its active pixels exist,
-after a zero row at index 0, and the second convolution finds them through a map from pixel to
-compact row. No plane is zeroed, copied or scattered for it.
+before a zero row, and the second convolution finds them through a map from pixel to compact row.
+No plane is zeroed, copied or scattered for it. A merge takes V from the convolution that just computed it,
+in the order in which it did, and not from the plane that a state keeps.
 
 The lowering of a node is read from its gate's choice (`dvexport.passes.choose_lowering`):
 `tiles`, `winograd4` or `winograd2`.
@@ -14,7 +15,7 @@ The lowering of a node is read from its gate's choice (`dvexport.passes.choose_l
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import numpy as np
@@ -41,8 +42,7 @@ class LowerTiles(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Lower in graph order; equal tables and lists are shared afterwards."""
-        compact: dict[ir.Value, Compact] = {}
-        overlays: dict[ir.Value, _Overlay] = {}
+        known = _Known()
         modified = False
         for node in list(model.graph):
             choice = lowering_of(node)
@@ -50,13 +50,13 @@ class LowerTiles(ir.passes.InPlacePass):
                 continue
             output = node.outputs[0]
             if node.op_type == "SparseConv" and _only_history(node):
-                overlays[output] = _lower_history(node)
+                known.overlays[output] = _lower_history(node)
             elif node.op_type == "SparseConv":
-                _lower_conv(node, choice, compact)
+                _lower_conv(node, choice, known)
             elif node.op_type == "Merge" and _stays_compact(node):
-                compact[output] = _lower_merge(node, overlays)
+                known.compact[output] = _lower_merge(node, known)
             elif node.op_type == "Merge":
-                _lower_merge_to_plane(node)
+                _lower_merge_to_plane(node, known)
             else:
                 continue
             modified = True
@@ -71,6 +71,24 @@ class _Overlay:
     base: ir.Value
     pixels: ir.Value
     values: ir.Value
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """What a convolution computed on the active tiles: `values` `[..., C]` at `pixels` `[...]`."""
+
+    tiles: ir.Value
+    pixels: ir.Value
+    values: ir.Value
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What has been lowered so far, by the value it stands for."""
+
+    compact: dict[ir.Value, Compact] = field(default_factory=dict)
+    overlays: dict[ir.Value, _Overlay] = field(default_factory=dict)
+    computed: dict[ir.Value, _Computed] = field(default_factory=dict)
 
 
 def _only_history(node: ir.Node) -> bool:
@@ -138,42 +156,52 @@ def _lower_history(node: ir.Node) -> _Overlay:
     return overlay
 
 
-def _lower_conv(node: ir.Node, choice: str, compact: Mapping[ir.Value, Compact]) -> None:
+def _lower_conv(node: ir.Node, choice: str, known: _Known) -> None:
     inputs = _inputs(node)
     place = Place.of(node, inputs["tiles"])
     build = Builder(metadata=node.metadata_props)
-    pixels, y = convolve(build, node, choice, compact)
+    pixels, y = convolve(build, node, choice, known.compact)
     base = None if inputs["base"] is None else to_rows(build, inputs["base"])
     if inputs["rows"] is not None:
         y = _keep_rows(build, inputs["rows"], y, base, pixels, place)
-    result = _scatter(build, base, pixels, y, place)
-    replace_node(node, build, [from_rows(build, result, place.size)])
+    plane = from_rows(build, _scatter(build, base, pixels, y, place), place.size)
+    known.computed[plane] = _Computed(place.tiles, pixels, y)
+    replace_node(node, build, [plane])
 
 
-def _lower_merge(node: ir.Node, overlays: Mapping[ir.Value, _Overlay]) -> Compact:
-    """Merge the active pixels only, after a zero row."""
+def _lower_merge(node: ir.Node, known: _Known) -> Compact:
+    """Merge the active pixels only, before a zero row."""
     inputs = _inputs(node)
     place = Place.of(node, inputs["tiles"])
     build = Builder(metadata=node.metadata_props)
-    flat = build.op("Reshape", place.pixels(build, place.active(build)), build.ints(-1))
-    zero = place.rows[0] - 1
-    one = build.const(1, np.int64)
-    listed = build.op("Concat", build.ints(zero), flat, axis=0)
-    places = build.op("Range", one, build.op("Size", listed), one)
-    index = build.op("ScatterElements", build.const(np.zeros(zero + 1, np.int64)), flat, places, axis=0)
-    rows = _merged(build, inputs, place, listed, overlays, index)
+    pixels, u = _v_of(build, inputs["V"], place, known)
+    flat = build.op("Reshape", pixels, build.ints(-1))
+    last = build.const(np.full(place.rows[0], -1))
+    zero, one = (build.const(number, np.int64) for number in (0, 1))
+    index = build.op("ScatterElements", last, flat, build.op("Range", zero, build.op("Size", flat), one), axis=0)
+    u = u and build.op("Reshape", u, build.ints(-1, place.channels))
+    rows = _merged(build, inputs, place, flat, u, known.overlays, index)
+    rows = build.op("Concat", rows, build.const(np.zeros((1, place.channels), np.float32)), axis=0)
     assert node.graph is not None
     node.graph.insert_before(node, build.nodes)
     return Compact(rows, index)
 
 
-def _lower_merge_to_plane(node: ir.Node) -> None:
+def _lower_merge_to_plane(node: ir.Node, known: _Known) -> None:
     inputs = _inputs(node)
     place = Place.of(node, inputs["tiles"])
     build = Builder(metadata=node.metadata_props)
-    pixels = place.pixels(build, place.active(build))
-    rows = _merged(build, inputs, place, pixels, {}, None)
+    pixels, u = _v_of(build, inputs["V"], place, known)
+    rows = _merged(build, inputs, place, pixels, u, {}, None)
     replace_node(node, build, [from_rows(build, _scatter(build, None, pixels, rows, place), place.size)])
+
+
+def _v_of(build: Builder, v: ir.Value | None, place: Place, known: _Known) -> tuple[ir.Value, ir.Value | None]:
+    """Return the active pixels, and V there if it was computed on these very tiles."""
+    computed = known.computed.get(v) if v is not None else None
+    if computed is not None and computed.tiles is place.tiles:
+        return computed.pixels, computed.values
+    return place.pixels(build, place.active(build)), None
 
 
 def _merged(
@@ -181,13 +209,14 @@ def _merged(
     inputs: Mapping[str, ir.Value | None],
     place: Place,
     pixels: ir.Value,
+    u: ir.Value | None,
     overlays: Mapping[ir.Value, _Overlay],
     index: ir.Value | None,
 ) -> ir.Value:
-    """The merge of D-STEP Eq. 1 at chosen pixels `[...]`: `[..., C]`."""
+    """The merge of D-STEP Eq. 1 at chosen pixels `[...]`: `[..., C]`; `u` is V there, if it is at hand."""
     v, history, action = inputs["V"], inputs["H"], inputs["action"]
     assert v is not None
-    u = build.op("Gather", to_rows(build, v), pixels, axis=0)
+    u = u or build.op("Gather", to_rows(build, v), pixels, axis=0)
     if action is None:
         return u
     assert history is not None

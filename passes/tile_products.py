@@ -67,7 +67,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Compact:
-    """A merged activation: `rows` `[1 + n, C]`, a zero row first; `index` maps a pixel to its row, or to 0."""
+    """Merged activation: `rows` `[n + 1, C]`, a zero row last; `index` maps a pixel to its row, or to -1, the last."""
 
     rows: ir.Value
     index: ir.Value

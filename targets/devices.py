@@ -34,6 +34,7 @@ __all__ = [
     "names",
     "path_of",
     "rates_table",
+    "runs_here",
     "with_rates",
 ]
 
@@ -237,6 +238,13 @@ def with_rates(text: str, rates: Rates) -> str:
     if not line:
         raise UsageError("the target file has no line [runtimes.tvm]", hint="add it, and run this again")
     return f"{head}{line}\n{rates_table(rates)}\n{tail.lstrip()}".rstrip() + "\n"
+
+
+def runs_here(cpu: Cpu) -> bool:
+    """Tell whether code for a processor is for this kind of machine."""
+    machine = platform.machine().lower()
+    here = {"amd64": "x86_64", "arm64": "aarch64", "armv7l": "armv7"}.get(machine, machine)
+    return cpu.triple.startswith(here) and "android" not in cpu.triple
 
 
 def host_name() -> str:

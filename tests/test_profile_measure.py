@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 
 import numpy as np
 import onnx
@@ -294,16 +295,19 @@ def test_the_machine_is_described(tmp_path):
         folder = tmp_path / f"sys/class/thermal/thermal_zone{zone}"
         folder.mkdir(parents=True)
         (folder / "temp").write_text(f"{millidegrees}\n")
-    info = device_info(2, root=tmp_path)
+    info = device_info(2, ("onnxruntime", "1.24.0"), "rv1126", root=tmp_path)
     assert (info.cpu, info.governor, info.threads) == ("Raspberry Pi 4", "ondemand", 2)
+    assert (info.runtime, info.runtime_version) == ("onnxruntime", "1.24.0")
     assert info.frequencies_mhz == [1500.0, 600.0]
     assert info.temperature_c == 51.0
+    assert info.is_target == platform.machine().startswith("armv7")
 
 
 def test_what_the_machine_does_not_tell_is_unknown(tmp_path):
-    info = device_info(1, root=tmp_path)
+    info = device_info(1, ("onnxruntime", "1.24.0"), "my-board", root=tmp_path)
     assert info.cpu
     assert (info.governor, info.frequencies_mhz, info.temperature_c) == (None, None, None)
+    assert info.is_target is None
 
 
 def test_recording_does_not_change_results(bundle):

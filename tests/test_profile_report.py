@@ -498,3 +498,9 @@ def test_table_has_headline_and_a_row_for_each_gate(result: ProfileResult) -> No
         assert f"{gate.executed_gmacs.mean:.3f}" in row
         assert f"{gate.median_ms:.2f}" in row
     assert "warning: layer4.1:" in text
+
+
+def test_times_of_another_kind_of_processor_are_told_as_such(result: ProfileResult) -> None:
+    here, elsewhere = (replace(result, device=replace(result.device, is_target=known)) for known in (True, False))
+    assert "another kind of processor" in result_table(elsewhere)
+    assert "another kind of processor" not in result_table(here)

@@ -68,13 +68,13 @@ def tune(target: str, output: Path | None, seconds: float, as_json: bool) -> Non
 
 
 def _source() -> str:
-    from dvexport.profile.environment import device_info
+    from dvexport.profile.environment import processor
 
-    return f"measured: dvexport tune, {device_info(threads=1).cpu}, {datetime.now(UTC):%Y-%m-%d}"
+    return f"measured: dvexport tune, {processor()}, {datetime.now(UTC):%Y-%m-%d}"
 
 
 def _check(device: Target) -> None:
-    from dvexport.targets.tvm.artifact import runs_here
+    from dvexport.targets.devices import runs_here
 
     if device.runtimes.tvm is None:
         raise UsageError("compiled kernels are not among the target's runtimes", where=device.name)

@@ -208,6 +208,13 @@ def _policy_total(result: ProfileResult) -> Iterator[Advice]:
 
 
 def _whole(result: ProfileResult) -> Iterator[Advice]:
+    if result.device.is_target is False:
+        yield Advice(
+            "warning",
+            None,
+            f"The bundle is made for {result.target}, and this is another kind of processor: what is told here of "
+            "times and lowerings does not hold there.",
+        )
     if result.realisation is None:
         yield Advice("info", None, "No dense artifact was measured: speed-up and realisation are unknown.")
     elif result.speedup is not None and result.speedup < 1:

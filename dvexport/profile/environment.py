@@ -6,22 +6,29 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 
 from dvexport.profile.result import DeviceInfo
+from dvexport.targets.devices import load, names, runs_here
 
-__all__ = ["device_info"]
+__all__ = ["device_info", "processor"]
 
 _CPU_KEYS = ("model name", "Model", "Hardware", "cpu model")
 """Keys of /proc/cpuinfo that name the processor, by architecture, the best first."""
 
 
-def device_info(threads: int, root: Path = Path("/")) -> DeviceInfo:
+def processor(root: Path = Path("/")) -> str:
+    """Return the processor's name; `root` is where `/proc` is."""
+    return _cpu_name(_lines(root / "proc/cpuinfo"))
+
+
+def device_info(threads: int, runtime: tuple[str, str], target: str, root: Path = Path("/")) -> DeviceInfo:
     """Return the processor, its clock settings and temperature; None for what the system does not tell.
 
     Args:
         threads: that the runtime was given.
+        runtime: its name and version.
+        target: what the artifact was made for, by its name in the catalogue.
         root: where `/proc` and `/sys` are.
     """
     cpuinfo = _lines(root / "proc/cpuinfo")
@@ -29,12 +36,13 @@ def device_info(threads: int, root: Path = Path("/")) -> DeviceInfo:
         cpu=_cpu_name(cpuinfo),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         threads=threads,
-        runtime="onnxruntime",
-        runtime_version=version("onnxruntime"),
+        runtime=runtime[0],
+        runtime_version=runtime[1],
         os=f"{platform.system()} {platform.release()}",
         governor=_governor(root),
         frequencies_mhz=_frequencies(root, cpuinfo),
         temperature_c=_temperature(root),
+        is_target=runs_here(load(target).cpu) if target in names() else None,
     )
 
 

@@ -26,8 +26,9 @@ def headline(result: ProfileResult) -> str:
     gated, dense, executed = result.gated, result.dense, result.executed_gmacs
     unit = result.unit
     lines = [
-        f"{result.model} on {result.target} ({result.backend}, {result.mode}), {result.clip.name}, "
-        f"{len(result.steps)} {unit}{'' if len(result.steps) == 1 else 's'}, {result.device.threads} thread(s)",
+        f"{result.model} for {result.target} ({result.backend}, {result.mode}) on {result.device.cpu}: "
+        f"{result.clip.name}, {len(result.steps)} {unit}{'' if len(result.steps) == 1 else 's'}, "
+        f"{result.device.threads} thread(s)",
         f"gated  median {gated.median:.2f} ms   P90 {gated.p90:.2f}   P99 {gated.p99:.2f}   "
         f"GMACs per {unit} {executed.min:.3f} / {executed.mean:.3f} / {executed.max:.3f} (min / mean / max)",
     ]

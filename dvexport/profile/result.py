@@ -207,7 +207,10 @@ class ClipInfo:
 
 @dataclass
 class DeviceInfo:
-    """Where it ran; None where the system does not tell."""
+    """Where it ran; None where the system does not tell.
+
+    `is_target`: this machine has the kind of processor that the artifact was made for; None where that is not known.
+    """
 
     cpu: str
     cores: int
@@ -218,6 +221,7 @@ class DeviceInfo:
     governor: str | None = None
     frequencies_mhz: list[float] | None = None
     temperature_c: float | None = None
+    is_target: bool | None = None
 
 
 @dataclass

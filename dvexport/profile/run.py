@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dvexport.actions import COMPUTE, REUSE, SKIP
+from dvexport.backends import backend_of
 from dvexport.dialect.flops import ExecutedFlops, FlopTable
 from dvexport.errors import DeviceError, UsageError, unknown_name
 from dvexport.graph import TOKENS
@@ -94,7 +95,7 @@ def profile(
     tell("warm up")
     warmup = warm_up(gated, dense, played.frames, forced, warmup_s)
     tell(f"measure {repeats} x {len(played.frames)} frames, gated and dense in turn")
-    device_state = device_info(threads)
+    device_state = device_info(threads, backend_of(manifest.backend).runtime(manifest), manifest.target)
     measured, measured_dense = interleaved(gated, dense, played.frames, forced, repeats)
     tell("time every node")
     fixed = child_scopes(dense_model.model, gates) if isinstance(dense_model, OnnxVariant) else set()

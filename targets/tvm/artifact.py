@@ -6,7 +6,6 @@ forced, cost a plan of some kilobytes each and travel along: a device can measur
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,6 @@ import numpy as np
 
 from dvexport.bundle import NATIVE_WEIGHTS
 from dvexport.graph import gate_name
-from dvexport.targets.devices import Cpu
 from dvexport.targets.runtime import Port, Runtime
 from dvexport.targets.tvm.build import compile_kernels
 from dvexport.targets.tvm.link import kernel_table, library_id, link_library, link_runner
@@ -32,7 +30,7 @@ if TYPE_CHECKING:
 
     from dvexport.bundle import Bundle
 
-__all__ = ["FOLDER", "NativeArtifact", "NativeVariant", "build_artifact", "read_variant", "runs_here"]
+__all__ = ["FOLDER", "NativeArtifact", "NativeVariant", "build_artifact", "read_variant"]
 
 FOLDER = "native"
 """Where a bundle holds the artifact."""
@@ -145,12 +143,6 @@ def read_variant(bundle: Bundle, name: str) -> NativeVariant:
     read = {file: bundle.read(f"{FOLDER}/{file}") for file in (LIBRARY, _plan_name(name))}
     weights, frames = bundle.mapped(NATIVE_WEIGHTS), bundle.manifest.inputs[0].shape[0]
     return NativeVariant(read[LIBRARY], read[_plan_name(name)], weights.data, frames)
-
-
-def runs_here(cpu: Cpu) -> bool:
-    """Tell whether code for a processor is for this kind of machine."""
-    here = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower())
-    return cpu.triple.startswith(here) and "android" not in cpu.triple
 
 
 class _Clip:

@@ -138,7 +138,7 @@ def _options(program: Program, layer: _Layer, index: int, residual: bool) -> Ite
     runs = _runs(layer, machine)
     spec = direct.spec_for(layer.window, runs, channels, machine, residual=residual, relu=unit.relu)
     vectors = -(-len(runs.outputs) // (machine.lanes // runs.run))
-    cost = costs.direct_cost(spec, layer.window.size, machine)
+    cost = costs.direct_cost(spec, layer.window.size, layer.channels[0], machine)
     yield _direct(program, layer, spec, _pixels(program, layer, index, runs), vectors, cost)
     tiled = None
     if _may_be_winograd(program, layer):
@@ -224,7 +224,7 @@ def _whole_plane(
     if runs.inside:
         spec = direct.spec_for(layer.window, runs, channels, machine, residual=tiled.residual, relu=unit.relu)
         pixels = program.constants.add(direct_data.run_list(runs, np.ones(1, bool), machine))
-        cost = tuple(_WHOLE * factor for factor in costs.direct_cost(tiled, layer.window.size, machine))
+        cost = tuple(_WHOLE * factor for factor in costs.direct_cost(tiled, layer.window.size, channels[0], machine))
         yield _direct(program, layer, spec, pixels, vectors, cost, only=vectors)
     if not _may_be_winograd(program, layer):
         return

@@ -1,8 +1,10 @@
 """What a kernel is expected to cost, as a function of what a gate decides.
 
-A cost model has eight coefficients, nanoseconds on one thread, over (1, a, b, c, ab, ac, bc, abc): output channels,
-input channels and vectors of pixels (`plan.py`). They come from a few rates of the machine: what a kernel does is known
-exactly (`DirectConv`, `WinogradConv`), how long a unit of it takes is measured (`tune.py`).
+A cost model has ten coefficients, nanoseconds on one thread. Eight are over (1, a, b, c, ab, ac, bc, abc): output
+channels, input channels and vectors of pixels (`plan.py`). Two are what is waited for weights, a min(b line, stream):
+of few input channels each cache line comes alone, of many all come in a row. They are made of a few rates of the
+machine: what a kernel does is known exactly (`DirectConv`, `WinogradConv`), how long a unit of it takes is measured
+(`tune.py`).
 """
 
 from __future__ import annotations
@@ -35,7 +37,10 @@ __all__ = [
 Cost = tuple[float, ...]
 
 _TERMS = ("", "a", "b", "c", "ab", "ac", "bc", "abc")
-"""What each coefficient of a cost model is multiplied by."""
+"""What each of the first coefficients of a cost model is multiplied by; the last are `line` and `stream`."""
+
+_LINE, _FLOAT = 64, 4
+"""Bytes of a cache line and of a weight."""
 
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
 
@@ -59,10 +64,10 @@ class Rates:
         finished: finish a vector of an output: its bias, its activation.
         written: write a run of an output.
         residual: read a run of what is added.
-        weight: read a weight.
-        tile_row: begin an output channel of a Winograd convolution, per point: its weights lie apart.
+        weight: read a weight, all of them in a row.
+        line: read a cache line of weights whose neighbours nobody wants.
+        tile_row: begin an output channel of a Winograd convolution, per point.
         tile_product: multiply-add of a vector of tiles.
-        tile_weight: read a transformed weight.
         input2, input4: transform a vector of tiles of F(2 x 2, 3 x 3) or F(4 x 4, 3 x 3), per point, on the way in.
         output2, output4: the same on the way out.
         source: where they are from.
@@ -80,9 +85,9 @@ class Rates:
     written: Rate
     residual: Rate
     weight: Rate
+    line: Rate
     tile_row: Rate
     tile_product: Rate
-    tile_weight: Rate
     input2: Rate
     input4: Rate
     output2: Rate
@@ -102,25 +107,25 @@ class Rates:
 
 _MEASURED = {
     16: Rates(
-        call=2197.0,
-        row=65.97,
-        product=0.1491,
-        point_product=0.1662,
-        window_product=0.1583,
-        loaded=0.3772,
-        packed=0.9566,
-        packed_short=0.3928,
-        finished=2.152,
+        call=2528.0,
+        row=35.29,
+        product=0.1415,
+        point_product=0.1737,
+        window_product=0.157,
+        loaded=0.3539,
+        packed=0.8411,
+        packed_short=0.2783,
+        finished=2.255,
         written=0.0,
-        residual=0.7579,
-        weight=0.2055,
-        tile_row=13.05,
-        tile_product=0.1737,
-        tile_weight=0.03904,
-        input2=3.737,
-        input4=2.857,
-        output2=0.0,
-        output4=1.969,
+        residual=1.028,
+        weight=0.1905,
+        line=12.44,
+        tile_row=5.808,
+        tile_product=0.09283,
+        input2=2.81,
+        input4=3.944,
+        output2=1.119,
+        output4=2.628,
         source="measured on x86-64 with 16 lanes",
     ),
     8: Rates(
@@ -136,9 +141,9 @@ _MEASURED = {
         written=0.0906,
         residual=0.301,
         weight=0.355,
+        line=10.0,
         tile_row=11.5,
         tile_product=0.127,
-        tile_weight=0.0681,
         input2=1.52,
         input4=1.73,
         output2=4.31,
@@ -158,9 +163,9 @@ _MEASURED = {
         written=0.773,
         residual=0.356,
         weight=0.491,
+        line=10.0,
         tile_row=13.0,
         tile_product=0.141,
-        tile_weight=0.1,
         input2=1.1,
         input4=1.24,
         output2=1.31,
@@ -171,7 +176,7 @@ _MEASURED = {
 """By lanes: 16 are AVX-512 of an Intel Xeon, 8 and 4 the AVX2 and 128-bit instructions of a Zen 4 core."""
 
 
-_MEMORY = ("call", "row", "weight", "tile_row", "tile_weight")
+_MEMORY = ("call", "row", "weight", "line", "tile_row")
 """Rates that are mostly waiting for memory, whose latency differs less between machines than their arithmetic."""
 
 
@@ -197,8 +202,15 @@ def _of_lanes(lanes: int) -> Rates:
     return _MEASURED.get(lanes, _MEASURED[min(_MEASURED)])
 
 
-def direct_cost(spec: DirectConv, taps: int, machine: Machine) -> Cost:
-    """Return the cost model of a direct convolution with windows of `taps` pixels."""
+def direct_cost(spec: DirectConv, taps: int, inputs: int, machine: Machine) -> Cost:
+    """Return the cost model of a direct convolution.
+
+    Args:
+        spec: the kernel.
+        taps: pixels of its windows.
+        inputs: input channels of the layer, listed or not.
+        machine: what it runs on.
+    """
     rates, pieces = rates_of(machine), machine.lanes // spec.run
     if spec.packed:
         product = rates.point_product if spec.taps == 1 else rates.product
@@ -206,7 +218,10 @@ def direct_cost(spec: DirectConv, taps: int, machine: Machine) -> Cost:
     else:
         product, read = rates.window_product, rates.loaded
     write = rates.finished + pieces * (rates.written + (rates.residual if spec.residual else 0.0))
-    return (rates.call, rates.row, 0.0, 0.0, rates.weight * taps, write, read * spec.moved(taps), product * taps)
+    line = rates.line * (1 + (_FLOAT * taps - _FLOAT) / _LINE)  # a window's weights begin anywhere in one
+    stream = rates.weight * taps * inputs
+    terms = (rates.call, rates.row, 0.0, 0.0, 0.0, write, read * spec.moved(taps), product * taps)
+    return (*terms, line, stream)
 
 
 @dataclass(frozen=True)
@@ -248,8 +263,6 @@ def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
 def winograd_cost(spec: WinogradConv, tiles: TileVectors, inputs: int, machine: Machine) -> Cost:
     """Return the cost model of a Winograd convolution, over the vectors of the direct kernel as all ways are.
 
-    The weights of an output channel's inputs are neighbours: leaving some out leaves out hardly a cache line.
-
     Args:
         spec: the kernel.
         tiles: its vectors.
@@ -258,33 +271,37 @@ def winograd_cost(spec: WinogradConv, tiles: TileVectors, inputs: int, machine: 
     """
     rates, points = rates_of(machine), spec.points
     read, write = (rates.input2, rates.output2) if spec.m == 2 else (rates.input4, rates.output4)
-    row, product, weight, read, write = (
-        rate * points for rate in (rates.tile_row, rates.tile_product, rates.tile_weight, read, write)
+    row, product, line, weight, read, write = (
+        rate * points for rate in (rates.tile_row, rates.tile_product, rates.line, rates.weight, read, write)
     )
     if spec.residual:
         write += rates.residual * spec.m * machine.lanes / 4
     return (
         rates.call,
-        write * tiles.spare + row + weight * inputs,
+        write * tiles.spare + row,
         read * tiles.spare,
         0.0,
         product * tiles.spare,
         write * tiles.per,
         read * tiles.per,
         product * tiles.per,
+        line,
+        weight * inputs,
     )
 
 
 def evaluate(cost: Sequence[float], a: float, b: float, c: float) -> float:
     """Return the nanoseconds that a cost model expects."""
+    *factors, line, stream = cost
     terms = (1.0, a, b, c, a * b, a * c, b * c, a * b * c)
-    return sum(factor * term for factor, term in zip(cost, terms, strict=True))
+    return sum(factor * term for factor, term in zip(factors, terms, strict=True)) + a * min(b * line, stream)
 
 
 def fixed(cost: Cost, a: float | None, b: float | None, c: float | None) -> Cost:
     """Return the cost model with those counts fixed that are given: the runtime counts them as 1."""
     folded = [0.0] * len(_TERMS)
-    for factor, term in zip(cost, _TERMS, strict=True):
+    *factors, line, stream = cost
+    for factor, term in zip(factors, _TERMS, strict=True):
         left = ""
         for name, count in (("a", a), ("b", b), ("c", c)):
             if name in term and count is not None:
@@ -292,4 +309,5 @@ def fixed(cost: Cost, a: float | None, b: float | None, c: float | None) -> Cost
             elif name in term:
                 left += name
         folded[_TERMS.index(left)] += factor
-    return tuple(folded)
+    rows = 1 if a is None else a
+    return (*folded, line * rows * (1 if b is None else b), stream * rows)

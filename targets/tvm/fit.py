@@ -1,7 +1,8 @@
 """Fit a machine's rates to what its kernels took, and say how well they predict.
 
-The cost models are linear in the rates, so a sample is one equation: the work of each kind times its rate is the
-time. Solved for the least relative error, so that calls of a microsecond count as much as those of a millisecond.
+The cost models are linear in the rates, but that weights come by cache lines or in a row, whichever is faster. Once that
+is decided for every sample, each is one equation: the work of each kind times its rate is the time. Solved for the
+least relative error, so that calls of a microsecond count as much as those of a millisecond, and decided anew.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dvexport.targets.tvm.costs import Rates, evaluate
+from dvexport.targets.tvm.costs import Rates, evaluate, rates_of
 from dvexport.targets.tvm.machine import Machine
 from dvexport.targets.tvm.tune import Sample
 
@@ -20,7 +21,9 @@ __all__ = ["Fit", "fit", "non_negative_least_squares"]
 
 _SWEEPS = 2000
 _ENOUGH = 1e-9
-_ROUNDS = 10
+_ROUNDS = 20
+_NEVER = 1e12
+"""Nanoseconds that nobody takes."""
 _OUTLIER = 0.25
 """Relative error above which a sample counts less: a measurement that was disturbed, or a kernel the model misses."""
 
@@ -54,9 +57,7 @@ def fit(samples: Sequence[Sample], machine: Machine, source: str) -> Fit:
         source: what the rates are to say of where they are from.
     """
     times = np.array([sample.seconds * 1e9 for sample in samples])
-    matrix = _work(samples, machine) / times[:, None]
-    solution = _robust(matrix)
-    rates = Rates(**dict(zip(Rates.names(), solution.tolist(), strict=True)), source=source)
+    rates = replace(_robust(_work(samples, machine), times, rates_of(machine)), source=source)
     expected = _expected(samples, replace(machine, rates=rates))
     errors = np.abs(expected / times - 1)
     return Fit(rates, float(np.median(errors)), float(np.quantile(errors, 0.9)), *_choices(samples, expected, times))
@@ -83,21 +84,32 @@ def non_negative_least_squares(matrix: np.ndarray, wanted: np.ndarray) -> np.nda
     return x / scale
 
 
-def _robust(matrix: np.ndarray) -> np.ndarray:
-    """Solve matrix x = 1, equations that are far off weighted down (Huber's weights)."""
-    weights = np.ones(len(matrix))
+def _robust(work: dict[str, np.ndarray], times: np.ndarray, start: Rates) -> Rates:
+    """Solve for rates that explain the times, equations that are far off weighted down (Huber's weights)."""
+    weights, values = np.ones(len(times)), start.values()
     for _ in range(_ROUNDS):
+        by_line = values["line"] * work["line"] < values["weight"] * work["weight"]
+        taken = {**work, "line": np.where(by_line, work["line"], 0.0), "weight": np.where(by_line, 0.0, work["weight"])}
+        matrix = np.stack([taken[name] for name in Rates.names()], axis=1) / times[:, None]
         solution = non_negative_least_squares(matrix * weights[:, None], weights)
         errors = np.abs(matrix @ solution - 1)
         weights = np.sqrt(np.minimum(1.0, _OUTLIER / np.maximum(errors, _OUTLIER)))
-    return solution
+        values = dict(zip(Rates.names(), solution.tolist(), strict=True))
+    return Rates(**values, source="")
 
 
-def _work(samples: Sequence[Sample], machine: Machine) -> np.ndarray:
-    """Return how much of each kind of work every sample is: its cost where that kind takes 1 ns, the others none."""
+def _work(samples: Sequence[Sample], machine: Machine) -> dict[str, np.ndarray]:
+    """Return how much of each kind of work every sample is: its cost where that kind takes 1 ns, the others none.
+
+    All weights by cache lines and all in a row are two kinds.
+    """
     none = dict.fromkeys(Rates.names(), 0.0)
-    kinds = [Rates(**{**none, name: 1.0}, source=name) for name in none]
-    return np.stack([_expected(samples, replace(machine, rates=kind)) for kind in kinds], axis=1)
+    found = {}
+    for name in none:
+        other = {"line": "weight", "weight": "line"}.get(name)
+        kind = {**none, name: 1.0} if other is None else {**none, name: 1.0, other: _NEVER}
+        found[name] = _expected(samples, replace(machine, rates=Rates(**kind, source=name)))
+    return found
 
 
 def _expected(samples: Sequence[Sample], machine: Machine) -> np.ndarray:

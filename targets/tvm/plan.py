@@ -6,14 +6,15 @@ both sides check it. All numbers are little-endian, every table starts at a mult
     header    128 bytes: see `_HEADER`
     ports     inputs, then outputs          name u32, type u32, rank u32, 0 u32, place, 6 x i64 sizes
     calls     in the order of execution     first variant u32, variants u32, label u32, gate u32, 3 x place
-    variants  ways to do a call             kernel u32, first argument u32, arguments u32, only u32, 8 x f32 cost
+    variants  ways to do a call             kernel u32, first argument u32, arguments u32, only u32, 10 x f32 cost
     arguments                               place
     strings   NUL-terminated UTF-8; names, labels and gates are offsets into it
 
 A *place* is u64 (space << 56 | offset) and u64 bytes; all ones: none. The three places of a call are
 int32 lists whose first element is a count: output channels, input channels, vectors of pixels. A call without output
 channels or without pixels is skipped; without input channels it still writes the bias. Of several variants the one
-with the least cost is called: cost · (1, a, b, c, ab, ac, bc, abc) nanoseconds on one thread, a missing count being 1.
+with the least cost is called, nanoseconds on one thread, a missing count being 1: the first eight coefficients times
+(1, a, b, c, ab, ac, bc, abc), and a times the lesser of the ninth times b and of the tenth.
 One with an `only` other than 0 fits exactly so many vectors; the first fits any.
 """
 
@@ -28,8 +29,8 @@ from enum import IntEnum
 __all__ = ["COST_TERMS", "Call", "Place", "Plan", "Port", "Space", "Variant", "plan_bytes"]
 
 MAGIC = b"DVXPLAN\0"
-VERSION = 1
-COST_TERMS = 8
+VERSION = 2
+COST_TERMS = 10
 MAX_RANK = 6
 
 DTYPES = ("float32", "int64", "int32", "bool")

@@ -136,7 +136,7 @@ class Sample:
     def cost(self, machine: Machine) -> Cost:
         """Return its cost model."""
         if isinstance(self.spec, DirectConv):
-            return direct_cost(self.spec, self.taps, machine)
+            return direct_cost(self.spec, self.taps, self.inputs, machine)
         return winograd_cost(self.spec, self.per, self.inputs, machine)
 
 

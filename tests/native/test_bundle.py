@@ -15,7 +15,6 @@ from dvexport.oracle import Oracle
 from dvexport.profile.run import profile
 from dvexport.session import open_session, read_gate_level
 from dvexport.targets import devices
-from dvexport.targets.tvm import artifact
 from dvexport.verify import verify
 
 MODEL = {"width": 0.25, "classes": 5, "size": (64, 64), "frames": 4}
@@ -54,6 +53,7 @@ def test_verify_compares_with_the_oracle_and_with_pytorch(stream):
 def test_a_profile_tells_the_time_of_every_gate(stream):
     result = profile(stream, runs=1, warmup_s=0.0, force={"tiles": 0.5})
     assert result.backend == "tvm"
+    assert result.device.runtime == "dvexport native"
     assert all(gate.median_ms > 0 and gate.dense_median_ms > 0 for gate in result.gates)
     roles = {node.role for node in result.nodes}
     assert {"compute", "decide", "move"} <= roles
@@ -105,6 +105,6 @@ def test_a_bundle_for_another_processor_is_made_here_and_refused_here(tmp_path, 
 def test_it_is_told_whether_code_runs_here():
     here = devices.load("host").cpu
     other = devices.load("raspberry-pi-4" if here.triple.startswith("x86") else "x86-64-avx2").cpu
-    assert artifact.runs_here(here)
-    assert not artifact.runs_here(other)
+    assert devices.runs_here(here)
+    assert not devices.runs_here(other)
     assert "tvm" in sys.modules or importlib.util.find_spec("tvm")

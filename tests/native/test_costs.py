@@ -59,21 +59,25 @@ def synthetic(rates: Rates, spread: float = 0.0) -> list[Sample]:
     return samples
 
 
-def test_evaluate_is_the_sum_of_eight_terms():
-    cost = tuple(float(10**k) for k in range(8))
+def test_evaluate_is_the_sum_of_eight_terms_and_of_the_wait_for_weights():
+    terms = tuple(float(10**k) for k in range(8))
     a, b, c = 2, 3, 5
-    assert costs.evaluate(cost, a, b, c) == 1 + 20 + 300 + 5000 + 6e4 + 10e5 + 15e6 + 30e7
+    assert costs.evaluate((*terms, 0.0, 1.0), a, b, c) == 1 + 20 + 300 + 5000 + 6e4 + 10e5 + 15e6 + 30e7
+    none = (0.0,) * 8
+    assert costs.evaluate((*none, 7.0, 1e9), a, b, c) == a * b * 7
+    assert costs.evaluate((*none, 7.0, 20.0), a, b, c) == a * 20
 
 
 @pytest.mark.parametrize("given", list(itertools.product((False, True), repeat=3)))
 def test_counts_that_are_fixed_may_be_counted_as_one(given):
-    cost = tuple(np.random.default_rng(1).random(8).tolist())
+    cost = tuple(np.random.default_rng(1).random(10).tolist())
     for counts in COUNTS:
         known = [count if is_given else None for count, is_given in zip(counts, given, strict=True)]
         left = [1 if is_given else count for count, is_given in zip(counts, given, strict=True)]
         folded = costs.fixed(cost, *known)
         assert costs.evaluate(folded, *left) == pytest.approx(costs.evaluate(cost, *counts))
         assert costs.evaluate(folded, 0, 0, 0) == folded[0]
+        assert len(folded) == len(cost)
 
 
 @pytest.mark.parametrize(("spec", "taps"), families())
@@ -87,7 +91,7 @@ def test_more_work_never_costs_less(spec, taps):
 def test_a_residual_and_short_runs_cost_more():
     def expected(run: int, residual: bool) -> float:
         spec = DirectConv(0, 1, run, False, residual, True, True, (8, 2))
-        return costs.evaluate(costs.direct_cost(spec, 9, machine()), 64, 64, 50)
+        return costs.evaluate(costs.direct_cost(spec, 9, 64, machine()), 64, 64, 50)
 
     assert expected(16, False) < expected(4, False) < expected(1, False)
     assert expected(16, False) < expected(16, True)

@@ -218,7 +218,8 @@ static int take_inputs(dvx *net, const dvx_blob *inputs, int count) {
 static float cost_of(const variant *v, const float n[COUNTS]) {
     const float *c = v->cost;
     float a = n[0], b = n[1], t = n[2];
-    return c[0] + c[1] * a + c[2] * b + c[3] * t + c[4] * a * b + c[5] * a * t + c[6] * b * t + c[7] * a * b * t;
+    float work = c[0] + c[1] * a + c[2] * b + c[3] * t + c[4] * a * b + c[5] * a * t + c[6] * b * t + c[7] * a * b * t;
+    return work + a * (b * c[8] < c[9] ? b * c[8] : c[9]); /* waiting for weights: by cache lines, or all in a row */
 }
 
 /* Read the counts; returns 0 if there is nothing to do: no output channel, or no pixel. What has no input channel

@@ -4,7 +4,7 @@
 
 #include "dvx.h"
 
-#define COST_TERMS 8
+#define COST_TERMS 10
 #define COUNTS 3
 
 /* --- the generated table, see link.py ------------------------------------------------------------------ */

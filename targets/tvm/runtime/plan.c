@@ -9,9 +9,9 @@
 #define HEADER_BYTES 128
 #define PORT_BYTES 80
 #define CALL_BYTES 64
-#define VARIANT_BYTES 48
+#define VARIANT_BYTES 56
 #define PLACE_BYTES 16
-#define VERSION 1
+#define VERSION 2
 
 static const uint8_t MAGIC[8] = {'D', 'V', 'X', 'P', 'L', 'A', 'N', 0};
 static const uint32_t TYPE_BYTES[] = {4, 8, 4, 1};
