@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,16 @@ from benchmarks.document import DOCS, markdown_table, replace_block
 
 @dataclass(frozen=True)
 class _Measured:
-    """One table."""
+    """One table.
+
+    Attributes:
+        block: where it goes in the document, if not to the place of its suite.
+    """
 
     title: str
     columns: tuple[str, ...]
     rows: list[dict[str, Any]]
+    block: str = ""
 
 
 def main() -> None:
@@ -43,10 +48,14 @@ def main() -> None:
         print(f"{name}: {seconds:.2f} s (median of 5)")
     if arguments.write:
         for suite, tables in results.items():
-            blocks = [f"**{table.title}**\n\n{markdown_table(table.columns, table.rows)}" for table in tables]
+            blocks: dict[str, list[str]] = {}
+            for table in tables:
+                text = f"**{table.title}**\n\n{markdown_table(table.columns, table.rows)}"
+                blocks.setdefault(table.block or suite, []).append(text)
             if suite == "forced":
-                blocks.append("\n".join(f"- `{name}`: {seconds:.2f} s" for name, seconds in start.items()))
-            replace_block(DOCS / "benchmarks.md", suite, "\n\n".join(blocks))
+                blocks[suite].append("\n".join(f"- `{name}`: {seconds:.2f} s" for name, seconds in start.items()))
+            for block, parts in blocks.items():
+                replace_block(DOCS / "benchmarks.md", block, "\n\n".join(parts))
     if arguments.json:
         rows = {table.title: table.rows for suite in results.values() for table in suite}
         content = {"machine": platform.processor() or platform.machine(), "tables": rows, "startup_s": start}
@@ -60,7 +69,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=30, help="rounds of each interleaved run")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--networks", nargs="+", default=["tsn_resnet18", "tsn_resnet50"], help="of the suite peers")
-    parser.add_argument("--transformers", nargs="+", default=["vit_small", "vit_base"], help="of the suite tokens")
+    parser.add_argument("--transformers", nargs="+", default=_TRANSFORMERS, help="of the suite tokens")
     parser.add_argument("--backends", nargs="+", default=["onnx", "tvm"], help="of the suite tokens")
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has the peers' packages")
     parser.add_argument("--json", type=Path)
@@ -116,17 +125,20 @@ def _artifacts(arguments: argparse.Namespace) -> list[_Measured]:
 def _tokens(arguments: argparse.Namespace) -> list[_Measured]:
     from benchmarks import tokens
 
+    rounds = min(arguments.rounds, _CLIP_ROUNDS)
     return [
-        _show(
-            f"STA, {name}, 16 frames", tokens.COLUMNS,
-            tokens.token_rows(
-                name, (48, 64), arguments.backends, arguments.threads, min(arguments.rounds, _CLIP_ROUNDS)
+        replace(
+            _show(
+                f"STA, {name}", tokens.COLUMNS,
+                tokens.token_rows(name, tokens.rates(name), arguments.backends, arguments.threads, rounds),
             ),
+            block=f"tokens-{name}",
         )
         for name in arguments.transformers
     ]  # fmt: skip
 
 
+_TRANSFORMERS = ["vit_small", "vit_base", "video_swin_tiny"]
 _CLIP_ROUNDS = 10
 """Rounds of the suite tokens at most: a step takes seconds, and varies less."""
 

@@ -13,16 +13,25 @@ from dvexport.dialect.flops import flop_table
 from dvexport.export import build_model, traced_levels
 from dvexport.golden import moving_texture
 from dvexport.graph import TOKENS
+from dvexport.models.zoo import describe
 from dvexport.passes.pipeline import Plan, lower
 from dvexport.profile.call_times import call_times
 from dvexport.profile.node_times import gates_of_nodes, node_times
 from dvexport.targets.onnx.runtime import OnnxVariant
 from dvexport.targets.runtime import Runtime, Variant
 
-__all__ = ["COLUMNS", "token_rows"]
+__all__ = ["COLUMNS", "rates", "token_rows"]
 
 COLUMNS = ("model", "r", "backend", "threads", "GMACs", "ms", "dense ms", "spread", "speed-up", "FLOP ratio",
            "realisation", "choosing", "dense over ORT's")  # fmt: skip
+
+
+_RATES = {"vit": (48, 64), "video_swin": (192, 320)}
+
+
+def rates(name: str) -> tuple[int, ...]:
+    """Return the values of r that a transformer of the zoo is measured at: of the published ones."""
+    return _RATES[describe(name).family]
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,7 @@ def token_rows(
     rounds: int,
     tell: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
-    """Return the rows of one model: 16 frames at 224 x 224, random weights.
+    """Return the rows of one model: a clip at 224 x 224, random weights.
 
     All models at all r on all backends take turns in one run. `choosing` is the share of the step that pruning
     itself takes: metric, scores, top-k, gather. `dense over ORT's` is the speed of this backend's dense model over
@@ -128,5 +137,6 @@ def _choosing(variant: Variant, feeds: dict[str, Any], threads: int) -> str:
         times = node_times(run.end_profile(), gates_of_nodes(variant.model, ()), skip=1)
     else:
         times = call_times(run.end_profile(), skip=1)
-    total = sum(node.median_us for node in times.nodes)
-    return f"{sum(node.median_us for node in times.nodes if node.gate == TOKENS) / total:.1%}"
+    nodes = [node for node in times.nodes if node.role != "control"]  # these enclose others
+    total = sum(node.median_us for node in nodes)
+    return f"{sum(node.median_us for node in nodes if node.gate == TOKENS) / total:.1%}"

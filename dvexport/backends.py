@@ -42,7 +42,7 @@ class Built:
 
     lowered: Lowered
     variant: Variant
-    files: Mapping[str, bytes | Path]
+    files: Mapping[str, bytes | memoryview | Path]
     memory: Mapping[str, int] = field(default_factory=dict)
     weights: WeightFile = field(default_factory=WeightFile)
 

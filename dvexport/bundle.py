@@ -147,7 +147,7 @@ class Chunked(Protocol):
         """Yield the pieces; the same ones each time."""
 
 
-Content = bytes | Path | Chunked
+Content = bytes | memoryview | Path | Chunked
 
 
 def write_bundle(path: str | Path, manifest: Manifest, files: Mapping[str, Content]) -> Bundle:
@@ -178,7 +178,7 @@ def write_bundle(path: str | Path, manifest: Manifest, files: Mapping[str, Conte
 
 
 def _chunks(content: Content) -> Iterator[bytes | memoryview]:
-    if isinstance(content, bytes):
+    if isinstance(content, (bytes, memoryview)):
         yield content
     elif isinstance(content, Path):
         with content.open("rb") as stream:
@@ -189,7 +189,7 @@ def _chunks(content: Content) -> Iterator[bytes | memoryview]:
 
 
 def _size(content: Content) -> int:
-    if isinstance(content, bytes):
+    if isinstance(content, (bytes, memoryview)):
         return len(content)
     return content.stat().st_size if isinstance(content, Path) else content.size
 

@@ -124,10 +124,13 @@ class TokenEntry(_Entry):
     Attributes:
         grid: first tokens in time, height and width.
         stages: for each stage of pruning the gates of its groups, in the order of time.
+        grids: for each stage None if it drops tokens of those that the stage before left, or the grid of the tokens
+            it begins with, where the model has merged them; no grids: None for all.
     """
 
     grid: tuple[int, int, int]
     stages: list[list[str]]
+    grids: list[tuple[int, int, int] | None] = []
 
 
 class ModelEntry(_Entry):

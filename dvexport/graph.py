@@ -21,6 +21,8 @@ __all__ = [
     "branch",
     "fresh_output",
     "gate_name",
+    "known_shape",
+    "make_contiguous",
     "mark_whole_clip",
     "replace_node",
     "scopes_of",
@@ -136,10 +138,26 @@ def array_of(value: ir.Value | None) -> np.ndarray | None:
     return None if tensor is None else tensor.numpy()
 
 
+def make_contiguous(model: ir.Model) -> None:
+    """Store folded constants in C order, which comparing their bytes needs; what holds them already stays."""
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for value in graph.initializers.values():
+            array = value.const_value.numpy() if value.const_value is not None else None
+            if array is not None and not array.flags.c_contiguous:
+                value.const_value = ir.tensor(np.ascontiguousarray(array), name=value.name)
+
+
 def static_shape(value: ir.Value) -> tuple[int, ...]:
     """Return a value's shape; PassError if any dimension is unknown."""
     if value.shape is None or not all(isinstance(d, int) for d in value.shape):
         raise PassError("a shape must be static here", where=value.name, why=f"its shape is {value.shape}")
+    return tuple(int(d) for d in value.shape)  # type: ignore[arg-type]
+
+
+def known_shape(value: ir.Value) -> tuple[int, ...]:
+    """Return a value's shape, () if any dimension is unknown."""
+    if value.shape is None or not all(isinstance(d, int) for d in value.shape):
+        return ()
     return tuple(int(d) for d in value.shape)  # type: ignore[arg-type]
 
 

@@ -1,6 +1,7 @@
 """Which of a clip's first tokens are left after each stage of pruning.
 
-A decision names places in its group, and a group is a part of what the stage before left.
+A decision names places in its group, and a group is a part of what the stage before left, or of all tokens where
+these have been merged since.
 """
 
 from __future__ import annotations
@@ -14,23 +15,32 @@ from dvexport.errors import UsageError
 
 __all__ = ["survivors"]
 
+Grid = tuple[int, int, int]
+"""Tokens in time, height and width."""
+
 
 def survivors(
-    grid: tuple[int, int, int], stages: Sequence[Sequence[str]], decisions: Mapping[tuple[str, str], np.ndarray]
+    grid: Grid,
+    stages: Sequence[Sequence[str]],
+    decisions: Mapping[tuple[str, str], np.ndarray],
+    grids: Sequence[Grid | None] = (),
 ) -> list[np.ndarray]:
-    """Return for each stage where tokens are left: bool, of the shape of the grid.
+    """Return for each stage where tokens are left: bool, of the shape of its grid.
 
     Args:
         grid: first tokens in time, height and width.
         stages: for each stage the gates of its groups, in the order of time; groups are of equal size.
         decisions: of one clip, kind `tokens`.
+        grids: for each stage None, or the grid of the tokens it begins with, where they were merged before it.
 
     Raises:
         UsageError: a decision is missing, or does not fit its group.
     """
     places = np.arange(prod(grid))
     found = []
-    for gates in stages:
+    for gates, merged in zip(stages, grids or [None] * len(stages), strict=True):
+        if merged is not None:
+            grid, places = merged, np.arange(prod(merged))
         if not gates or len(places) % len(gates):
             raise UsageError(f"{len(places)} tokens can't be divided into {len(gates)} groups")
         kept = []

@@ -253,6 +253,7 @@ class VideoSwinConfig:
         drop_path: rate of stochastic depth in the last block, in training; earlier blocks have less.
         dropout: before the classifier, in training.
         sta_r: tokens that each frame drops before stage 2, see `dvexport.models.video_swin`; 0 drops none.
+        sta_method, sta_seed: see `StaSettings`.
     """
 
     embed_dim: int = 96
@@ -267,6 +268,8 @@ class VideoSwinConfig:
     drop_path: float = 0.0
     dropout: float = 0.0
     sta_r: int = 0
+    sta_method: Literal["sta", "random"] = "sta"
+    sta_seed: int = 0
 
     def __post_init__(self) -> None:
         _check_common(self.classes, self.frames, self.size)

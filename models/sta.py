@@ -27,13 +27,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dvexport import gates
 from dvexport.errors import UsageError, unknown_name
 from dvexport.models.config import StaSettings
+from dvexport.models.random_drop import drop_at_random, random_scores
 
 __all__ = [
     "PruningStage",
@@ -66,6 +66,8 @@ class PruningStage:
         tokens: tokens of a group before.
         keep: tokens of a group after.
         direction: `forward` or `reverse`.
+        grid: tokens in time, height and width where the model has merged tokens since the last place, and this one
+            chooses from all of them; None: from those that the last place left.
     """
 
     call: int
@@ -74,6 +76,7 @@ class PruningStage:
     tokens: int
     keep: int
     direction: str
+    grid: tuple[int, int, int] | None = None
 
     def gate(self, group: int) -> str:
         """Return the name of a group's decision; groups are counted in the order of time."""
@@ -267,16 +270,11 @@ class _RandomPruner(_Pruner):
 
     def __init__(self, stage: PruningStage, where: str, attention: str, keys: str, heads: int, seed: int) -> None:
         super().__init__(stage, where, attention, keys, heads)
-        draw = np.random.default_rng([seed, stage.call])
-        self.scores = draw.random((stage.groups, 1, stage.tokens), dtype=np.float32)
+        self.scores = random_scores(stage, seed)
 
     def shortened(self, block: nn.Module, x: Tensor, seen: Tensor | None) -> Tensor:
         """Drop tokens by scores drawn once."""
-        kept = []
-        for group, tokens in enumerate(x.split(self.stage.tokens, dim=1)):
-            score = torch.tensor(self.scores[group], device=x.device).expand(x.shape[0], -1)
-            kept.append(gates.select_tokens(tokens, score, self.stage.keep, gate=self.stage.gate(group))[0])
-        return torch.cat(kept, dim=1)
+        return drop_at_random(x, self.stage, self.scores)[0]
 
 
 def prune(

@@ -10,8 +10,8 @@ stage 2, in forward direction, and r / 4 of its 14 x 14 in the middle of stage 3
 metric is the mean key of the block that comes next. What is dropped stays dropped: after patch merging as
 large a part of the merged tokens goes, those with most dropped members first, among equals the weakest.
 Norms, projections and MLPs run on the tokens that are left, attention on whole windows. There a dropped
-token is zero and masked out like a token of another region (-100), so that nothing attends to it; patch
-merging takes its last value.
+token is zero, like padding, and masked out like a token of another region, so that nothing attends to it;
+patch merging takes its last value.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import functools
 import itertools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,12 +30,14 @@ from dvexport.errors import UsageError
 from dvexport.models import sta
 from dvexport.models.base import VideoModel, imagenet_preprocess
 from dvexport.models.config import VideoSwinConfig
+from dvexport.models.random_drop import drop_at_random, random_scores
 from dvexport.models.vit import DropPath, Mlp, drop_rates
 
 __all__ = ["PatchMerging", "SwinBlock", "VideoSwin", "WindowAttention"]
 
-_MASKED = -100.0
-"""What the official code adds to the logit of a token that must not be attended to."""
+_MASKED = -50.0
+"""What is added to the logit of a token that must not be attended to. The official code has -100, with which weights
+are subnormal numbers, and arithmetic on those several times slower: e^-50 is nothing beside 1 in float32 as well."""
 
 Size = tuple[int, int, int]
 
@@ -147,11 +150,9 @@ class WindowAttention(nn.Module):
         """Return `[B, K, C]` for the tokens `[B, K, C]`, all of a stage's or its survivors."""
         batch, kept, channels = x.shape
         order, inverse = table.order.to(x.device), table.inverse.to(x.device)
-        rows = self.qkv(x)
         if table.padded or survivors is not None:
-            # After the tokens: what the layer gives for a dropped token (zero), and for padding.
-            extra = torch.stack([torch.zeros_like(self.qkv.bias), self.qkv.bias]).expand(batch, 2, -1)
-            rows = torch.cat([rows, extra], 1)
+            x = F.pad(x, (0, 0, 0, 2 if table.padded else 1))  # after the tokens: a dropped one, and padding
+        rows = self.qkv(x)
         if survivors is not None:
             padding = torch.full_like(survivors.slots[:, :1], kept + 1)
             order = torch.cat([survivors.slots, padding], 1).index_select(1, order)
@@ -166,12 +167,15 @@ class WindowAttention(nn.Module):
         index = self.relative_position_index[:places, :places].flatten()  # type: ignore[index]
         bias = self.relative_position_bias_table.t().index_select(1, index).reshape(-1, places, places)
         logits = (query * self.scale) @ key.transpose(2, 3) + bias
+        masks = []
         if table.masks is not None and table.which is not None:
             mask = table.masks.to(x).index_select(0, table.which.to(x.device))
-            logits = logits + (mask if batch == 1 else mask.repeat(batch, 1, 1, 1))
+            masks.append(mask if batch == 1 else mask.repeat(batch, 1, 1, 1))
         if survivors is not None:
             dropped = torch.where(order == kept, _MASKED, 0.0).to(x.dtype)
-            logits = logits + dropped.reshape(-1, 1, 1, places)
+            masks.append(dropped.reshape(-1, 1, 1, places))
+        if masks:
+            logits = logits + functools.reduce(torch.minimum, masks)
         found = (logits.softmax(dim=-1) @ value).transpose(1, 2).reshape(batch, -1, channels)
         return self.proj(_take(found, inverse))
 
@@ -233,6 +237,8 @@ class Stage(nn.Module):
         self.inherits: sta.PruningStage | None = None
         """How many tokens go at the start, since the stage before had dropped as large a part."""
         self.pruning: sta.PruningStage | None = None
+        self.scores: np.ndarray | None = None
+        """What tokens are dropped by, if not by STA."""
 
     def forward(self, x: Tensor, dropped: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Return the tokens for the next stage, and how many members of each were dropped, None if none was.
@@ -246,7 +252,7 @@ class Stage(nn.Module):
             x, survivors = _inherit(x, dropped, self.inherits)
         for number, block in enumerate(self.blocks):
             if self.pruning is not None and self.pruning.block == number and not sta.is_off():
-                x, survivors = _drop(x, block, self.pruning, survivors)
+                x, survivors = _drop(x, block, self.pruning, survivors, self.scores)
             x = block(x, self.tables[number % 2], survivors)
         lost = None
         if survivors is not None:
@@ -276,11 +282,16 @@ def _inherit(x: Tensor, dropped: Tensor, stage: sta.PruningStage) -> tuple[Tenso
     return torch.cat([tokens for tokens, _ in kept], dim=1), _survivors(x, places)
 
 
-def _drop(x: Tensor, block: nn.Module, stage: sta.PruningStage, before: Survivors | None) -> tuple[Tensor, Survivors]:
-    """Drop tokens before a block, whose mean key is the metric."""
-    weight, bias = sta.mean_key(block.attn, "qkv", block.attn.num_heads, "attn")  # type: ignore[arg-type,union-attr]
-    metric = F.linear(block.norm1(x), weight, bias)  # type: ignore[operator]
-    kept, index = sta.select_survivors(x, metric, stage)
+def _drop(
+    x: Tensor, block: nn.Module, stage: sta.PruningStage, before: Survivors | None, scores: np.ndarray | None
+) -> tuple[Tensor, Survivors]:
+    """Drop tokens before a block, whose mean key is the metric; or by `scores`, at random."""
+    if scores is not None:
+        kept, index = drop_at_random(x, stage, scores)
+    else:
+        weight, bias = sta.mean_key(block.attn, "qkv", block.attn.num_heads, "attn")  # type: ignore[arg-type,union-attr]
+        metric = F.linear(block.norm1(x), weight, bias)  # type: ignore[operator]
+        kept, index = sta.select_survivors(x, metric, stage)
     places = _places(index, stage)
     if before is None:
         return kept, _survivors(x, places)
@@ -361,12 +372,15 @@ class VideoSwin(VideoModel):
         middle = config.depths[2] // 2
         left = tokens[2] - r // 4
         first = sta.PruningStage(0, 0, frames, tokens[1], tokens[1] - r, "forward")
-        stages[1].pruning = first
-        stages[2].inherits = sta.PruningStage(1, 0, frames, tokens[2], left, "forward")
-        stages[2].pruning = sta.PruningStage(2, middle, frames, left, left - r // 4, "reverse")
-        stages[3].inherits = sta.PruningStage(3, 0, frames, tokens[3], tokens[3] - r // 8, "forward")
-        # Pictures show what stage 2 keeps; later decisions are about merged tokens.
-        self.token_grid, self.token_groups = stages[1].size, [first]
+        second = sta.PruningStage(1, 0, frames, tokens[2], left, "forward", stages[2].size)
+        third = sta.PruningStage(2, middle, frames, left, left - r // 4, "reverse")
+        last = sta.PruningStage(3, 0, frames, tokens[3], tokens[3] - r // 8, "forward", stages[3].size)
+        stages[1].pruning, stages[2].inherits, stages[2].pruning, stages[3].inherits = first, second, third, last
+        if config.sta_method == "random":
+            for stage in stages[1:3]:
+                assert stage.pruning is not None
+                stage.scores = random_scores(stage.pruning, config.sta_seed)
+        self.token_grid, self.token_groups = stages[1].size, [first, second, third, last]
         self.without_pruning = functools.partial(sta.without_pruning, self)
 
     def forward(self, frames: Tensor) -> Tensor:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from dvexport.graph import make_contiguous
 from dvexport.state import remove_state, states_of
 
 __all__ = ["CleanUp"]
@@ -21,7 +21,7 @@ class CleanUp(ir.passes.InPlacePass):
             common.RemoveUnusedNodesPass()(model)
         common.TopologicalSortPass()(model)
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-        _make_contiguous(model)
+        make_contiguous(model)
         for step in (
             common.DeduplicateHashedInitializersPass(size_limit=1 << 40),
             common.CommonSubexpressionEliminationPass(),
@@ -33,15 +33,6 @@ class CleanUp(ir.passes.InPlacePass):
             step(model)
         _name_branches(model)
         return ir.passes.PassResult(model, modified=True)
-
-
-def _make_contiguous(model: ir.Model) -> None:
-    """Store folded constants in C order, which comparing their bytes needs."""
-    for graph in (model.graph, *model.graph.subgraphs()):
-        for value in graph.initializers.values():
-            array = value.const_value.numpy() if value.const_value is not None else None
-            if array is not None and not array.flags.c_contiguous:
-                value.const_value = ir.tensor(np.ascontiguousarray(array), name=value.name)
 
 
 def _drop_dead_state(model: ir.Model) -> bool:

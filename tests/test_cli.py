@@ -255,7 +255,7 @@ def test_export_leaves_nothing_behind_when_it_fails(call, provide, tmp_path):
 
 def test_verify(call, provide, bundle):
     rows = [("largest difference", 3.0e-7, 1e-5, True), ("decisions", "128 of 128", None, True)]
-    report = SimpleNamespace(rows=rows, ok=True, to_dict=lambda: {"ok": True})
+    report = SimpleNamespace(rows=rows, ok=True, notes=(), to_dict=lambda: {"ok": True})
     calls = provide("dvexport.verify", "verify", report)
     code, out, err = call("verify", bundle, "--clip", "v.mp4")
     assert code == 0
@@ -269,10 +269,10 @@ def test_verify(call, provide, bundle):
 
 def test_a_failed_verify_exits_with_1(call, provide, bundle):
     rows = [("largest difference", 0.5, 1e-5, False), ("decisions", 3, 3, True)]
-    provide("dvexport.verify", "verify", SimpleNamespace(rows=rows, ok=False))
+    provide("dvexport.verify", "verify", SimpleNamespace(rows=rows, ok=False, notes=("no stream",)))
     code, out, err = call("verify", bundle)
     assert code == 1
-    assert "FAILED" in out
+    assert "FAILED" in out and "note: no stream\n" in out
     assert "error: 1 of 2 checks failed\n  where: largest difference" in err
 
 

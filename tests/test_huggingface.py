@@ -223,6 +223,8 @@ def test_a_bundle_is_verified_against_its_directory(tmp_path, capsys):
         return left.value.code, capsys.readouterr()
 
     assert call("export", tmp_path / "saved", *settings, "-o", out)[0] == 0
+    code, text = call("verify", out)
+    assert code == 0 and "note: not compared with PyTorch: give --checkpoint" in text.out
     code, text = call("verify", out, "--checkpoint", tmp_path / "saved")
     assert code == 0
     assert "PyTorch: logits" in text.out and "PyTorch: tokens that differ" in text.out

@@ -7,8 +7,10 @@ import sta_reference
 import torch
 import torch.nn.functional as F
 
+from dvexport import gates
 from dvexport.errors import CheckpointError, UsageError
-from dvexport.models import zoo
+from dvexport.models import video_swin, zoo
+from dvexport.tokens import survivors
 
 SMALL = {"embed_dim": 8, "depths": "1,2,2,1", "heads": "1,2,2,4", "classes": 5, "frames": 8, "size": 64}
 WINDOWED = {"window": "2,7,7"}
@@ -159,6 +161,56 @@ def test_without_pruning_is_the_dense_model_on_the_same_weights():
         assert not torch.equal(model(frames), plain(frames))
     assert list(model.state_dict()) == list(plain.state_dict())
     assert all(p is q for p, q in zip(model.parameters(), model.without_pruning().parameters(), strict=True))
+
+
+def test_decisions_tell_which_tokens_are_left_of_every_stage(monkeypatch):
+    """Stage 2, stage 3 twice, stage 4: as the model itself gathers them."""
+    places = []
+    made = video_swin._survivors
+    monkeypatch.setattr(video_swin, "_survivors", lambda x, kept: places.append(kept) or made(x, kept))
+    model = small(**{"sta.r": 16})
+    with torch.no_grad(), gates.token_decisions() as chosen:
+        model(torch.randn(8, 3, 64, 64, dtype=torch.float64))
+    stages = [[stage.gate(group) for group in range(stage.groups)] for stage in model.token_groups]
+    decisions = {(gate, "tokens"): index[0].numpy() for gate, index in chosen.items()}
+    left = survivors(model.token_grid, stages, decisions, [stage.grid for stage in model.token_groups])
+    assert [mask.shape for mask in left] == [(4, 8, 8), (4, 4, 4), (4, 4, 4), (4, 2, 2)]
+    assert [int(mask.sum()) for mask in left] == [4 * 48, 4 * 12, 4 * 8, 4 * 2]
+    for mask, kept in zip(left, places, strict=True):
+        assert set(mask.ravel().nonzero()[0]) == set(kept[0].tolist())
+
+
+def test_random_drop_keeps_as_many_and_is_decided_by_the_seed():
+    frames, found = torch.randn(8, 3, 64, 64, dtype=torch.float64), []
+    for options in ({}, {"sta.method": "random"}, {"sta.method": "random"}, {"sta.method": "random", "sta.seed": 1}):
+        with torch.no_grad(), gates.token_decisions() as chosen:
+            small(**{"sta.r": 16, **options})(frames)
+        found.append({gate: sorted(index[0].tolist()) for gate, index in chosen.items()})
+    own, first, again, other = found
+    assert first == again and first != other and first != own
+    assert [{gate: len(index) for gate, index in each.items()} for each in (first, other)] == [
+        {gate: len(index) for gate, index in own.items()}
+    ] * 2
+
+
+def test_masked_tokens_weigh_nothing_and_no_weight_is_subnormal(monkeypatch):
+    """Arithmetic on subnormal numbers is many times slower, and a token can be masked for two reasons."""
+    found = []
+
+    def noted(logits, dim):
+        weights = softmax(logits, dim)
+        found.append(weights)
+        return weights
+
+    softmax = torch.Tensor.softmax
+    monkeypatch.setattr(torch.Tensor, "softmax", noted)
+    model = zoo.create("video_swin_tiny", **{**SMALL, **WINDOWED, "sta.r": 16}).eval()
+    with torch.no_grad():
+        model(torch.randn(8, 3, 64, 64))
+    attention = [weights for weights in found if weights.ndim == 4]
+    masked = torch.cat([weights[weights < 1e-12] for weights in attention])
+    assert len(masked) and masked.min() > 1e-30
+    assert masked.max() < 1e-18 and all(torch.allclose(weights.sum(-1), torch.tensor(1.0)) for weights in attention)
 
 
 @pytest.mark.parametrize(

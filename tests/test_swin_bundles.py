@@ -22,6 +22,9 @@ OPTIONS = {"embed_dim": 8, "depths": "2,2,1,1", "frames": 8, "size": 112, "windo
 WINDOWS, CUTS, PLACES = 64, 4, 49
 """Stage 1 has 4 x 28 x 28 tokens in windows of 1 x 7 x 7, cut by the shift in 4 ways."""
 
+STAGES = [(4, 132, 196, (4, 14, 14)), (4, 33, 49, (4, 7, 7)), (4, 17, 33, (4, 7, 7)), (4, 8, 16, (4, 4, 4))]
+"""Groups, tokens that each keeps of how many, and the grid that they lie on: stage 2, stage 3 twice, stage 4."""
+
 
 def call(*arguments):
     result = CliRunner().invoke(cli, [str(each) for each in arguments], catch_exceptions=False)
@@ -76,6 +79,9 @@ def test_profile_tells_what_choosing_takes(bundle, tmp_path):
     found = json.loads((tmp_path / "profile.json").read_text())
     whole = sum(node["median_us"] for node in found["nodes"]) / 1e3
     assert 0 < found["tokens_ms"] < whole
+    stages = [(stage["groups"], stage["keep"], stage["tokens"], np.shape(stage["left"])) for stage in found["tokens"]]
+    assert stages == STAGES
+    assert (tmp_path / "page.html").read_text().count("% of its tokens left</title>") == 4 * len(STAGES)
     deciding = [node for node in found["nodes"] if node["gate"] == "tokens"]
     assert deciding and all(node["decides"] for node in deciding)
 

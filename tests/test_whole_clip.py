@@ -25,7 +25,7 @@ from dvexport.passes.pipeline import Plan, lower
 from dvexport.profile import profile
 from dvexport.profile.clip import load_clip
 from dvexport.profile.report import render_html
-from dvexport.profile.report_text import headline
+from dvexport.profile.report_text import headline, result_table
 from dvexport.profile.result import ProfileResult
 from dvexport.run import run
 from dvexport.session import DENSE_LEVEL, GATE_LEVEL, Step, open_session, read_level
@@ -190,6 +190,8 @@ def test_survivors():
     first, second = survivors((2, 2, 2), [["a", "b"], ["c"]], decisions)
     np.testing.assert_array_equal(np.flatnonzero(first), [0, 2, 5, 7])
     np.testing.assert_array_equal(np.flatnonzero(second), [7])
+    _, merged = survivors((2, 2, 2), [["a", "b"], ["c"]], decisions, [None, (2, 1, 2)])
+    np.testing.assert_array_equal(np.argwhere(merged), [[1, 0, 1]])
     with pytest.raises(UsageError, match="outside its group"):
         survivors((2, 2, 1), [["a", "b"]], decisions)
     with pytest.raises(UsageError, match="divided into 2 groups"):
@@ -204,11 +206,16 @@ def test_profile_and_page(bundle, tmp_path):
     ]  # fmt: skip
     deciding = [node for node in result.nodes if node.gate == "tokens"]
     assert {"TopK", "Gather", "Abs", "ReduceSum"} <= {node.op for node in deciding}
+    attention = [node for node in result.nodes if node.op == "Softmax" and node.gate is None]
+    assert attention and {node.role for node in attention} == {"compute"}
     assert all(node.decides for node in deciding) and not {"LayerNormalization", "Gelu"} & {n.op for n in deciding}
     assert result.tokens_ms is not None and 0 < result.tokens_ms < sum(node.median_us for node in result.nodes) / 1e3
     assert [np.asarray(stage.left).sum() for stage in result.tokens] == [18, 12]
     assert np.asarray(result.tokens[0].left).shape == (2, 3, 4)
     assert ProfileResult.from_dict(json.loads(json.dumps(result.to_dict()))).tokens == result.tokens
+    stages = [line.split() for line in result_table(result).splitlines() if line.startswith("sta.")]
+    assert stages == [["sta.0", "2", "24", "18", "25%"], ["sta.1", "2", "18", "12", "33%"]]
+    assert "choosing them takes" in result_table(result) and "FLOP  reali-" not in result_table(result)
     page = render_html(result, load_clip(bundle, None).images)
     assert "each keeps 9 of 12 tokens" in page and page.count("% of its tokens left") == 2 * 4
     assert "each keeps 6 of 9 tokens" in render_html(result)

@@ -39,6 +39,8 @@ def verify(bundle: Path, clip: Path | None, checkpoint: Path | None, as_json: bo
     else:
         rows = [(name, _text(value), _text(limit), "ok" if ok else "FAILED") for name, value, limit, ok in report.rows]
         print_table(("check", "value", "limit", ""), rows, right=("value", "limit"))
+        for note in report.notes:
+            click.echo(f"note: {note}")
     if not report.ok:
         failed = [name for name, _, _, ok in report.rows if not ok]
         raise CheckFailed(f"{len(failed)} of {len(report.rows)} checks failed", where=", ".join(failed))

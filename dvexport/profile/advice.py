@@ -218,12 +218,9 @@ def _whole(result: ProfileResult) -> Iterator[Advice]:
     if result.realisation is None:
         yield Advice("info", None, "No dense artifact was measured: speed-up and realisation are unknown.")
     elif result.speedup is not None and result.speedup < 1:
-        yield Advice(
-            "warning",
-            None,
-            f"The gated artifact is slower than the dense one (speed-up {result.speedup:.2f}): ship the "
-            "dense one, or change the lowerings named below.",
-        )
+        remedy = "change the lowerings named below" if result.gates or not result.tokens else "drop more tokens"
+        text = f"The gated artifact is slower than the dense one (speed-up {result.speedup:.2f}): ship the dense one, "
+        yield Advice("warning", None, f"{text}or {remedy}.")
     elif result.realisation < LOW_REALISATION:
         yield Advice(
             "warning",

@@ -1,4 +1,4 @@
-"""A profile as text for the terminal: headline, one row a gate, advice."""
+"""A profile as text for the terminal: headline, one row a gate or a place where tokens are dropped, advice."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.table import Table
 from dvexport.profile.advice import advise
 from dvexport.profile.result import GateStats, ProfileResult
 
-__all__ = ["gate_table", "headline", "number", "print_result", "result_table"]
+__all__ = ["gate_table", "headline", "number", "print_result", "result_table", "token_table"]
 
 PIPED_WIDTH = 160
 
@@ -58,6 +58,18 @@ def gate_table(result: ProfileResult) -> Table:
     return table
 
 
+def token_table(result: ProfileResult) -> Table:
+    """Return the table with one row for each place where tokens are dropped, all of its groups together."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("stage", no_wrap=True)
+    for column in ("groups", "tokens", "left", "dropped"):
+        table.add_column(column, justify="right")
+    for stage in result.tokens:
+        before, left = stage.groups * stage.tokens, stage.groups * stage.keep
+        table.add_row(escape(stage.name), str(stage.groups), str(before), str(left), f"{1 - left / before:.0%}")
+    return table
+
+
 def _row(gate: GateStats) -> list[str]:
     executed = gate.executed_gmacs
     gmacs = [executed.min, executed.mean, executed.max, gate.dense_gmacs]
@@ -71,14 +83,20 @@ def _row(gate: GateStats) -> list[str]:
 
 
 def print_result(result: ProfileResult, console: Console | None = None) -> None:
-    """Print headline, table and advice; plain text when the output is no terminal."""
+    """Print headline, tables and advice; plain text when the output is no terminal."""
     console = console or Console()
     if not console.is_terminal:
         console = Console(file=console.file, width=PIPED_WIDTH, color_system=None)
     console.print(escape(headline(result)), highlight=False, soft_wrap=True)
     console.print()
-    console.print(gate_table(result))
-    console.print()
+    if result.gates or not result.tokens:
+        console.print(gate_table(result))
+        console.print()
+    if result.tokens:
+        console.print(token_table(result))
+        if result.tokens_ms is not None:
+            console.print(f"choosing them takes {number(result.tokens_ms)} ms", highlight=False)
+        console.print()
     for advice in advise(result):
         where = f"{advice.gate}: " if advice.gate else ""
         console.print(escape(f"{advice.severity}: {where}{advice.text}"), highlight=False, soft_wrap=True)

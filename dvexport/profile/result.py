@@ -150,8 +150,8 @@ class TokenStage:
     Args:
         name: what its gates' names share.
         groups, tokens, keep: number of groups, tokens of a group before and after.
-        left: 1 where a token is left, `[time][height][width]` of the first tokens; None: the model does not tell
-            where they lie.
+        left: 1 where a token is left, `[time][height][width]` of the first tokens, or of merged ones; None: the model
+            does not tell where they lie.
     """
 
     name: str
@@ -184,8 +184,10 @@ class NodeTime:
 
     @property
     def role(self) -> str:
-        """`compute`, `decide`, `move`, `control` or `other` (see `roles.node_role`)."""
+        """`compute`, `decide`, `move`, `control` or `other` (`roles.node_role`); softmax outside of gates computes."""
         role = node_role(self.op)
+        if self.op == "Softmax" and self.gate is None and not self.decides:
+            return "compute"
         return "decide" if self.decides and role != "control" else role
 
     @property

@@ -25,7 +25,7 @@ def token_stages(manifest: Manifest, decisions: Mapping[tuple[str, str], np.ndar
     counts = {gate.name: gate.tokens for gate in manifest.gates if gate.tokens is not None}
     if manifest.tokens is None:
         return [TokenStage(name, 1, tokens, keep) for name, (keep, tokens) in counts.items()]
-    left = survivors(manifest.tokens.grid, manifest.tokens.stages, decisions)
+    left = survivors(manifest.tokens.grid, manifest.tokens.stages, decisions, manifest.tokens.grids)
     stages = []
     for gates, mask in zip(manifest.tokens.stages, left, strict=True):
         keep, tokens = counts[gates[0]]

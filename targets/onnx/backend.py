@@ -15,6 +15,8 @@ import onnx_ir as ir
 from dvexport.errors import UsageError
 from dvexport.graph import DECIDES, DV, OPSET
 from dvexport.targets.onnx.gelu import expand_gelu
+from dvexport.targets.onnx.key_biases import fold_key_biases
+from dvexport.targets.onnx.windows import loop_windows
 from dvexport.weights import WeightFile, split_weights
 
 __all__ = ["ARTIFACT", "MAX_BYTES", "emit", "emit_apart", "model_apart", "model_bytes"]
@@ -73,6 +75,8 @@ def model_apart(model: ir.Model, file: WeightFile | None = None) -> tuple[bytes,
 def _at_opset(lowered: ir.Model, opset: int, file: WeightFile | None) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
     lowered = lowered.clone()
     expand_gelu(lowered)
+    fold_key_biases(lowered)
+    loop_windows(lowered)
     proto, weights = _proto(lowered, file)
     if opset < OPSET:
         _lower_opset(proto, opset)

@@ -74,15 +74,15 @@ class NativeArtifact:
 
     library: bytes
     runner: bytes
-    weights: bytes
+    weights: memoryview
     plans: Mapping[str, bytes]
     memory: Mapping[str, int]
     held: Mapping[str, Place] = field(default_factory=dict)
 
-    def files(self) -> dict[str, bytes | Path]:
+    def files(self) -> dict[str, bytes | memoryview | Path]:
         """Return the files by their name in a bundle."""
         header = Path(__file__).parent / "runtime" / HEADER
-        files: dict[str, bytes | Path] = {
+        files: dict[str, bytes | memoryview | Path] = {
             LIBRARY: self.library, RUNNER: self.runner, WEIGHTS: self.weights, HEADER: header,
             **{_plan_name(name): plan for name, plan in self.plans.items()},
         }  # fmt: skip

@@ -71,7 +71,8 @@ class Constants:
 
     def __init__(self) -> None:
         self.held: dict[str, Place] = {}
-        self._data = bytearray()
+        self._data: list[bytes] = []
+        self._size = 0
         self._places: dict[bytes, Buffer] = {}
         self._offsets: dict[Buffer, int] = {}
 
@@ -86,8 +87,9 @@ class Constants:
         if key not in self._places:
             buffer = Buffer(name, len(data), Space.WEIGHTS)
             self._places[key] = buffer
-            self._offsets[buffer] = len(self._data)
-            self._data += data + b"\0" * (-len(data) % _ALIGN)
+            self._offsets[buffer] = self._size
+            self._data += [data, bytes(-len(data) % _ALIGN)]
+            self._size += _up(len(data))
             self._note(array if of is None else of, array, self._offsets[buffer])
         return self._places[key].part()
 
@@ -106,9 +108,18 @@ class Constants:
         """Return the offset of a constant in the file."""
         return self._offsets[buffer]
 
-    def file(self) -> bytes:
-        """Return the file; it ends with spare bytes, as vector loads may read past the last weight."""
-        return bytes(self._data) + b"\0" * _ALIGN
+    def file(self) -> memoryview:
+        """Return the file; it ends with spare bytes, as vector loads may read past the last weight.
+
+        It lies on 64 bytes, so that a session of this process uses it in place.
+        """
+        space = np.zeros(self._size + 2 * _ALIGN, np.uint8)
+        content = space[-space.ctypes.data % _ALIGN :][: self._size + _ALIGN]
+        at = 0
+        for data in self._data:
+            content[at : at + len(data)] = np.frombuffer(data, np.uint8)
+            at += len(data)
+        return content.data.toreadonly()
 
 
 @dataclass(frozen=True)

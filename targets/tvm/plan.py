@@ -139,7 +139,7 @@ class Plan:
         return sorted({variant.kernel for call in self.calls for variant in call.variants})
 
 
-def plan_bytes(plan: Plan, kernels: Sequence[str], library: bytes, weights: bytes) -> bytes:
+def plan_bytes(plan: Plan, kernels: Sequence[str], library: bytes, weights: bytes | memoryview) -> bytes:
     """Return the file of a plan.
 
     Args:
