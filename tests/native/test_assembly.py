@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from functools import cache
 
 import pytest
 import tvm
@@ -65,16 +64,21 @@ def winograd_kernel(edge: int, grid: tuple[int, int] | None, on: Machine) -> Ker
     return winograd.winograd_conv(spec, on)
 
 
-@cache
-def _assembly(name: str, target: str, text: str) -> str:
-    function = tvm.script.from_source(text)
-    module = build._generate(tvm.IRModule({name: function}), tvm.target.Target(machine(target).tvm_target))
-    return module.inspect_source("asm")
+_MADE: dict[tuple[str, str], str] = {}
+"""Assembly by kernel and target: a kernel's name says all that its text depends on."""
+
+
+def _assembly(kernel: Kernel, target: str) -> str:
+    key = kernel.name, target
+    if key not in _MADE:
+        module = tvm.IRModule({kernel.name: kernel.func})
+        _MADE[key] = build._generate(module, tvm.target.Target(machine(target).tvm_target)).inspect_source("asm")
+    return _MADE[key]
 
 
 def inner_loops(kernel: Kernel, target: str) -> list[list[str]]:
     """Instructions of the loops that hold no other loop."""
-    lines = [line.strip() for line in _assembly(kernel.name, target, kernel.func.script()).splitlines()]
+    lines = [line.strip() for line in _assembly(kernel, target).splitlines()]
     lines = [line for line in lines if re.match(r"[a-z]|\.L\w+:", line)]
     labels = {line.partition(":")[0]: i for i, line in enumerate(lines) if line.startswith(".L")}
     loops = []
