@@ -56,7 +56,7 @@ def write_conv(program: Program, unit: ConvUnit) -> None:
     layer = _layer(program, unit)
     x = program.planes(unit.x)
     residual = None if unit.residual is None else program.planes(unit.residual)
-    target = _target(program, unit)
+    target = _target(program, layer)
     for index in range(frames):
 
         def cut(part: Part | None, index: int = index) -> Part | None:
@@ -75,11 +75,14 @@ def _layer(program: Program, unit: ConvUnit) -> _Layer:
     return _Layer(unit, program.layout(unit.x), program.layout(unit.output), window, grid)
 
 
-def _target(program: Program, unit: ConvUnit) -> Part:
+def _target(program: Program, layer: _Layer) -> Part:
     """Return the memory of the output, what is not computed already in it."""
-    partial = unit.rows is not None or unit.tiles is not None
-    if not partial:
-        return program.new_planes(unit.output, fragile=True)
+    unit = layer.unit
+    if unit.rows is None and unit.tiles is None:
+        covered = _runs(layer, program.machine).inside and not _may_be_winograd(program, layer)
+        return program.new_planes(
+            unit.output, fragile=True, covered=covered, partial=not program.reads_padding(unit.output)
+        )
     if unit.base is None:
         target = program.new_planes(unit.output)
         program.clear(target, f"{unit.output.name}", unit.gate)

@@ -328,7 +328,8 @@ class _Writer:
         if self.spec.relu:
             value = tx.max(value, tx.Broadcast(tx.FloatImm("float32", 0.0), self.lanes))
         if self.spec.inside:
-            value = value * load(self.frame.inside, offsets[0], self.lanes)
+            zero = tx.Broadcast(tx.FloatImm("float32", 0.0), self.lanes)
+            value = tx.Select(tx.NE(load(self.frame.inside, offsets[0], self.lanes), zero), value, zero)
         return value
 
     def _run(self, table: Any, vector: Any, piece: int) -> Any:

@@ -98,7 +98,7 @@ class Runs:
 
     Attributes:
         run: output pixels of a run.
-        inside: whether runs cover padding, so that the kernel must multiply by `inside`.
+        inside: whether runs cover the padding between rows, where the kernel must write zeros.
         starts: `[cells + 1]`, the first run of every cell.
         outputs, inputs: `[runs]`, offsets in the planes.
     """

@@ -39,7 +39,8 @@ class DirectConv:
             (packed).
         step: columns from one output pixel's window to the next: 1 or 2.
         run: neighbouring output pixels of one entry of the run list, a power of two up to the lanes.
-        inside: multiply by the float plane `inside`, because runs cover padding.
+        inside: choose by the float plane `inside` between sums and zero, because runs cover padding. What lies in the
+            padding of X and R may be any bits then, where windows don't reach beyond the image.
         residual: add R before the activation.
         relu: the activation, or none.
         packed: copy windows to scratch first.

@@ -7,7 +7,7 @@ Lanes are tiles. A block of tile vectors is transformed for all listed inputs an
 then each group of output channels is (m + 2)^2 matrix products of a register block each, and transformed back.
 
 A kernel serves every layer: sizes are in `shape` (see `winograd_lists.SHAPE`). Output tiles may overshoot the
-right and bottom edge of the image into the padding of the plane; `inside` makes zeros of what they write there.
+right and bottom edge of the image into the padding of the plane; what they write there are zeros, chosen by `inside`.
 """
 
 from __future__ import annotations
@@ -320,7 +320,7 @@ class _Writer:
         if spec.relu:
             value = tx.max(value, splat(0.0, lanes))
         if spec.inside:
-            value = value * gather(frame.inside, places, spec.m)
+            value = tx.Select(tx.NE(gather(frame.inside, places, spec.m), splat(0.0, lanes)), value, splat(0.0, lanes))
         value = T.bind(value)
         for i, place in enumerate(places):
             part = value if len(places) == 1 else tx.Shuffle([value], list(range(i * spec.m, (i + 1) * spec.m)))
