@@ -104,7 +104,7 @@ class Layer:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the Y planes before and after a call; check that nothing around any buffer was written."""
         cout, cin = self.weights.shape[:2]
-        options = spec.memory(target)
+        options = {**spec.memory(target), "vectors": int(runs[1]) // (target.lanes // spec.run)}
         before = self.y.pack(np.random.default_rng(9).standard_normal(self.residual.shape).astype(np.float32))
         scratch = np.zeros(scratch_floats(self.window.size, cin, threads, **options), np.float32)
         given = {

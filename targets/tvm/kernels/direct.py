@@ -329,7 +329,7 @@ class _Writer:
             value = tx.max(value, tx.Broadcast(tx.FloatImm("float32", 0.0), self.lanes))
         if self.spec.inside:
             zero = tx.Broadcast(tx.FloatImm("float32", 0.0), self.lanes)
-            value = tx.Select(tx.NE(load(self.frame.inside, offsets[0], self.lanes), zero), value, zero)
+            value = tx.Select(tx.EQ(load(self.frame.inside, offsets[0], self.lanes), zero), zero, value)
         return value
 
     def _run(self, table: Any, vector: Any, piece: int) -> Any:

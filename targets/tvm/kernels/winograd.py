@@ -115,18 +115,25 @@ def spec_for(
     return WinogradConv(m, bool(height % m or width % m), residual, relu, block, ahead)
 
 
-def part_floats(spec: WinogradConv, cin: int, machine: Machine) -> int:
-    """Return the scratch that one thread needs, in floats."""
-    lanes = machine.lanes
-    transformed = spec.points * (len(spec.block) * lanes * cin + _GAP)
-    products = spec.points * lanes * max(rows * count for count, rows in enumerate(spec.block, 1))
+def part_floats(spec: WinogradConv, cin: int, vectors: int, machine: Machine) -> int:
+    """Return the scratch that one thread needs, in floats.
+
+    Args:
+        spec: the kernel.
+        cin: input channels.
+        vectors: of tiles, at most, that it may be asked for.
+        machine: what it runs on.
+    """
+    lanes, block = machine.lanes, spec.block[: max(vectors, 1)]
+    transformed = spec.points * (len(block) * lanes * cin + _GAP)
+    products = spec.points * lanes * max(rows * count for count, rows in enumerate(block, 1))
     total = transformed + products + spec.points * lanes
     return -(-total // 16) * 16
 
 
-def scratch_floats(spec: WinogradConv, cin: int, threads: int, machine: Machine) -> int:
-    """Return the size of the buffer `scratch` in floats."""
-    return threads * part_floats(spec, cin, machine)
+def scratch_floats(spec: WinogradConv, cin: int, vectors: int, threads: int, machine: Machine) -> int:
+    """Return the size of the buffer `scratch` in floats; see `part_floats`."""
+    return threads * part_floats(spec, cin, vectors, machine)
 
 
 def winograd_conv(spec: WinogradConv, machine: Machine) -> Kernel:
