@@ -110,7 +110,7 @@ def _write_frame(program: Program, layer: _Layer, index: int, x: Part, residual:
     )
     if counts == (None, None, None):
         options = [min(options, key=lambda option: costs.evaluate(option.cost, cout, cin, vectors))]
-    given = tuple(None if listed else count for listed, count in zip(counts, (cout, cin, vectors), strict=True))
+    given = (None if counts[0] else cout, None if counts[1] else cin, None if counts[2] else vectors)
     scratch = program.scratch(max(option.scratch for option in options))  # one of them runs
     ways = [_way(program, layer, option, x, residual, rows, cols, target, scratch, given) for option in options]
     program.choose(ways, f"conv {unit.output.name}", unit.gate, counts)

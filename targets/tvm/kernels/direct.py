@@ -27,7 +27,7 @@ from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, prefetch_ahead,
 from dvexport.targets.tvm.kernels.blocks import Groups, balanced
 from dvexport.targets.tvm.kernels.direct_ahead import ask_for_tile, ask_for_weights
 from dvexport.targets.tvm.kernels.direct_data import HALVES, RUN_HEADER, Shape
-from dvexport.targets.tvm.kernels.direct_spec import BEYOND, COLUMNS, DirectConv, spec_for
+from dvexport.targets.tvm.kernels.direct_spec import BEYOND, COLUMNS, TALL, DirectConv, spec_for
 from dvexport.targets.tvm.kernels.direct_vectors import ceildiv, choose, cut, int32, join, load, store
 from dvexport.targets.tvm.kernels.planes_vectors import LINE
 from dvexport.targets.tvm.machine import Machine
@@ -92,7 +92,7 @@ class _Writer:
     def __init__(self, spec: DirectConv, machine: Machine, frame: Frame) -> None:
         self.spec, self.frame, self.lanes = spec, frame, machine.lanes
         self.by_vector = machine.is_aarch64
-        self.rows_block, self.vectors_block = spec.block
+        self.rows_block, self.vectors_block = max(spec.block[0], spec.tall), spec.block[1]
         self.pieces = machine.lanes // spec.run
         self.panel_row = self.vectors_block * machine.lanes
 
@@ -128,15 +128,20 @@ class _Writer:
         some_vectors = T.bind(rows * ceildiv(vectors, parts))
         some_rows = T.bind(vectors * ceildiv(rows, parts))
         split_rows = T.bind(some_rows < some_vectors + self._shape(Shape.PREFER_ROWS))
-        ranges = []
-        for count, split, block in (
-            (rows, split_rows, self.rows_block),
-            (vectors, tx.Not(split_rows), self.vectors_block),
-        ):
+
+        def of(count: Any, split: Any, block: Any) -> Groups:
             start = T.bind(tx.Select(split, tx.truncdiv(count * part, parts), int32(0)))
             stop = T.bind(tx.Select(split, tx.truncdiv(count * (part + 1), parts), count))
-            ranges.append(balanced(start, stop, block))
-        return ranges[0], ranges[1]
+            return balanced(start, stop, block)
+
+        of_vectors = of(vectors, tx.Not(split_rows), self.vectors_block)
+        most: Any = self.spec.block[0]
+        if self.spec.tall:
+            few = of_vectors.size + tx.min(of_vectors.longer, int32(1)) <= TALL
+            held = T.alloc_buffer((1,), "int32", scope="global")  # a plain binding the simplifier would look through
+            T.buffer_store(held, tx.Select(few, int32(self.spec.tall), int32(most)), [0])
+            most = T.bind(held[0])
+        return of(rows, split_rows, most), of_vectors
 
     def _blocks(self, panels: Any) -> Any:
         """How many blocks of panels: those of one block stay in the cache while all groups of rows pass over them."""
@@ -185,7 +190,8 @@ class _Writer:
         with T.serial(start, stop) as index:
             vector, size = vectors.group(index)
             panel = T.bind(self.panels + i64(index - start) * self.panel)
-            choose(size, self.vectors_block, lambda n: self._product(_Block(first, rows, weights, vector, n), panel))
+            widest = self.vectors_block if len(rows) <= self.spec.block[0] else TALL
+            choose(size, widest, lambda n: self._product(_Block(first, rows, weights, vector, n), panel))
             self._epilogue(first, count, vector, size)
 
     def _product(self, block: _Block, panel: Any) -> None:

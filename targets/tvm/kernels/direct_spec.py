@@ -8,7 +8,7 @@ from typing import Any
 from dvexport.targets.tvm.kernels.direct_data import HALVES, Runs, Window
 from dvexport.targets.tvm.machine import Machine
 
-__all__ = ["BEYOND", "COLUMNS", "DirectConv", "spec_for"]
+__all__ = ["BEYOND", "COLUMNS", "TALL", "DirectConv", "spec_for"]
 
 _SMALL_PLANE = 128
 """Pixels up to which packing pays for any window, if a few rows share what is packed: weights come by once."""
@@ -29,6 +29,11 @@ _SQUARE_BLOCKS = {16: (8, 3), 8: (6, 2)}
 _PACKED_BLOCKS = {16: (6, 4)}
 """The same of all other packed windows: more rows would take more address registers than x86-64 has."""
 
+TALL = 2
+_TALL_BLOCKS = {16: 8}
+"""Rows of these by `TALL` vectors, where a few tiles or a small plane have no more: more rows are more weights on their
+way at a time, and eight have addresses yet while fewer vectors do."""
+
 
 @dataclass(frozen=True)
 class DirectConv:
@@ -48,6 +53,7 @@ class DirectConv:
         columns: width of a window whose even and odd columns are packed, instead of every tap; 0: every tap is.
         ahead: weights are asked for ahead: for layers whose few pixels read each of them once. Of a packed 1 x 1
             window, which has few products for what it reads and writes, the pixels of a tile are asked for too.
+        tall: rows of the register block where no group has more than `TALL` vectors; 0: those of `block`.
     """
 
     taps: int
@@ -60,10 +66,13 @@ class DirectConv:
     block: tuple[int, int]
     columns: int = 0
     ahead: bool = False
+    tall: int = 0
 
     def memory(self, machine: Machine) -> dict[str, Any]:
         """What the sizes of its buffers depend on; see `direct_shape` and `scratch_floats`."""
-        return {"packed": self.packed, "block": self.block, "columns": self.columns, "machine": machine}
+        rows, vectors = self.block
+        block = max(rows, self.tall), vectors
+        return {"packed": self.packed, "block": block, "columns": self.columns, "machine": machine}
 
     def moved(self, taps: int) -> int:
         """Vectors that are read for a vector of windows of `taps` pixels."""
@@ -75,7 +84,8 @@ class DirectConv:
         kind = f"halves{self.columns}" if self.columns else "packed" if self.packed else "planes"
         marks = [mark for mark in ("ahead", "inside", "residual", "relu") if getattr(self, mark)]
         rows, vectors = self.block
-        return "_".join(["direct", kind, taps, f"s{self.step}", f"r{self.run}x{lanes}", f"b{rows}x{vectors}", *marks])
+        block = f"b{rows}x{vectors}" + (f"_{self.tall}x{TALL}" if self.tall else "")
+        return "_".join(["direct", kind, taps, f"s{self.step}", f"r{self.run}x{lanes}", block, *marks])
 
 
 def spec_for(
@@ -102,7 +112,8 @@ def spec_for(
     blocks = _PACKED_BLOCKS if plain and packed else {} if plain else _SQUARE_BLOCKS
     block = blocks.get(machine.lanes, machine.block)
     ahead = packed and (point or len(runs.outputs) * runs.run <= _FEW_PIXELS)
-    return DirectConv(taps, step, runs.run, runs.inside, residual, relu, packed, block, columns, ahead)
+    tall = _TALL_BLOCKS.get(machine.lanes, 0) if blocks is _PACKED_BLOCKS else 0
+    return DirectConv(taps, step, runs.run, runs.inside, residual, relu, packed, block, columns, ahead, tall)
 
 
 def _reads_planes(window: Window, runs: Runs, rows: int, machine: Machine) -> bool:
