@@ -1,8 +1,8 @@
 """Run the benchmarks and print their tables: `python -m benchmarks [SUITE ...] [--rounds N] [--json FILE]`.
 
 Suites: `forced` (forced decisions, ONNX Runtime), `peers` (static networks in every runtime), `native` (our kernels:
-forced and trained decisions, what gates cost), `artifacts` (export times and sizes), `tokens` (video transformers
-that drop tokens, both backends). All of them by default.
+forced and trained decisions, what gates cost), `artifacts` (export times and sizes), `instructions` (executed on
+AArch64, under emulation), `tokens` (video transformers that drop tokens, both backends). All of them by default.
 """
 
 from __future__ import annotations
@@ -122,6 +122,13 @@ def _artifacts(arguments: argparse.Namespace) -> list[_Measured]:
     return [_show("Native artifacts", artifacts.COLUMNS, artifacts.artifact_rows(["dstep_resnet18"]))]
 
 
+def _instructions(arguments: argparse.Namespace) -> list[_Measured]:
+    from benchmarks import instructions
+
+    title = f"D-STEP ResNet-18, instructions of a step, {instructions.TARGET} ({instructions.CPU})"
+    return [_show(title, instructions.COLUMNS, instructions.instruction_rows("dstep_resnet18"))]
+
+
 def _tokens(arguments: argparse.Namespace) -> list[_Measured]:
     from benchmarks import tokens
 
@@ -147,6 +154,7 @@ _SUITES: dict[str, Callable[[argparse.Namespace], list[_Measured]]] = {
     "peers": _peers,
     "native": _native,
     "artifacts": _artifacts,
+    "instructions": _instructions,
     "tokens": _tokens,
 }
 

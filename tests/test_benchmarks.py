@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 
 from benchmarks import __main__ as program
+from benchmarks import instructions
 from benchmarks.adapters import ADAPTERS, missing
 from benchmarks.document import DOCS, replace_block
 from benchmarks.static import _solve
@@ -148,3 +149,8 @@ def test_transformers_that_drop_tokens_are_timed_beside_dense_ones_on_every_back
         assert 0 < float(row["choosing"].rstrip("%")) < 60
         assert float(row["FLOP ratio"]) == pytest.approx({4: 1.38, 8: 2.13}[row["r"]], abs=0.01)
         assert (row["dense over ORT's"] == "-") == (row["backend"] == "onnx")
+
+
+def test_instructions_are_set_against_the_work_asked_for():
+    row = instructions._row("direct", "both 50%", 0.5, 60, 100, 400.0)
+    assert row == dict(zip(instructions.COLUMNS, ("direct", "both 50%", 0.5, 0.0, 0.3, 0.6, 1.2), strict=True))

@@ -56,7 +56,7 @@ def write_conv(program: Program, unit: ConvUnit) -> None:
     layer = _layer(program, unit)
     x = program.planes(unit.x)
     residual = None if unit.residual is None else program.planes(unit.residual)
-    target = _target(program, unit)
+    target = _target(program, layer)
     for index in range(frames):
 
         def cut(part: Part | None, index: int = index) -> Part | None:
@@ -75,11 +75,14 @@ def _layer(program: Program, unit: ConvUnit) -> _Layer:
     return _Layer(unit, program.layout(unit.x), program.layout(unit.output), window, grid)
 
 
-def _target(program: Program, unit: ConvUnit) -> Part:
+def _target(program: Program, layer: _Layer) -> Part:
     """Return the memory of the output, what is not computed already in it."""
-    partial = unit.rows is not None or unit.tiles is not None
-    if not partial:
-        return program.new_planes(unit.output, fragile=True)
+    unit = layer.unit
+    if unit.rows is None and unit.tiles is None:
+        covered = _runs(layer, program.machine).inside and not _may_be_winograd(program, layer)
+        return program.new_planes(
+            unit.output, fragile=True, covered=covered, partial=not program.reads_padding(unit.output)
+        )
     if unit.base is None:
         target = program.new_planes(unit.output)
         program.clear(target, f"{unit.output.name}", unit.gate)
@@ -100,14 +103,16 @@ def _write_frame(program: Program, layer: _Layer, index: int, x: Part, residual:
     cols = channel_list(program, unit.cols, cin, index)
     options = list(_options(program, layer, index, residual is not None))
     vectors = options[0].vectors
-    given = (None if unit.rows is not None else cout, None if unit.cols is not None else cin)
-    counts = (None if given[0] else rows, None if given[1] else cols, None if unit.tiles is None else options[0].pixels)
+    counts = (
+        None if unit.rows is None else rows,
+        None if unit.cols is None else cols,
+        None if unit.tiles is None else options[0].pixels,
+    )
     if counts == (None, None, None):
         options = [min(options, key=lambda option: costs.evaluate(option.cost, cout, cin, vectors))]
-    ways = [
-        _way(program, layer, option, x, residual, rows, cols, target, (*given, vectors if unit.tiles is None else None))
-        for option in options
-    ]
+    given = (None if counts[0] else cout, None if counts[1] else cin, None if counts[2] else vectors)
+    scratch = program.scratch(max(option.scratch for option in options))  # one of them runs
+    ways = [_way(program, layer, option, x, residual, rows, cols, target, scratch, given) for option in options]
     program.choose(ways, f"conv {unit.output.name}", unit.gate, counts)
 
 
@@ -176,7 +181,7 @@ def _direct(
     only: int = 0,
 ) -> _Option:  # fmt: skip
     """Return a direct kernel over the runs of tiles, or over those of the image."""
-    machine, how = program.machine, spec.memory(program.machine)
+    machine, how = program.machine, {**spec.memory(program.machine), "vectors": vectors}
     return _Option(
         direct.direct_conv(spec, machine),
         direct_data.direct_weights(layer.unit.weight),
@@ -195,14 +200,16 @@ def _winograd(
 ) -> _Option:  # fmt: skip
     """Return a Winograd kernel over the tiles of a grid, or over those of the image."""
     machine, (cin, _) = program.machine, layer.channels
-    part = winograd.part_floats(spec, cin, machine)
-    tiles = costs.tile_vectors(_tiles_of_cells(layer, grid, spec.m), vectors, machine.lanes)
+    cells = _tiles_of_cells(layer, grid, spec.m)
+    most = -(-sum(cells) // machine.lanes)
+    part = winograd.part_floats(spec, cin, most, machine)
+    tiles = costs.tile_vectors(cells, vectors, machine.lanes)
     return _Option(
         winograd.winograd_conv(spec, machine),
         winograd_lists.winograd_weights(layer.unit.weight, spec.m),
         pixels,
         vectors,
-        winograd.scratch_floats(spec, cin, MAX_THREADS, machine),
+        winograd.scratch_floats(spec, cin, most, MAX_THREADS, machine),
         winograd_lists.winograd_shape(spec.m, layer.x, layer.y, cin, part),
         costs.winograd_cost(spec, tiles, cin, machine),
         only,
@@ -236,7 +243,7 @@ def _whole_plane(
 
 def _way(
     program: Program, layer: _Layer, option: _Option, x: Part, residual: Part | None, rows: Part, cols: Part,
-    target: Part, given: tuple[float | None, float | None, float | None],
+    target: Part, scratch: Part, given: tuple[float | None, float | None, float | None],
 ) -> Way:  # fmt: skip
     """Return an option's call; counts that no gate decides are folded into its cost model."""
     constants = program.constants
@@ -244,7 +251,7 @@ def _way(
     parts = {
         "X": x, "W": weights, "U": weights, "B": constants.add(layer.unit.bias.astype(np.float32)), "R": residual,
         "inside": constants.add(layer.y.inside()), "rows": rows, "cols": cols, "runs": option.pixels,
-        "tiles": option.pixels, "scratch": program.scratch(option.scratch), "shape": constants.add(option.shape),
+        "tiles": option.pixels, "scratch": scratch, "shape": constants.add(option.shape),
         "Y": target,
     }  # fmt: skip
     arguments = tuple(parts[name] for name in option.kernel.buffers)

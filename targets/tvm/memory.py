@@ -35,6 +35,7 @@ class Buffer:
         before: of a buffer in `Space.AFTER`, the one that holds the same state of the step before.
         layout: of the planes it holds, if their padding is zero whenever it is used.
         fragile: its padding has to be zero before it is first used: kernels write no more than the images.
+        covered: of a fragile one, they write the padding between rows too.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Buffer:
     before: Buffer | None = None
     layout: Plane | None = None
     fragile: bool = False
+    covered: bool = False
 
     def part(self, offset: int = 0, size: int | None = None) -> Part:
         """Return some of its bytes; all of them by default."""

@@ -148,14 +148,19 @@ class Program:
             self.call(planes.store_planes(self.machine), arguments, f"store {value.name}", self.gate_of(value))
         return forms.flat
 
-    def new_planes(self, value: ir.Value, *, fragile: bool = False, partial: bool = False) -> Part:
+    def new_planes(
+        self, value: ir.Value, *, fragile: bool = False, covered: bool = False, partial: bool = False
+    ) -> Part:
         """Return memory for an image that is about to be written.
 
         Args:
-            fragile: what writes it needs its padding to be zero already.
+            fragile: what writes it needs its padding to be zero already,
+            covered: but for that between rows.
             partial: what writes it leaves some of its padding as it is, and nobody reads that.
         """
-        part = self._home(value, self._plane_bytes(value), None if partial else self.layout(value), fragile=fragile)
+        part = self._home(value, self._plane_bytes(value))
+        if value not in self._reserved and not partial:
+            part.buffer.layout, part.buffer.fragile, part.buffer.covered = self.layout(value), fragile, covered
         self._forms[value] = _Forms(planes=part)
         return part
 
@@ -201,6 +206,18 @@ class Program:
         part = self._of(value).planes
         last = self.units[self._last[value]] is unit and not value.is_graph_output()
         return last and part is not None and part.buffer not in self._shared
+
+    def reads_padding(self, value: ir.Value) -> bool:
+        """Tell whether anybody needs an image's padding to be zero.
+
+        Convolutions don't that stay inside the image, and what they add to their sums need not have any: they
+        write no image of what they find in the padding.
+        """
+        readers = [unit for unit in self.units if value in unit.inputs]
+        return value.is_graph_output() or not all(
+            isinstance(unit, ConvUnit) and unit.base is not value and (unit.x is not value or not any(unit.pads))
+            for unit in readers
+        )
 
     def gate_of(self, value: ir.Value) -> str:
         """Return the gate of the unit that makes a value, or nothing."""
@@ -289,8 +306,10 @@ class Program:
                 waiting.discard(buffer)
                 assert buffer.layout is not None
                 channels = buffer.size // (buffer.layout.size * FLOAT_BYTES)
-                shape = self.constants.add(planes.frame_shape(channels, buffer.layout))
-                self.call(planes.zero_pads(self.machine), [shape, buffer.part()], f"pad {buffer.name}", step.gate)
+                kernel, shape = planes.zero_pads(self.machine), planes.frame_shape(channels, buffer.layout)
+                if buffer.covered:
+                    kernel, shape = planes.zero_ends(self.machine), planes.ends_shape(channels, buffer.layout)
+                self.call(kernel, [self.constants.add(shape), buffer.part()], f"pad {buffer.name}", step.gate)
             self.steps.append(step)
 
     def _outputs(self) -> list[ir.Value]:
@@ -325,12 +344,12 @@ class Program:
         except KeyError:
             raise AssertionError(f"{value.name} is read before it is written") from None
 
-    def _home(self, value: ir.Value, size: int, layout: Plane | None = None, *, fragile: bool = False) -> Part:
+    def _home(self, value: ir.Value, size: int) -> Part:
         home = self._reserved.get(value)
-        return self._new(value, size, layout, fragile=fragile) if home is None else home.part()
+        return self._new(value, size) if home is None else home.part()
 
-    def _new(self, value: ir.Value, size: int, layout: Plane | None = None, *, fragile: bool = False) -> Part:
-        return Buffer(str(value.name), size, layout=layout, fragile=fragile).part()
+    def _new(self, value: ir.Value, size: int, layout: Plane | None = None) -> Part:
+        return Buffer(str(value.name), size, layout=layout).part()
 
     def _plane_bytes(self, value: ir.Value) -> int:
         return self._count(value) * self.layout(value).size * FLOAT_BYTES

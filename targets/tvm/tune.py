@@ -222,7 +222,8 @@ def _ways(index: int, work: Work, machine: Machine) -> Iterator[_Way]:
     channels, window = (layer.cin, layer.cout), layer.window
     runs = _runs(layer, machine)
     spec = direct.spec_for(window, runs, channels, machine, residual=layer.residual, relu=True)
-    how = spec.memory(machine)
+    vectors = -(-len(runs.outputs) // (machine.lanes // runs.run))
+    how = {**spec.memory(machine), "vectors": vectors}
     run_list = direct_data.run_list(runs, work.cells, machine)
     counts = (len(work.rows), len(work.columns), int(run_list[0]))
     memory = {"others": _OTHERS, "X": layer.cin * x.size, "R": layer.cout * y.size, "Y": layer.cout * y.size}
@@ -242,9 +243,8 @@ def _ways(index: int, work: Work, machine: Machine) -> Iterator[_Way]:
         tiled = winograd.spec_for(x, y, grid, machine, residual=layer.residual, relu=True)
     if tiled is None:
         return
-    vectors = -(-len(runs.outputs) // (machine.lanes // runs.run))
-    part = winograd.part_floats(tiled, layer.cin, machine)
     tiles = _tiles(layer, tiled.m)
+    part = winograd.part_floats(tiled, layer.cin, -(-len(tiles.outputs) // machine.lanes), machine)
     yield _Way(
         Sample(
             index,

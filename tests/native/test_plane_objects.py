@@ -21,6 +21,7 @@ VECTOR = {"x86-64-avx512": "zmm", "x86-64-avx2": "ymm", "raspberry-pi-4": ".4s"}
 MOVES = [
     planes.load_frame,
     planes.store_planes,
+    planes.zero_ends,
     planes.zero_pads,
     planes.merge,
     planes.merge_history,

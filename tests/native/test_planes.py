@@ -47,6 +47,19 @@ def test_zero_pads_leaves_the_image(lanes, threads, size):
 
 @every_machine
 @every_split
+@pytest.mark.parametrize("size", SIZES)
+def test_zero_ends_leaves_what_is_between_the_first_and_the_last_pixel(lanes, threads, size):
+    plane = Plane(*size)
+    dirty = normal(4, plane.size)
+    (_, clean) = run(compiled(planes.zero_ends, lanes), planes.ends_shape(4, plane), dirty, threads=threads)
+    first, last = plane.offset(0, 0), plane.offset(plane.height - 1, plane.width)
+    np.testing.assert_array_equal(clean[:, first:last], dirty[:, first:last])
+    assert not clean[:, :first].any()
+    assert not clean[:, last:].any()
+
+
+@every_machine
+@every_split
 @pytest.mark.parametrize("count", [1, 3, 4, 15, 64, 1000])
 def test_clear(lanes, threads, count):
     shape = planes_elementwise.elementwise_shape(count)

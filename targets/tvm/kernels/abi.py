@@ -23,16 +23,13 @@ import tvm.tirx as tx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
-__all__ = ["Frame", "Kernel", "i64", "prefetch_ahead", "share", "write_kernel", "write_serial_kernel"]
+__all__ = ["Frame", "Kernel", "i64", "prefetch", "prefetch_ahead", "share", "write_kernel", "write_serial_kernel"]
 
 _C_ABI = 1
 """`tvm::CallingConv::kCPackedFunc`: any but the default keeps `MakePackedAPI` away."""
 
 _AHEAD = 128
 """Floats of a row of weights that are asked for before they are needed: of 32 to 1024, what measured best."""
-
-_PREFETCH = 0, 3, 1
-"""Arguments of `llvm.prefetch`: to read, to keep in all caches, data."""
 
 _UNBOUNDED = 1 << 40
 """Declared elements of a buffer: its real size is the plan's business."""
@@ -110,8 +107,18 @@ def i64(value: Any) -> Any:
 
 def prefetch_ahead(buffer: Any, at: Any) -> None:
     """Ask for the weights that follow those of a row at `at`, before they are needed; they may end before."""
-    arguments = [tx.IntImm("int32", value) for value in _PREFETCH]
-    T.evaluate(tx.call_intrin("void", "tirx.prefetch", tx.address_of(buffer[at + _AHEAD]), *arguments))
+    prefetch(buffer, at + _AHEAD)
+
+
+def prefetch(buffer: Any, at: Any, *, write: bool = False, near: bool = True) -> None:
+    """Ask for the cache line of an element; it may lie beyond the buffer.
+
+    Args:
+        write: it will be written: no other core shall have it.
+        near: bring it to the first level cache; otherwise to the second.
+    """
+    arguments = [tx.IntImm("int32", value) for value in (int(write), 3 if near else 2, 1)]  # of `llvm.prefetch`
+    T.evaluate(tx.call_intrin("void", "tirx.prefetch", tx.address_of(buffer[at]), *arguments))
 
 
 def share(count: Any, part: Any, parts: Any) -> tuple[Any, Any]:

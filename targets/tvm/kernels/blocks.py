@@ -48,7 +48,7 @@ class Groups:
         return start, T.bind(self.size + more)
 
 
-def balanced(first: Any, stop: Any, largest: int) -> Groups:
+def balanced(first: Any, stop: Any, largest: Any) -> Groups:
     """Cut a range of items into groups of at most `largest`."""
     count = T.bind(ceil_div(stop - first, largest))
     size = T.bind(tx.truncdiv(stop - first, tx.max(count, tx.IntImm("int32", 1))))

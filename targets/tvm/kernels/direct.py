@@ -25,74 +25,14 @@ from tvm.tirx.script import builder as T
 
 from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, prefetch_ahead, write_kernel
 from dvexport.targets.tvm.kernels.blocks import Groups, balanced
-from dvexport.targets.tvm.kernels.direct_data import HALVES, RUN_HEADER, Runs, Shape, Window
+from dvexport.targets.tvm.kernels.direct_ahead import ask_for_tile, ask_for_weights
+from dvexport.targets.tvm.kernels.direct_data import HALVES, RUN_HEADER, Shape
+from dvexport.targets.tvm.kernels.direct_spec import BEYOND, COLUMNS, TALL, DirectConv, spec_for
 from dvexport.targets.tvm.kernels.direct_vectors import ceildiv, choose, cut, int32, join, load, store
+from dvexport.targets.tvm.kernels.planes_vectors import LINE
 from dvexport.targets.tvm.machine import Machine
 
 __all__ = ["DirectConv", "direct_conv", "spec_for"]
-
-
-_SMALL_PLANE = 128
-"""Pixels up to which packing pays for any window, if a few rows share what is packed: weights come by once."""
-
-_BEYOND = 8
-_COLUMNS = range(5, _BEYOND + 2)
-"""Widths of a window worth packing by columns, and the floats that its last taps reach beyond two vectors at most."""
-
-_FEW_PIXELS = 256
-"""Pixels of a plane up to which a convolution waits for its weights more than it computes."""
-
-_FEW_ROWS = 64
-"""Output channels up to which a 1 x 1 window is not worth packing for."""
-
-_SQUARE_BLOCKS = {16: (8, 3), 8: (6, 2)}
-"""Register blocks, by lanes, of unpacked 3 x 3 windows and of packed columns, where these measured faster."""
-
-
-@dataclass(frozen=True)
-class DirectConv:
-    """A family of convolutions that share one function.
-
-    Attributes:
-        taps: pixels of the window: 1; 9, for a 3 x 3 window without dilation (unpacked); 0, as many as `shape` says
-            (packed).
-        step: columns from one output pixel's window to the next: 1 or 2.
-        run: neighbouring output pixels of one entry of the run list, a power of two up to the lanes.
-        inside: multiply by the float plane `inside`, because runs cover padding.
-        residual: add R before the activation.
-        relu: the activation, or none.
-        packed: copy windows to scratch first.
-        block: rows x vectors of the register block.
-        columns: width of a window whose even and odd columns are packed, instead of every tap; 0: every tap is.
-        ahead: weights are asked for ahead: for layers whose few pixels read each of them once.
-    """
-
-    taps: int
-    step: int
-    run: int
-    inside: bool
-    residual: bool
-    relu: bool
-    packed: bool
-    block: tuple[int, int]
-    columns: int = 0
-    ahead: bool = False
-
-    def memory(self, machine: Machine) -> dict[str, Any]:
-        """What the sizes of its buffers depend on; see `direct_shape` and `scratch_floats`."""
-        return {"packed": self.packed, "block": self.block, "columns": self.columns, "machine": machine}
-
-    def moved(self, taps: int) -> int:
-        """Vectors that are read for a vector of windows of `taps` pixels."""
-        return taps // self.columns * HALVES if self.columns else taps
-
-    def name(self, lanes: int) -> str:
-        """The symbol of this family's function."""
-        taps = f"t{self.taps or 'n'}"
-        kind = f"halves{self.columns}" if self.columns else "packed" if self.packed else "planes"
-        marks = [mark for mark in ("ahead", "inside", "residual", "relu") if getattr(self, mark)]
-        rows, vectors = self.block
-        return "_".join(["direct", kind, taps, f"s{self.step}", f"r{self.run}x{lanes}", f"b{rows}x{vectors}", *marks])
 
 
 def direct_conv(spec: DirectConv, machine: Machine) -> Kernel:
@@ -122,53 +62,28 @@ def direct_conv(spec: DirectConv, machine: Machine) -> Kernel:
     return frame.kernel
 
 
-def spec_for(
-    window: Window, runs: Runs, channels: tuple[int, int], machine: Machine, *, residual: bool, relu: bool
-) -> DirectConv:
-    """Return the family that a layer is fastest with.
-
-    Args:
-        window: geometry of the convolution.
-        runs: the pixels it may be asked for.
-        channels: input and output channels.
-        machine: what to generate code for.
-        residual, relu: what is fused.
-    """
-    step = window.strides[1]
-    if step > 2:
-        raise ValueError(f"no direct convolution has a stride of {step}")
-    packed = not (step == 1 and _reads_planes(window, runs, channels[1], machine))
-    point = window.size == 1
-    taps = 1 if point else 0 if packed else 9
-    wide = step == 2 and runs.run == machine.lanes and window.dilations[1] == 1
-    columns = window.kernel[1] if wide and window.kernel[1] in _COLUMNS else 0
-    plain = point or (packed and not columns)
-    block = machine.block if plain else _SQUARE_BLOCKS.get(machine.lanes, machine.block)
-    ahead = packed and not point and len(runs.outputs) * runs.run <= _FEW_PIXELS
-    return DirectConv(taps, step, runs.run, runs.inside, residual, relu, packed, block, columns, ahead)
-
-
-def _reads_planes(window: Window, runs: Runs, rows: int, machine: Machine) -> bool:
-    """Whether a layer is faster without packing, as measured with 16, 8 and 4 lanes on x86-64."""
-    if window.size == 1:
-        return machine.lanes == runs.run == 16 and rows <= _FEW_ROWS
-    if window.kernel != (3, 3) or window.dilations != (1, 1):
-        return False
-    wide = runs.run >= (8 if machine.lanes == 16 else machine.lanes)
-    return wide and (len(runs.outputs) * runs.run > _SMALL_PLANE or rows < machine.block[0])
-
-
 def _check(spec: DirectConv, machine: Machine) -> None:
     if machine.lanes % spec.run or spec.step not in (1, 2) or spec.taps not in ((0, 1) if spec.packed else (1, 9)):
         raise ValueError(f"no direct convolution has {spec} with {machine.lanes} lanes")
     if spec.inside and spec.run != machine.lanes:
         raise ValueError("runs shorter than a vector cover no padding")
     if spec.columns and (
-        spec.columns not in _COLUMNS or not spec.packed or spec.taps or spec.step != 2 or spec.run != machine.lanes
+        spec.columns not in COLUMNS or not spec.packed or spec.taps or spec.step != 2 or spec.run != machine.lanes
     ):
         raise ValueError(f"even and odd columns are packed for whole vectors of stride 2, not for {spec}")
     if not spec.packed and (spec.step != 1 or spec.run == 1):
         raise ValueError("only runs of neighbouring pixels are read from the planes")
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A register block: `first` of the list of rows, their numbers, where their weights begin; vectors of pixels."""
+
+    first: Any
+    rows: list[Any]
+    weights: list[Any]
+    vector: Any
+    size: int
 
 
 class _Writer:
@@ -177,7 +92,7 @@ class _Writer:
     def __init__(self, spec: DirectConv, machine: Machine, frame: Frame) -> None:
         self.spec, self.frame, self.lanes = spec, frame, machine.lanes
         self.by_vector = machine.is_aarch64
-        self.rows_block, self.vectors_block = spec.block
+        self.rows_block, self.vectors_block = max(spec.block[0], spec.tall), spec.block[1]
         self.pieces = machine.lanes // spec.run
         self.panel_row = self.vectors_block * machine.lanes
 
@@ -213,15 +128,20 @@ class _Writer:
         some_vectors = T.bind(rows * ceildiv(vectors, parts))
         some_rows = T.bind(vectors * ceildiv(rows, parts))
         split_rows = T.bind(some_rows < some_vectors + self._shape(Shape.PREFER_ROWS))
-        ranges = []
-        for count, split, block in (
-            (rows, split_rows, self.rows_block),
-            (vectors, tx.Not(split_rows), self.vectors_block),
-        ):
+
+        def of(count: Any, split: Any, block: Any) -> Groups:
             start = T.bind(tx.Select(split, tx.truncdiv(count * part, parts), int32(0)))
             stop = T.bind(tx.Select(split, tx.truncdiv(count * (part + 1), parts), count))
-            ranges.append(balanced(start, stop, block))
-        return ranges[0], ranges[1]
+            return balanced(start, stop, block)
+
+        of_vectors = of(vectors, tx.Not(split_rows), self.vectors_block)
+        most: Any = self.spec.block[0]
+        if self.spec.tall:
+            few = of_vectors.size + tx.min(of_vectors.longer, int32(1)) <= TALL
+            held = T.alloc_buffer((1,), "int32", scope="global")  # a plain binding the simplifier would look through
+            T.buffer_store(held, tx.Select(few, int32(self.spec.tall), int32(most)), [0])
+            most = T.bind(held[0])
+        return of(rows, split_rows, most), of_vectors
 
     def _blocks(self, panels: Any) -> Any:
         """How many blocks of panels: those of one block stay in the cache while all groups of rows pass over them."""
@@ -249,12 +169,12 @@ class _Writer:
     def _pack_halves(self, source: Any, target: Any) -> None:
         """Copy the even columns that a vector's windows have in a row, then the odd ones, with room for two vectors."""
         lanes, X = self.lanes, self.frame.X
-        first, last = T.bind(load(X, source, 2 * lanes)), T.bind(load(X, source + 2 * lanes, _BEYOND))
+        first, last = T.bind(load(X, source, 2 * lanes)), T.bind(load(X, source + 2 * lanes, BEYOND))
         for parity in range(2):
             at = target + parity * (HALVES // 2 * lanes)
             store(self.frame.scratch, at, tx.Shuffle([first], list(range(parity, 2 * lanes, 2))), lanes)
-            beyond = tx.Shuffle([last], list(range(parity, _BEYOND, 2)))
-            store(self.frame.scratch, at + lanes, beyond, _BEYOND // 2)
+            beyond = tx.Shuffle([last], list(range(parity, BEYOND, 2)))
+            store(self.frame.scratch, at + lanes, beyond, BEYOND // 2)
 
     def _window(self, offset: Any) -> Any:
         """A run's pixels under one tap."""
@@ -270,14 +190,15 @@ class _Writer:
         with T.serial(start, stop) as index:
             vector, size = vectors.group(index)
             panel = T.bind(self.panels + i64(index - start) * self.panel)
-            choose(size, self.vectors_block, lambda n: self._product(rows, weights, vector, n, panel))
+            widest = self.vectors_block if len(rows) <= self.spec.block[0] else TALL
+            choose(size, widest, lambda n: self._product(_Block(first, rows, weights, vector, n), panel))
             self._epilogue(first, count, vector, size)
 
-    def _product(self, rows: list[Any], weights: list[Any], vector: Any, size: int, panel: Any) -> None:
+    def _product(self, block: _Block, panel: Any) -> None:
         """One register block; its sums go to the tile in scratch."""
-        lanes = [tx.Ramp(0, 1, self.lanes)]
-        sums = [[T.alloc_buffer((self.lanes,), "float32", scope="global") for _ in range(size)] for _ in rows]
-        for row, line in zip(rows, sums, strict=True):
+        lanes, vectors = [tx.Ramp(0, 1, self.lanes)], range(block.size)
+        sums = [[T.alloc_buffer((self.lanes,), "float32", scope="global") for _ in vectors] for _ in block.rows]
+        for row, line in zip(block.rows, sums, strict=True):
             bias = T.bind(tx.Broadcast(self.frame.B[row], self.lanes))
             for total in line:
                 T.buffer_store(total, bias, lanes)
@@ -289,66 +210,76 @@ class _Writer:
                     T.buffer_store(total, total[lanes[0]] + factor * pixel, lanes)
 
         if self.spec.packed:
-            self._sum_packed(weights, size, panel, add)
+            self._sum_packed(block, panel, add)
         else:
-            self._sum_planes(weights, vector, size, add)
+            self._sum_planes(block, add)
         for i, line in enumerate(sums):
             for j, total in enumerate(line):
                 store(self.frame.scratch, self.tile + i * self.panel_row + j * self.lanes, total[lanes[0]], self.lanes)
 
-    def _sum_packed(self, weights: list[Any], size: int, panel: Any, add: Callable[..., None]) -> None:
+    def _sum_packed(self, block: _Block, panel: Any, add: Callable[..., None]) -> None:
+        if self.spec.taps == 1:
+            self._sum_points(block, panel, add)
+            return
         depth = i64(self.depth)
         with T.serial(0, self.n_cols) as col:
             weight = T.bind(i64(self.frame.cols[i64(col) + 1]) * depth)
             if self.spec.ahead:
-                for row in weights:
+                for row in block.weights:
                     prefetch_ahead(self.frame.W, row + weight)
             if self.spec.columns:
                 with T.serial(0, self.lines) as line:
                     pixel = T.bind(panel + (i64(col) * i64(self.lines) + i64(line)) * self.line)
-                    self._some_columns(weights, weight + i64(line) * self.spec.columns, pixel, size, add)
+                    self._some_columns(block, weight + i64(line) * self.spec.columns, pixel, add)
                 return
             pixel = T.bind(panel + i64(col) * depth * self.panel_row)
-            if self.spec.taps == 1:
-                self._some_taps(weights, weight, pixel, 1, size, add)
-                return
             done = int32(0)
             if self.by_vector:
                 fours = T.bind(tx.truncdiv(self.depth, int32(4)))
                 with T.serial(0, fours) as four:
-                    self._some_taps(
-                        weights, weight + i64(four) * 4, pixel + i64(four) * (4 * self.panel_row), 4, size, add
-                    )
+                    self._some_taps(block, weight + i64(four) * 4, pixel + i64(four) * (4 * self.panel_row), 4, add)
                 done = T.bind(fours * 4)
             with T.serial(done, self.depth) as tap:
-                self._some_taps(weights, weight + i64(tap), pixel + i64(tap) * self.panel_row, 1, size, add)
+                self._some_taps(block, weight + i64(tap), pixel + i64(tap) * self.panel_row, 1, add)
 
-    def _some_taps(
-        self, weights: list[Any], weight: Any, panel: Any, taps: int, size: int, add: Callable[..., None]
-    ) -> None:
+    def _sum_points(self, block: _Block, panel: Any, add: Callable[..., None]) -> None:
+        """A 1 x 1 window: as many input channels at a time as weights share a cache line, each time asking for some."""
+        with T.serial(0, T.bind(ceildiv(self.n_cols, LINE))) as turn:
+            first = T.bind(turn * LINE)
+            if self.spec.ahead:
+                frame = self.frame
+                ask_for_weights(frame, block.first, len(block.rows), self.w_row, first)
+                row = T.bind(block.first + tx.truncmod(turn, int32(len(block.rows))))
+                offsets = [self._run(self.out_runs, block.vector + j, 0) for j in range(block.size)]
+                ask_for_tile(frame, row, offsets, self.y_plane, residual=self.spec.residual)
+            with T.serial(first, T.bind(tx.min(first + LINE, self.n_cols))) as col:
+                weight = T.bind(i64(self.frame.cols[i64(col) + 1]))
+                self._some_taps(block, weight, panel + i64(col) * self.panel_row, 1, add)
+
+    def _some_taps(self, block: _Block, weight: Any, panel: Any, taps: int, add: Callable[..., None]) -> None:
         weight, panel = T.bind(weight), T.bind(panel)
-        factor = self._factors(weights, weight, taps)
+        factor = self._factors(block.weights, weight, taps)
         for tap in range(taps):
             first = panel + tap * self.panel_row
-            pixels = [T.bind(load(self.frame.scratch, first + j * self.lanes, self.lanes)) for j in range(size)]
+            pixels = [T.bind(load(self.frame.scratch, first + j * self.lanes, self.lanes)) for j in range(block.size)]
             add(pixels, lambda i, tap=tap: factor(i, tap))
 
-    def _some_columns(self, weights: list[Any], weight: Any, line: Any, size: int, add: Callable[..., None]) -> None:
+    def _some_columns(self, block: _Block, weight: Any, line: Any, add: Callable[..., None]) -> None:
         """A row of the window, its even and odd columns packed."""
         lanes = self.lanes
-        factor = self._factors(weights, T.bind(weight), self.spec.columns)
+        factor = self._factors(block.weights, T.bind(weight), self.spec.columns)
         for column in range(self.spec.columns):
             at = line + (column % 2 * (HALVES // 2 * lanes) + column // 2)
-            pixels = [T.bind(load(self.frame.scratch, at + j * (HALVES * lanes), lanes)) for j in range(size)]
+            pixels = [T.bind(load(self.frame.scratch, at + j * (HALVES * lanes), lanes)) for j in range(block.size)]
             add(pixels, lambda i, column=column: factor(i, column))
 
-    def _sum_planes(self, weights: list[Any], vector: Any, size: int, add: Callable[..., None]) -> None:
-        offsets = [
-            [self._run(self.in_runs, T.bind(vector + j), piece) for piece in range(self.pieces)] for j in range(size)
-        ]
+    def _sum_planes(self, block: _Block, add: Callable[..., None]) -> None:
+        pieces = range(self.pieces)
+        vectors = [T.bind(block.vector + j) for j in range(block.size)]
+        offsets = [[self._run(self.in_runs, vector, piece) for piece in pieces] for vector in vectors]
 
         def line(plane: Any, weight: Any, columns: int) -> None:
-            factor = self._factors(weights, weight, columns)
+            factor = self._factors(block.weights, weight, columns)
             for column in range(columns):
                 pixels = []
                 for pieces in offsets:
@@ -403,7 +334,8 @@ class _Writer:
         if self.spec.relu:
             value = tx.max(value, tx.Broadcast(tx.FloatImm("float32", 0.0), self.lanes))
         if self.spec.inside:
-            value = value * load(self.frame.inside, offsets[0], self.lanes)
+            zero = tx.Broadcast(tx.FloatImm("float32", 0.0), self.lanes)
+            value = tx.Select(tx.EQ(load(self.frame.inside, offsets[0], self.lanes), zero), zero, value)
         return value
 
     def _run(self, table: Any, vector: Any, piece: int) -> Any:

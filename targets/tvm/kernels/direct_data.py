@@ -98,7 +98,7 @@ class Runs:
 
     Attributes:
         run: output pixels of a run.
-        inside: whether runs cover padding, so that the kernel must multiply by `inside`.
+        inside: whether runs cover the padding between rows, where the kernel must write zeros.
         starts: `[cells + 1]`, the first run of every cell.
         outputs, inputs: `[runs]`, offsets in the planes.
     """
@@ -124,6 +124,7 @@ def direct_shape(
     block: tuple[int, int],
     columns: int,
     machine: Machine,
+    vectors: int | None = None,
 ) -> np.ndarray:
     """Return the int32 constant `shape` of a layer.
 
@@ -133,6 +134,7 @@ def direct_shape(
         channels: input and output channels.
         packed, block, columns: as in the kernel's `DirectConv`.
         machine: as in the kernel.
+        vectors: of pixels, at most, that it may be asked for; None: any number.
     """
     window.check(x, y)
     shape = np.zeros(Shape.FIRST_TAP + window.size, np.int32)
@@ -140,7 +142,7 @@ def direct_shape(
     shape[Shape.X_PLANE], shape[Shape.Y_PLANE] = x.size, y.size
     shape[Shape.W_ROW] = _weight_row(channels[0] * window.size)
     shape[Shape.TAPS] = window.size
-    shape[Shape.SCRATCH] = _slice(window.size, channels[0], packed, block, columns, machine)
+    shape[Shape.SCRATCH] = _slice(window.size, channels[0], packed, block, columns, machine, vectors)
     shape[Shape.TOGETHER] = _CACHE
     shape[Shape.PREFER_ROWS] = weights > _WEIGHTS_CACHE
     shape[Shape.FIRST_TAP :] = x.taps(window.kernel, window.dilations)
@@ -156,10 +158,21 @@ def direct_weights(weights: np.ndarray) -> np.ndarray:
 
 
 def scratch_floats(
-    size: int, channels: int, threads: int, *, packed: bool, block: tuple[int, int], columns: int, machine: Machine
+    size: int,
+    channels: int,
+    threads: int,
+    *,
+    packed: bool,
+    block: tuple[int, int],
+    columns: int,
+    machine: Machine,
+    vectors: int | None = None,
 ) -> int:
-    """Return the floats of `scratch` for `threads` parts of a layer with `channels` inputs and windows of `size`."""
-    return threads * _slice(size, channels, packed, block, columns, machine)
+    """Return the floats of `scratch` for `threads` parts of a layer with `channels` inputs and windows of `size`.
+
+    The rest is as in `direct_shape`.
+    """
+    return threads * _slice(size, channels, packed, block, columns, machine, vectors)
 
 
 def dense_runs(x: Plane, y: Plane, window: Window, machine: Machine) -> Runs:
@@ -237,10 +250,12 @@ def _weight_row(depth: int) -> int:
 
 
 def _slice(
-    size: int, channels: int, packed: bool, block: tuple[int, int], columns: int, machine: Machine
+    size: int, channels: int, packed: bool, block: tuple[int, int], columns: int, machine: Machine, most: int | None
 ) -> int:  # fmt: skip
     """Floats of one thread's scratch: a register block, and the packed windows of a block of panels."""
     panel_row = block[1] * machine.lanes
-    vectors = size // columns * HALVES if columns else size
-    windows = max(_CACHE, vectors * channels * panel_row) if packed else 0
+    panel = (size // columns * HALVES if columns else size) * channels * panel_row
+    windows = max(_CACHE, panel) if packed else 0
+    if most is not None:
+        windows = min(windows, -(-most // block[1]) * panel)
     return -(-(block[0] * panel_row + windows) // 16) * 16

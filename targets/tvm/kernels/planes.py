@@ -18,11 +18,21 @@ import tvm.tirx as tx
 from tvm.tirx.script import builder as T
 
 from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, share, write_kernel
-from dvexport.targets.tvm.kernels.planes_vectors import LINE, cover, load, row_spans, splat, store, zero_around
+from dvexport.targets.tvm.kernels.planes_vectors import (
+    LINE,
+    cover,
+    load,
+    row_spans,
+    splat,
+    store,
+    zero_around,
+    zero_outside,
+)
 from dvexport.targets.tvm.layout import Plane
 from dvexport.targets.tvm.machine import Machine
 
 __all__ = [
+    "ends_shape",
     "frame_shape",
     "load_frame",
     "merge",
@@ -30,6 +40,7 @@ __all__ = [
     "merge_lines",
     "merge_shape",
     "store_planes",
+    "zero_ends",
     "zero_pads",
 ]
 
@@ -73,6 +84,25 @@ def zero_pads(machine: Machine) -> Kernel:
     """
     with write_kernel("zero_pads", shape="int32", Y="float32") as frame:
         _pads(frame, frame.Y, machine)
+    return frame.kernel
+
+
+def ends_shape(channels: int, plane: Plane) -> np.ndarray:
+    """Return `shape` of `zero_ends`: C, base, the end of the last row's pixels, size."""
+    last = plane.offset(plane.height - 1, plane.width)
+    return np.array([channels, plane.base, last, plane.size], np.int32)
+
+
+def zero_ends(machine: Machine) -> Kernel:
+    """Zero what is before the first pixel and after the last one of planes Y. Buffers: shape, Y.
+
+    For memory that another tensor used before, ahead of kernels that write from the first pixel to the last.
+    """
+    with write_kernel("zero_ends", shape="int32", Y="float32") as frame:
+        channels, base, last, size = (T.bind(frame.shape[index]) for index in range(4))
+        low, high = share(channels, frame.part, frame.parts)
+        with T.serial(low, high) as channel:
+            zero_outside(frame.Y, T.bind(i64(channel) * i64(size)), (base, last, size), machine.lanes)
     return frame.kernel
 
 

@@ -18,7 +18,19 @@ from tvm.tirx.script import builder as T
 
 from dvexport.targets.tvm.kernels.abi import Frame, i64, share
 
-__all__ = ["LINE", "ceil_div", "cover", "load", "narrower", "row_spans", "splat", "store", "strided", "zero_around"]
+__all__ = [
+    "LINE",
+    "ceil_div",
+    "cover",
+    "load",
+    "narrower",
+    "row_spans",
+    "splat",
+    "store",
+    "strided",
+    "zero_around",
+    "zero_outside",
+]
 
 LINE = 16
 """Floats in 64 bytes, which sizes and bases of planes are multiples of (`layout.Plane`)."""
@@ -108,6 +120,23 @@ def row_spans(frame: Frame, rows: Any, length: Any) -> Iterator[tuple[Any, Any, 
         yield row, T.bind(tx.max(low - start, tx.IntImm("int32", 0))), T.bind(tx.min(high - start, span))
 
 
+def zero_outside(buffer: Any, plane: Any, sizes: tuple[Any, Any, Any], lanes: int) -> None:
+    """Zero a plane before `base` and from `end` on.
+
+    Args:
+        buffer: of planes.
+        plane: int64 offset of the plane.
+        sizes: int32 base, end and size; a vector fits before the one and after the other.
+        lanes: of the machine; it divides base and size.
+    """
+    base, end, size = sizes
+    zero = splat(0.0, lanes)
+    with T.serial(0, tx.truncdiv(base, lanes)) as index:
+        store(buffer, plane + i64(tx.min(index * lanes, base - lanes)), zero, lanes)  # min: no call of memset
+    with T.serial(0, ceil_div(size - end, lanes)) as index:
+        store(buffer, plane + i64(tx.min(end + index * lanes, size - lanes)), zero, lanes)
+
+
 def zero_around(buffer: Any, plane: Any, sizes: tuple[Any, ...], lanes: int) -> None:
     """Zero a plane but for its image.
 
@@ -118,11 +147,7 @@ def zero_around(buffer: Any, plane: Any, sizes: tuple[Any, ...], lanes: int) -> 
         lanes: of the machine; it divides base and size.
     """
     height, width, pitch, base, end, size = sizes
-    zero = splat(0.0, lanes)
-    with T.serial(0, tx.truncdiv(base, lanes)) as index:
-        store(buffer, plane + i64(tx.min(index * lanes, base - lanes)), zero, lanes)  # min: no call of memset
-    with T.serial(0, ceil_div(size - end, lanes)) as index:
-        store(buffer, plane + i64(tx.min(end + index * lanes, size - lanes)), zero, lanes)
+    zero_outside(buffer, plane, (base, end, size), lanes)
     with T.serial(width, pitch) as column:  # 1 to 3 of them
         first = T.bind(plane + i64(base + column))
         with T.serial(0, height) as row:

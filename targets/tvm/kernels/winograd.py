@@ -7,7 +7,7 @@ Lanes are tiles. A block of tile vectors is transformed for all listed inputs an
 then each group of output channels is (m + 2)^2 matrix products of a register block each, and transformed back.
 
 A kernel serves every layer: sizes are in `shape` (see `winograd_lists.SHAPE`). Output tiles may overshoot the
-right and bottom edge of the image into the padding of the plane; `inside` makes zeros of what they write there.
+right and bottom edge of the image into the padding of the plane; what they write there are zeros, chosen by `inside`.
 """
 
 from __future__ import annotations
@@ -115,18 +115,25 @@ def spec_for(
     return WinogradConv(m, bool(height % m or width % m), residual, relu, block, ahead)
 
 
-def part_floats(spec: WinogradConv, cin: int, machine: Machine) -> int:
-    """Return the scratch that one thread needs, in floats."""
-    lanes = machine.lanes
-    transformed = spec.points * (len(spec.block) * lanes * cin + _GAP)
-    products = spec.points * lanes * max(rows * count for count, rows in enumerate(spec.block, 1))
+def part_floats(spec: WinogradConv, cin: int, vectors: int, machine: Machine) -> int:
+    """Return the scratch that one thread needs, in floats.
+
+    Args:
+        spec: the kernel.
+        cin: input channels.
+        vectors: of tiles, at most, that it may be asked for.
+        machine: what it runs on.
+    """
+    lanes, block = machine.lanes, spec.block[: max(vectors, 1)]
+    transformed = spec.points * (len(block) * lanes * cin + _GAP)
+    products = spec.points * lanes * max(rows * count for count, rows in enumerate(block, 1))
     total = transformed + products + spec.points * lanes
     return -(-total // 16) * 16
 
 
-def scratch_floats(spec: WinogradConv, cin: int, threads: int, machine: Machine) -> int:
-    """Return the size of the buffer `scratch` in floats."""
-    return threads * part_floats(spec, cin, machine)
+def scratch_floats(spec: WinogradConv, cin: int, vectors: int, threads: int, machine: Machine) -> int:
+    """Return the size of the buffer `scratch` in floats; see `part_floats`."""
+    return threads * part_floats(spec, cin, vectors, machine)
 
 
 def winograd_conv(spec: WinogradConv, machine: Machine) -> Kernel:
@@ -321,7 +328,7 @@ class _Writer:
         if spec.relu:
             value = tx.max(value, splat(0.0, lanes))
         if spec.inside:
-            value = value * gather(frame.inside, places, spec.m)
+            value = tx.Select(tx.NE(gather(frame.inside, places, spec.m), splat(0.0, lanes)), value, splat(0.0, lanes))
         value = T.bind(value)
         for i, place in enumerate(places):
             part = value if len(places) == 1 else tx.Shuffle([value], list(range(i * spec.m, (i + 1) * spec.m)))
