@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -134,12 +134,10 @@ def _tokens(arguments: argparse.Namespace) -> list[_Measured]:
 
     rounds = min(arguments.rounds, _CLIP_ROUNDS)
     return [
-        replace(
-            _show(
-                f"STA, {name}", tokens.COLUMNS,
-                tokens.token_rows(name, tokens.rates(name), arguments.backends, arguments.threads, rounds),
-            ),
-            block=f"tokens-{name}",
+        _show(
+            f"STA, {name}", tokens.COLUMNS,
+            tokens.token_rows(name, tokens.rates(name), arguments.backends, arguments.threads, rounds),
+            f"tokens-{name}",
         )
         for name in arguments.transformers
     ]  # fmt: skip
@@ -178,13 +176,13 @@ def _startup(arguments: list[str]) -> float:
     return statistics.median(times)
 
 
-def _show(title: str, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> _Measured:
-    """Print a table as soon as it is there."""
+def _show(title: str, columns: tuple[str, ...], rows: list[dict[str, Any]], block: str = "") -> _Measured:
+    """Print a table as soon as it is there; `block` as in `_Measured`."""
     table = Table(*columns, title=title)
     for row in rows:
         table.add_row(*[str(row[column]) for column in columns])
     Console(width=max(Console().width, 150)).print(table)
-    return _Measured(title, columns, rows)
+    return _Measured(title, columns, rows, block)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from dvexport.dialect.flops import flop_table
 from dvexport.errors import CheckFailed, CheckpointError, TraceError, UsageError, unknown_name
 from dvexport.files import writable_output
 from dvexport.golden import moving_texture, pack, sample_clip, torch_steps
-from dvexport.graph import DV, gate_name, make_contiguous, static_shape, whole_clip_of
+from dvexport.graph import DV, gate_name, static_shape, whole_clip_of
 from dvexport.passes.choose_lowering import Abilities, CostTable
 from dvexport.passes.expose_probes import decision_values
 from dvexport.passes.pipeline import Lowered, Plan
@@ -274,7 +274,6 @@ def traced_levels(net: Any) -> tuple[ir.Model, ir.Model | None]:
         TraceError: a model that can't be traced, or chooses tokens and has no dense version.
     """
     traced = trace(net, net.preprocess.size)
-    make_contiguous(traced)  # here, and not in each variant that is made of it: transposed weights are as large as all
     if not any(kind == "tokens" for _, kind in decision_values(traced)):
         return traced, None
     if not hasattr(net, "without_pruning"):
@@ -284,7 +283,6 @@ def traced_levels(net: Any) -> tuple[ir.Model, ir.Model | None]:
             hint="define without_pruning(), see docs/adding-a-model.md",
         )
     dense = trace(net.without_pruning(), net.preprocess.size)
-    make_contiguous(dense)
     share_weights(traced, dense)
     return traced, dense
 

@@ -149,16 +149,18 @@ def make_contiguous(model: ir.Model) -> None:
 
 def static_shape(value: ir.Value) -> tuple[int, ...]:
     """Return a value's shape; PassError if any dimension is unknown."""
-    if value.shape is None or not all(isinstance(d, int) for d in value.shape):
+    if not _is_static(value):
         raise PassError("a shape must be static here", where=value.name, why=f"its shape is {value.shape}")
-    return tuple(int(d) for d in value.shape)  # type: ignore[arg-type]
+    return tuple(int(d) for d in value.shape)  # type: ignore[arg-type,union-attr]
 
 
 def known_shape(value: ir.Value) -> tuple[int, ...]:
     """Return a value's shape, () if any dimension is unknown."""
-    if value.shape is None or not all(isinstance(d, int) for d in value.shape):
-        return ()
-    return tuple(int(d) for d in value.shape)  # type: ignore[arg-type]
+    return static_shape(value) if _is_static(value) else ()
+
+
+def _is_static(value: ir.Value) -> bool:
+    return value.shape is not None and all(isinstance(d, int) for d in value.shape)
 
 
 _WHOLE_CLIP = "dv.whole_clip"

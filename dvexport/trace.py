@@ -13,7 +13,7 @@ import onnx_ir as ir
 from dvexport.dialect import operator_of
 from dvexport.errors import TraceError
 from dvexport.fold import fold_constants
-from dvexport.graph import DV, FRAMES, OPSET, mark_whole_clip, source_of
+from dvexport.graph import DV, FRAMES, OPSET, make_contiguous, mark_whole_clip, source_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -67,6 +67,7 @@ def trace(model: nn.Module, size: tuple[int, int]) -> ir.Model:
     assert program is not None
     traced = program.model
     fold_constants(traced)
+    make_contiguous(traced)  # here, and not in each variant that is made of it: transposed weights are as large as all
     if frames:
         mark_whole_clip(traced, frames)
     _check(traced)

@@ -242,21 +242,25 @@ def with_rates(text: str, rates: Rates) -> str:
 
 def runs_here(cpu: Cpu) -> bool:
     """Tell whether code for a processor is for this kind of machine."""
-    machine = platform.machine().lower()
-    here = {"amd64": "x86_64", "arm64": "aarch64", "armv7l": "armv7"}.get(machine, machine)
-    return cpu.triple.startswith(here) and "android" not in cpu.triple
+    return cpu.triple.startswith(_architecture()) and "android" not in cpu.triple
 
 
 def host_name() -> str:
     """Return the catalogue name that fits this machine; UsageError on a processor without one."""
-    machine = platform.machine().lower()
-    if machine in ("x86_64", "amd64"):
+    machine = _architecture()
+    if machine == "x86_64":
         return "x86-64-avx512" if "avx512f" in _cpu_flags() else "x86-64-avx2"
-    if machine in ("aarch64", "arm64"):
+    if machine == "aarch64":
         return "arm64"
     raise UsageError(
         f"no target of the catalogue fits this machine ({machine})", hint=f"name one of: {', '.join(names())}"
     )
+
+
+def _architecture() -> str:
+    """Return what this machine is called in target triples, where systems differ."""
+    machine = platform.machine().lower()
+    return {"amd64": "x86_64", "arm64": "aarch64", "armv7l": "armv7"}.get(machine, machine)
 
 
 def _cpu_flags() -> set[str]:

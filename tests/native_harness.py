@@ -14,6 +14,7 @@ import numpy as np
 from dvexport.targets import devices
 from dvexport.targets.tvm.build import compile_kernel
 from dvexport.targets.tvm.kernels.abi import Kernel
+from dvexport.targets.tvm.layout import Plane
 from dvexport.targets.tvm.machine import Machine, machine_of
 
 _PADDING = 64
@@ -33,6 +34,11 @@ def aligned(array: np.ndarray, spare: int = 0) -> np.ndarray:
     view = memory[start : start + data.nbytes].view(data.dtype).reshape(data.shape)
     view[...] = data
     return view
+
+
+def unpadded(plane: Plane, image: np.ndarray) -> np.ndarray:
+    """Planes of an image whose padding nobody has cleared."""
+    return np.where(plane.inside() != 0, plane.pack(image), np.float32(np.nan))
 
 
 @functools.cache

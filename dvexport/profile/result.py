@@ -184,10 +184,8 @@ class NodeTime:
 
     @property
     def role(self) -> str:
-        """`compute`, `decide`, `move`, `control` or `other` (`roles.node_role`); softmax outside of gates computes."""
+        """`compute`, `decide`, `move`, `control` or `other` (see `roles.node_role`)."""
         role = node_role(self.op)
-        if self.op == "Softmax" and self.gate is None and not self.decides:
-            return "compute"
         return "decide" if self.decides and role != "control" else role
 
     @property

@@ -2,8 +2,8 @@
 
 Time that a gated artifact spends outside its convolutions is the price of the gate: the decision
 (policy network, mask) and the data movement around the convolutions (gather, scatter, merge). Matrix
-products compute, since tile lowerings convolve by them; those of a policy are told apart by the module
-they were traced in (`NodeTime.decides`).
+products and softmax compute, since tile lowerings convolve by the one and attention has both; those of a
+policy are told apart by the module they were traced in (`NodeTime.decides`).
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ __all__ = ["ROLES", "node_role"]
 
 ROLES = {
     "compute": {"conv", "Conv", "FusedConv", "ConvTranspose", "NhwcFusedConv", "QLinearConv", "ConvInteger",
-                "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "attention", "linear", "product"},
+                "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Softmax", "attention", "linear", "product"},
     "decide": {
         "GlobalAveragePool", "AveragePool", "ReduceMean", "ReduceSum", "ReduceMax", "ArgMax", "TopK", "NonZero",
         "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal", "And", "Or", "Not", "BatchNormalization",
-        "Softmax", "Sigmoid", "Tanh", "avg_pool", "gemm", "island", "list", "mask", "mean",
+        "Sigmoid", "Tanh", "avg_pool", "gemm", "island", "list", "mask", "mean",
         "select_tokens",
     },
     "move": {

@@ -142,7 +142,7 @@ def _options(program: Program, layer: _Layer, index: int, residual: bool) -> Ite
     unit, machine, channels = layer.unit, program.machine, layer.channels
     runs = _runs(layer, machine)
     spec = direct.spec_for(layer.window, runs, channels, machine, residual=residual, relu=unit.relu)
-    vectors = -(-len(runs.outputs) // (machine.lanes // runs.run))
+    vectors = runs.vectors(machine.lanes)
     cost = costs.direct_cost(spec, layer.window.size, layer.channels[0], machine)
     yield _direct(program, layer, spec, _pixels(program, layer, index, runs), vectors, cost)
     tiled = None

@@ -39,8 +39,8 @@ Cost = tuple[float, ...]
 _TERMS = ("", "a", "b", "c", "ab", "ac", "bc", "abc")
 """What each of the first coefficients of a cost model is multiplied by; the last are `line` and `stream`."""
 
-_LINE, _FLOAT = 64, 4
-"""Bytes of a cache line and of a weight."""
+_CACHE_LINE = 16
+"""Weights of a cache line."""
 
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
 
@@ -218,7 +218,7 @@ def direct_cost(spec: DirectConv, taps: int, inputs: int, machine: Machine) -> C
     else:
         product, read = rates.window_product, rates.loaded
     write = rates.finished + pieces * (rates.written + (rates.residual if spec.residual else 0.0))
-    line = rates.line * (1 + (_FLOAT * taps - _FLOAT) / _LINE)  # a window's weights begin anywhere in one
+    line = rates.line * (1 + (taps - 1) / _CACHE_LINE)  # a window's weights begin anywhere in one
     stream = rates.weight * taps * inputs
     terms = (rates.call, rates.row, 0.0, 0.0, 0.0, write, read * spec.moved(taps), product * taps)
     return (*terms, line, stream)

@@ -154,8 +154,8 @@ class Program:
         """Return memory for an image that is about to be written.
 
         Args:
-            fragile: what writes it needs its padding to be zero already,
-            covered: but for that between rows.
+            fragile: what writes it needs its padding to be zero already.
+            covered: of a fragile one, what writes it writes the padding between rows too.
             partial: what writes it leaves some of its padding as it is, and nobody reads that.
         """
         part = self._home(value, self._plane_bytes(value))

@@ -222,7 +222,7 @@ def _ways(index: int, work: Work, machine: Machine) -> Iterator[_Way]:
     channels, window = (layer.cin, layer.cout), layer.window
     runs = _runs(layer, machine)
     spec = direct.spec_for(window, runs, channels, machine, residual=layer.residual, relu=True)
-    vectors = -(-len(runs.outputs) // (machine.lanes // runs.run))
+    vectors = runs.vectors(machine.lanes)
     how = {**spec.memory(machine), "vectors": vectors}
     run_list = direct_data.run_list(runs, work.cells, machine)
     counts = (len(work.rows), len(work.columns), int(run_list[0]))

@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,17 +56,10 @@ def run_emulated(
         return _outputs((folder / "dump").read_bytes(), ports[1], len(next(iter(feeds.values()))))
 
 
-def count_instructions(
-    artifact: NativeArtifact,
-    variant: str,
-    feeds: Mapping[str, np.ndarray],
-    inputs: Sequence[str],
-    command: Sequence[str],
-    steps: tuple[int, int],
-) -> int:
+def count_instructions(*arguments: Any) -> int:
     """As `emulation.count_instructions`; the test is skipped where QEMU takes no plugin."""
     try:
-        return emulation.count_instructions(artifact, variant, feeds, inputs, command, steps)
+        return emulation.count_instructions(*arguments)
     except DeviceError as error:
         if "plugin" not in str(error):
             raise

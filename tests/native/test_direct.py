@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from native_harness import Callable, aligned, host_machine
+from native_harness import Callable, aligned, host_machine, unpadded
 
 from dvexport.targets.tvm.build import compile_kernel
 from dvexport.targets.tvm.kernels.direct import DirectConv, direct_conv, spec_for
@@ -153,11 +153,6 @@ class Layer:
         assert not after[:, self.y.inside() == 0].any(), "wrote to the padding"
         untouched = np.setdiff1d(np.arange(len(before)), rows)
         assert np.array_equal(after[untouched], before[untouched])
-
-
-def unpadded(plane: Plane, image: np.ndarray) -> np.ndarray:
-    """Planes of an image whose padding nobody has cleared."""
-    return np.where(plane.inside() != 0, plane.pack(image), np.float32(np.nan))
 
 
 def channel_list(channels: np.ndarray, total: int) -> np.ndarray:

@@ -29,7 +29,7 @@ from dvexport.targets.tvm.kernels.direct_ahead import ask_for_tile, ask_for_weig
 from dvexport.targets.tvm.kernels.direct_data import HALVES, RUN_HEADER, Shape
 from dvexport.targets.tvm.kernels.direct_spec import BEYOND, COLUMNS, TALL, DirectConv, spec_for
 from dvexport.targets.tvm.kernels.direct_vectors import ceildiv, choose, cut, int32, join, load, store
-from dvexport.targets.tvm.kernels.planes_vectors import LINE
+from dvexport.targets.tvm.kernels.planes_vectors import LINE, keep_inside
 from dvexport.targets.tvm.machine import Machine
 
 __all__ = ["DirectConv", "direct_conv", "spec_for"]
@@ -334,8 +334,7 @@ class _Writer:
         if self.spec.relu:
             value = tx.max(value, tx.Broadcast(tx.FloatImm("float32", 0.0), self.lanes))
         if self.spec.inside:
-            zero = tx.Broadcast(tx.FloatImm("float32", 0.0), self.lanes)
-            value = tx.Select(tx.EQ(load(self.frame.inside, offsets[0], self.lanes), zero), zero, value)
+            value = keep_inside(value, load(self.frame.inside, offsets[0], self.lanes), self.lanes)
         return value
 
     def _run(self, table: Any, vector: Any, piece: int) -> Any:

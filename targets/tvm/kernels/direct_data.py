@@ -109,6 +109,10 @@ class Runs:
     outputs: np.ndarray
     inputs: np.ndarray
 
+    def vectors(self, lanes: int) -> int:
+        """Vectors that all of them fill."""
+        return -(-len(self.outputs) // (lanes // self.run))
+
     def table(self) -> np.ndarray:
         """Int32 `[cells + 1 starts][output offsets][input offsets]`, for the kernel that lists active cells' runs."""
         return np.concatenate([self.starts, self.outputs, self.inputs]).astype(np.int32)
@@ -214,7 +218,7 @@ def run_list(runs: Runs, cells: np.ndarray, machine: Machine) -> np.ndarray:
     pieces = machine.lanes // runs.run
     vectors = -(-len(chosen) // pieces)
     chosen += chosen[-1:] * (vectors * pieces - len(chosen))
-    capacity = -(-len(runs.outputs) // pieces) * pieces
+    capacity = runs.vectors(machine.lanes) * pieces
     made = np.zeros(RUN_HEADER + 2 * capacity, np.int32)
     made[:2] = vectors, capacity
     made[RUN_HEADER : RUN_HEADER + len(chosen)] = runs.outputs[chosen]

@@ -22,6 +22,7 @@ __all__ = [
     "LINE",
     "ceil_div",
     "cover",
+    "keep_inside",
     "load",
     "narrower",
     "row_spans",
@@ -118,6 +119,12 @@ def row_spans(frame: Frame, rows: Any, length: Any) -> Iterator[tuple[Any, Any, 
     with T.serial(tx.truncdiv(low, span), tx.truncdiv(high + (span - 1), span)) as row:
         start = T.bind(row * span)
         yield row, T.bind(tx.max(low - start, tx.IntImm("int32", 0))), T.bind(tx.min(high - start, span))
+
+
+def keep_inside(value: Any, inside: Any, lanes: int) -> Any:
+    """Return a vector with zeros where `inside` has them, whatever it has there."""
+    zero = splat(0.0, lanes)
+    return tx.Select(tx.EQ(inside, zero), zero, value)
 
 
 def zero_outside(buffer: Any, plane: Any, sizes: tuple[Any, Any, Any], lanes: int) -> None:

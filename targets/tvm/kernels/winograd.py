@@ -20,7 +20,7 @@ import tvm.tirx as tx
 from tvm.tirx.script import builder as T
 
 from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, prefetch_ahead, share, write_kernel
-from dvexport.targets.tvm.kernels.planes_vectors import LINE
+from dvexport.targets.tvm.kernels.planes_vectors import LINE, keep_inside
 from dvexport.targets.tvm.kernels.winograd_lists import SHAPE, tile_cells
 from dvexport.targets.tvm.kernels.winograd_vectors import (
     even_odd,
@@ -248,7 +248,8 @@ class _Writer:
             with T.serial(0, self.col_count) as c:
                 yield c
             return
-        group = T.bind(tx.max(tx.truncdiv(self.col_count * LINE, self.frame.shape[SHAPE.index("u_point")]), 1))
+        inputs = self.frame.shape[SHAPE.index("u_point")]  # of the layer: as many weights has a row for each point
+        group = T.bind(tx.max(tx.truncdiv(self.col_count * LINE, inputs), 1))
         with T.serial(0, _ceil_div(self.col_count, group)) as turn:
             first = T.bind(turn * group)
             channel = T.bind(i64(self.frame.cols[first + 1]) + shift)
@@ -328,7 +329,7 @@ class _Writer:
         if spec.relu:
             value = tx.max(value, splat(0.0, lanes))
         if spec.inside:
-            value = tx.Select(tx.NE(gather(frame.inside, places, spec.m), splat(0.0, lanes)), value, splat(0.0, lanes))
+            value = keep_inside(value, gather(frame.inside, places, spec.m), lanes)
         value = T.bind(value)
         for i, place in enumerate(places):
             part = value if len(places) == 1 else tx.Shuffle([value], list(range(i * spec.m, (i + 1) * spec.m)))
