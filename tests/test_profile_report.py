@@ -1,4 +1,4 @@
-"""The presentation of a profile: figures, advice, page, trace, table, JSON."""
+"""The presentation of a profile: figures, page, trace, table, JSON."""
 
 from __future__ import annotations
 
@@ -9,20 +9,16 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from sample_profile import FRAMES, GATE_MACS, NAMES, STEM_MACS, make_frames, make_result
 
 from dvexport.errors import UsageError
-from dvexport.profile.advice import advise, better_lowering, overhead_share
+from dvexport.profile.advice import advise
 from dvexport.profile.figures_svg import action_strip, nice_ticks, tile_strip
 from dvexport.profile.masks_svg import mask_over_frame, mean_mask, shown_frames
 from dvexport.profile.report import render_html, write_html
 from dvexport.profile.report_text import result_table
 from dvexport.profile.result import (
-    ClipInfo,
-    DeviceInfo,
-    GateStats,
     GateStep,
-    Method,
-    MinMeanMax,
     NodeTime,
     ProfileResult,
     StepStats,
@@ -31,103 +27,6 @@ from dvexport.profile.result import (
     write_json,
 )
 from dvexport.profile.trace_events import trace_events, write_trace
-
-FRAMES, GRID, STEM_MACS = 16, 7, 150_000_000
-GATE_MACS = 200_000_000
-NAMES = [f"layer{stage}.{block}" for stage in range(1, 5) for block in range(2)]
-
-
-def _decide(rng: np.random.Generator, channels: int, frame: int) -> GateStep:
-    """A blob that moves over the grid, most channels computed, some reused."""
-    rows, columns = np.mgrid[:GRID, :GRID]
-    centre = 1 + 4.5 * frame / FRAMES
-    radius = rng.uniform(1.6, 3.2)
-    mask = (np.hypot(rows - 3.4, columns - centre) < radius).astype(int)
-    compute = int(rng.binomial(channels, 0.55))
-    reuse = int(rng.binomial(channels - compute, 0.6)) if frame else 0
-    return GateStep(
-        skip=channels - compute - reuse,
-        reuse=reuse,
-        compute=compute,
-        tiles_active=int(mask.sum()),
-        tiles_total=GRID * GRID,
-        tile_mask=mask.tolist(),
-    )
-
-
-def _executed(step: GateStep) -> int:
-    return int(GATE_MACS * step.compute_share * step.tile_share)
-
-
-def _nodes(rng: np.random.Generator) -> list[NodeTime]:
-    nodes, clock = [NodeTime("stem/Conv", "Conv", None, 900.0, 0.0, 905.0)], 905.0
-    for gate in NAMES:
-        for op, us in (("Gemm", 60), ("NonZero", 25), ("GatherND", 110), ("Conv", 520), ("ScatterND", 130)):
-            took = us * rng.uniform(0.9, 1.1)
-            nodes.append(NodeTime(f"{gate}/{op}", op, gate, float(us), clock, took, decides=op == "Gemm"))
-            clock += took
-    return nodes
-
-
-def make_result(seed: int = 0, repeats: int = 20) -> ProfileResult:
-    rng = np.random.default_rng(seed)
-    channels = {name: 64 * 2 ** (int(name[5]) - 1) for name in NAMES}
-    steps, gated = [], []
-    for frame in range(FRAMES):
-        taken = {name: _decide(rng, channels[name], frame) for name in NAMES}
-        executed = STEM_MACS + sum(_executed(step) for step in taken.values())
-        samples = (4.5 + 9 * executed / 1.75e9) * rng.normal(1, 0.02, repeats)
-        gated += samples.tolist()
-        steps.append(
-            StepStats(
-                frame,
-                float(np.median(samples)),
-                executed,
-                STEM_MACS + len(NAMES) * GATE_MACS,
-                taken,
-                "moving something left to right",
-                0.35 + 0.03 * frame,
-            )
-        )
-    gates = [
-        GateStats(
-            name,
-            "tiles",
-            f"0.{i}5 of dense at 40 % of the tiles",
-            channels[name],
-            (GRID, GRID),
-            MinMeanMax.of([_executed(step.gates[name]) / 1e9 for step in steps]),
-            GATE_MACS / 1e9,
-            0.845 if name != "layer4.1" else 1.71,
-            1.45,
-        )
-        for i, name in enumerate(NAMES)
-    ]
-    return ProfileResult(
-        model="dstep-resnet18",
-        target="raspberry-pi-4",
-        backend="onnx",
-        mode="stream",
-        clip=ClipInfo("moving_left.mp4", FRAMES, 12.0),
-        device=DeviceInfo("Cortex-A72", 4, 2, "onnxruntime", "1.24.0", "Linux 6.6", "performance", [1800.0] * 4, 52.4),
-        method=Method(10, repeats),
-        forced=None,
-        gated=StepTimes(gated),
-        dense=StepTimes(rng.normal(13.6, 0.2, FRAMES * repeats).tolist()),
-        steps=steps,
-        gates=gates,
-        nodes=_nodes(rng),
-    )
-
-
-def make_frames(side: int = 112) -> np.ndarray:
-    rows, columns = np.mgrid[:side, :side]
-    ground = 90 + 50 * np.sin(columns / 9) * np.cos(rows / 13)
-    frames = np.repeat(ground[None, :, :, None], FRAMES, 0).repeat(3, 3) * [0.9, 1.0, 0.8]
-    for frame in range(FRAMES):
-        centre = side * (1.5 + 4.5 * frame / FRAMES) / GRID
-        frames[frame, np.hypot(rows - side * 0.55, columns - centre) < side * 0.13] = [235, 190, 90]
-    return frames.clip(0, 255).astype(np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -353,103 +252,6 @@ def test_trace_trims_rounded_times_and_keeps_branches_inside(result: ProfileResu
     assert [event["name"] for event in events if event["ph"] == "X" and event["pid"] == 2] == [
         "g", "if", "a", "b", "c", "d",
     ]  # fmt: skip
-
-
-def _texts(result: ProfileResult, gate: str | None) -> str:
-    return " ".join(advice.text for advice in advise(result) if advice.gate == gate)
-
-
-def test_advice_names_the_gate_that_costs_more_than_it_saves(result: ProfileResult) -> None:
-    advice = advise(result)
-    costly = [item for item in advice if "costs" in item.text]
-    assert [item.gate for item in costly] == ["layer4.1"]
-    assert "0.26 ms" in costly[0].text
-    assert "'masked' in place of 'tiles'" in costly[0].text  # its channels are denser than its tiles
-    assert "38% of its time decides and moves data" in costly[0].text
-    assert advice[0].severity == "warning"
-
-
-def test_advice_names_the_worst_gates_and_sums_up_the_rest(result: ProfileResult) -> None:
-    low = [item for item in advise(result) if item.gate and "less than its FLOPs allow" in item.text]
-    kept = [gate for gate in result.gates if gate.gate != "layer4.1"]
-    worst = sorted(kept, key=lambda gate: gate.executed_fraction)[:3]
-    assert [item.gate for item in low] == [gate.gate for gate in worst]
-    rest = next(item for item in advise(result) if "The same holds" in item.text)
-    assert rest.text.count("layer") == 4
-
-
-def test_advice_on_flops_that_the_lowering_does_not_save(result: ProfileResult) -> None:
-    gate = replace(result.gates[0], lowering="masked", reason="above break-even", median_ms=1.4)
-    text = _texts(replace(result, gates=[gate]), gate.gate)
-    assert "executes them all (above break-even)" in text
-    assert "'tiles'" in text
-    slower = replace(gate, median_ms=1.6)
-    assert "--lowering GATE=tiles" in _texts(replace(result, gates=[slower]), gate.gate)
-
-
-def test_better_lowering_follows_the_sparser_unit(result: ProfileResult) -> None:
-    gate = result.gates[0]
-    steps = [
-        replace(step, gates={gate.gate: GateStep(0, 0, 64, 10, 49)}) for step in result.steps
-    ]  # every channel, few tiles
-    assert better_lowering(replace(result, steps=steps), replace(gate, lowering="groups")) == "tiles"
-    assert better_lowering(replace(result, steps=steps), replace(gate, lowering="masked")) == "tiles"
-    assert better_lowering(replace(result, steps=steps), replace(gate, lowering="tiles")) == "masked"
-
-
-def test_better_lowering_follows_the_cost_table(result: ProfileResult) -> None:
-    expected = {"masked": 0.9, "tiles": 0.5, "winograd4": 0.4}
-    gate = replace(result.gates[0], lowering="winograd4", median_ms=0.8, expected_ms=expected)
-    assert better_lowering(result, gate) == "tiles"
-    assert better_lowering(result, replace(gate, median_ms=0.45)) == "winograd4"
-
-
-def test_advice_on_gates_that_never_or_always_skip(result: ProfileResult) -> None:
-    taken = {"layer1.0": GateStep(0, 0, 64, 49, 49), "layer1.1": GateStep(60, 4, 0, 20, 49)}
-    taken["layer2.0"] = GateStep(0, 0, 128, 0, 49)
-    steps = [replace(step, gates=step.gates | taken) for step in result.steps]
-    constant = replace(result, steps=steps)
-    assert "Never skips" in _texts(constant, "layer1.0")
-    assert "Always skips" not in _texts(constant, "layer1.1")  # it reuses
-    assert "Always skips" in _texts(constant, "layer2.0")
-    assert "Never skips" not in _texts(replace(constant, forced={"tiles": 1.0}), "layer1.0")
-
-
-def test_advice_on_a_measurement_that_is_not_reliable(result: ProfileResult) -> None:
-    noisy = replace(
-        result,
-        dense=StepTimes(np.random.default_rng(1).uniform(8, 20, 200).tolist()),
-        device=replace(result.device, governor="powersave", threads=4),
-    )
-    text = _texts(noisy, None)
-    assert "not reliable" in text
-    assert "'powersave'" in text
-    assert "4 threads run on 4 cores" in text
-    assert "not reliable" not in _texts(result, None)
-
-
-def test_advice_on_slow_and_low_realisation(result: ProfileResult) -> None:
-    assert "slower than the dense" in _texts(replace(result, dense=StepTimes([3.0] * 9)), None)
-    low = replace(result, dense=StepTimes([result.gated.median * 1.1] * 9))
-    assert "of the speed-up that the decisions allow arrives" in _texts(low, None)
-
-
-def test_overhead_share_leaves_control_nodes_out(result: ProfileResult) -> None:
-    nodes = [
-        NodeTime("if", "If", "g", 1000.0),
-        NodeTime("conv", "FusedConv", "g", 60.0),
-        NodeTime("gather", "GatherND", "g", 30.0),
-        NodeTime("policy", "Gemm", "g", 10.0, decides=True),
-    ]
-    assert overhead_share(replace(result, nodes=nodes), "g") == pytest.approx(0.4)
-    assert overhead_share(result, "absent") is None
-
-
-def test_advice_always_says_something(result: ProfileResult) -> None:
-    ideal = result.gated.median * (result.flop_ratio or 0)
-    good = replace(result, gates=[], nodes=[], dense=StepTimes([ideal] * 9))
-    assert any("nothing stands out" in advice.text for advice in advise(good))
-    assert all(advice.severity == "info" for advice in advise(good))
 
 
 def test_mean_mask_compares_grids_that_differ() -> None:

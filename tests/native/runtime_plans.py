@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import pytest
 import tvm.tirx as tx
 from native_harness import host_machine
 from tvm.tirx.script import builder as T
@@ -230,3 +231,14 @@ def expected(given: np.ndarray) -> list[dict[str, np.ndarray]]:
         )
         before = kept
     return results
+
+
+slow_once = pytest.mark.slow
+"""The compiler builds a C library for a processor it has not linked for yet: up to a minute each."""
+
+
+def assert_expected(results: list[dict[str, np.ndarray]], given: np.ndarray) -> None:
+    for result, right in zip(results, expected(given), strict=True):
+        for name, value in right.items():
+            assert result[name].dtype == value.dtype, name
+            np.testing.assert_allclose(result[name], value, rtol=1e-6, err_msg=name)

@@ -1,57 +1,31 @@
-"""The C runtime through Python and as a program: numbers, states, choices, threads, errors."""
+"""The C runtime through Python: numbers, states, choices, threads, wrong use, damaged files."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import json
 import os
-import re
-import shutil
 import struct
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 from native_harness import aligned, host_machine
 from runtime_plans import (
     CHANNELS,
-    EXAMPLE_TARGETS,
     MOST_THREADS,
     Network,
-    add,
-    expected,
+    assert_expected,
     fixed,
     frames,
     network,
-    relu,
     sample_kernels,
     sample_network,
     sample_plan,
 )
 
 from dvexport.errors import DeviceError
-from dvexport.targets.tvm import build, link
-from dvexport.targets.tvm.build import compile_kernel
 from dvexport.targets.tvm.plan import Place, Space
 from dvexport.targets.tvm.session import NativeSession
-
-CODE_LIMIT = 100_000
-"""Bytes of code and data that the runtime may have (issue 3)."""
-
-slow_once = pytest.mark.slow
-"""The compiler builds a C library for a processor it has not linked for yet: up to a minute each."""
-
-EMULATORS = {
-    "raspberry-pi-4": ("qemu-aarch64-static", "cortex-a72"),
-    "android-arm64": ("qemu-aarch64-static", "cortex-a76"),
-    "rv1126": ("qemu-arm-static", "cortex-a7"),
-}
-WEAKER = {"android-arm64": ("cortex-a72", "lse"), "x86-64-avx512": ("Nehalem", "avx512f")}
-"""By target: a processor that lacks a feature, and the first that is missed."""
 
 
 def opened(net: Network, **options) -> NativeSession:
@@ -60,13 +34,6 @@ def opened(net: Network, **options) -> NativeSession:
 
 def run(session: NativeSession, given: np.ndarray) -> list[dict[str, np.ndarray]]:
     return [session.run({"x": frame}) for frame in given]
-
-
-def assert_expected(results: list[dict[str, np.ndarray]], given: np.ndarray) -> None:
-    for result, right in zip(results, expected(given), strict=True):
-        for name, value in right.items():
-            assert result[name].dtype == value.dtype, name
-            np.testing.assert_allclose(result[name], value, rtol=1e-6, err_msg=name)
 
 
 # --- numbers and states
@@ -363,265 +330,3 @@ def test_weights_that_can_not_be_read(tmp_path):
     for path, message in ((tmp_path / "none", "No such file"), (tmp_path, "can't read the weights")):
         with pytest.raises(DeviceError, match=message):
             NativeSession(net.library, net.plan, path)
-
-
-# --- linking
-
-
-def test_equal_input_gives_equal_bytes_without_paths(monkeypatch, tmp_path):
-    net = sample_network()
-    monkeypatch.setenv("DVEXPORT_CACHE", str(tmp_path))
-    runner = link.link_runner(net.objects, net.table, net.machine)
-    monkeypatch.setenv("DVEXPORT_CACHE", str(tmp_path / "other"))
-    assert link.link_library(net.objects, net.table, net.machine) == net.library
-    assert link.link_runner(net.objects, net.table, net.machine) == runner
-    for text in (tempfile.gettempdir(), str(Path.home()), str(Path(link.__file__).parents[2]), sys.prefix):
-        for data in (net.library, runner):
-            assert text.encode() + b"/" not in data
-
-
-def test_the_library_shows_only_its_interface():
-    net = sample_network()
-    names = {name.decode() for name in re.findall(rb"\bdvx_\w+\b", net.library)}
-    declared = set(re.findall(r"DVX_API [^;]*?\b(dvx_\w+)\(", (link.RUNTIME / "dvx.h").read_text()))
-    assert declared and declared <= names
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "library.so"
-        path.write_bytes(net.library)
-        nm = shutil.which("nm")
-        if nm is None:
-            pytest.skip("nm is not installed")
-        listed = subprocess.run([nm, "-D", "--defined-only", path], capture_output=True, text=True, check=True).stdout
-    assert {line.split()[-1].partition("@")[0] for line in listed.splitlines()} == declared
-
-
-def test_the_identity_follows_kernels_and_machine():
-    net = sample_network()
-    base = link.library_id(net.objects, net.table, net.machine)
-    changed = {**net.objects, "relu": net.objects["relu"] + b"\0"}
-    other = dataclasses.replace(net.table[0], splits=not net.table[0].splits)
-    assert base == link.library_id(net.objects, net.table, net.machine)
-    assert base != link.library_id(changed, net.table, net.machine)
-    assert base != link.library_id(net.objects, [other, *net.table[1:]], net.machine)
-    assert base != link.library_id(net.objects, net.table, dataclasses.replace(net.machine, mcpu="x86-64-v2"))
-
-
-def test_features_are_known_to_the_runtime():
-    text = (link.RUNTIME / "cpu.c").read_text()
-    known = set(re.findall(r'\{"([a-z0-9.-]+)",', text))
-    assert known == {name for names in link._FEATURES.values() for name in names}
-    assert {"avx512f", "fma", "avx2"} <= set(link.required_features(sample_network("x86-64-avx512").machine))
-    assert link.required_features(sample_network("raspberry-pi-4").machine) == ("neon",)
-    assert {"lse", "dotprod"} <= set(link.required_features(sample_network("android-arm64").machine))
-    assert {"neon", "vfp4"} <= set(link.required_features(sample_network("rv1126").machine))
-
-
-def test_missing_packages_are_named(monkeypatch):
-    net = sample_network()
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DeviceError, match=r"pip install 'dvexport\[tvm\]'"):
-        link.link_library(net.objects, net.table, net.machine)
-
-
-def test_a_kernel_that_calls_what_is_not_there(monkeypatch, tmp_path):
-    monkeypatch.setenv("DVEXPORT_CACHE", str(tmp_path))
-    net = sample_network()
-    table = [*net.table, link.Entry("not_there", 2, False)]
-    elsewhere = compile_kernel(add("elsewhere"), net.machine)
-    with pytest.raises(DeviceError, match="not_there"):
-        link.link_library({**net.objects, "not_there": elsewhere}, table, net.machine)
-
-
-@slow_once
-def test_android_needs_only_what_android_has():
-    net = sample_network("android-arm64")
-    library = link.link_library(net.objects, net.table, net.machine)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "library.so"
-        path.write_bytes(library)
-        if (readelf := shutil.which("readelf")) is None:
-            pytest.skip("readelf is not installed")
-        text = subprocess.run([readelf, "-dW", "--dyn-syms", path], capture_output=True, text=True, check=True).stdout
-    assert set(re.findall(r"NEEDED.*\[(.*)\]", text)) <= {"libc.so", "libm.so"}
-    undefined = set(re.findall(r" UND (\w+)", text))
-    assert "pthread_create" in undefined
-    assert undefined <= set(link._ANDROID_LIBC) | set(link._ANDROID_LIBM)
-    assert {"dvx_open", "dvx_step"} <= set(re.findall(r"DEFAULT +\d+ (\w+)", text))
-
-
-def test_the_example_of_the_header_works(tmp_path):
-    header = (link.RUNTIME / "dvx.h").read_text()
-    body = "\n".join(line.removeprefix(" *") for line in header.splitlines() if line.startswith(" *     "))
-    program = "\n".join(
-        [
-            '#include <stdio.h>\n#include "dvx.h"',
-            f"static float frame[{CHANNELS}];",
-            "static int read_frame(float *to) { return fread(to, sizeof frame, 1, stdin) == 1; }",
-            "int main(void) {",
-            body.replace("dvx_output_data(net, 0);", 'dvx_output_data(net, 0); printf("%.9g\\n", logits[7]);'),
-            "return 0; }\n",
-        ]
-    )
-    net, given = sample_network(), frames(5)
-    for name, data in {"libnet.so": net.library, "model.plan": net.plan, "model.weights": net.weights}.items():
-        (tmp_path / name).write_bytes(data)
-    (tmp_path / "main.c").write_text(program)
-    compiler = [sys.executable, "-m", "ziglang", "cc", "-Wall", "-Wextra", "-Werror", f"-I{link.RUNTIME}"]
-    command = [*compiler, "main.c", "-o", "main", "-L.", "-lnet", "-Wl,-rpath,$ORIGIN"]
-    subprocess.run(command, cwd=tmp_path, check=True)
-    done = subprocess.run([tmp_path / "main"], cwd=tmp_path, input=given.tobytes(), capture_output=True, check=True)
-    np.testing.assert_allclose([float(line) for line in done.stdout.split()], np.maximum(given[:, 0, 7], 0), rtol=1e-6)
-
-
-# --- the runner
-
-
-def prepared(net: Network, folder: Path, given: np.ndarray) -> list[str]:
-    """Write the runner and its files into `folder` and return the command that measures `given`."""
-    runner = folder / "runner"
-    runner.write_bytes(link.link_runner(net.objects, net.table, net.machine))
-    runner.chmod(0o755)
-    (folder / "plan").write_bytes(net.plan)
-    (folder / "weights").write_bytes(net.weights)
-    (folder / "frames").write_bytes(given.tobytes())
-    files = [str(folder / name) for name in ("runner", "plan", "weights")]
-    return [*files, "--frames", str(folder / "frames"), "--dump", str(folder / "dump")]
-
-
-def dumped(folder: Path, steps: int) -> list[dict[str, np.ndarray]]:
-    """Read back what `--dump` wrote."""
-    data, at, results = (folder / "dump").read_bytes(), 0, []
-    for _ in range(steps):
-        result = {}
-        for port in sample_plan().outputs:
-            size = port.place.size
-            result[port.name] = np.frombuffer(data[at : at + size], port.dtype).reshape(port.shape)
-            at += size
-        results.append(result)
-    assert at == len(data)
-    return results
-
-
-def check_runner(command: list[str], folder: Path, given: np.ndarray) -> None:
-    more = ["--steps", "12", "--warmup", "3", "--threads", "2", "--profile"]
-    done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    seen = given[np.arange(12) % len(given)]
-    assert_expected(dumped(folder, 12), seen)
-    right = expected(seen)
-    assert (report["steps"], report["threads"], report["memory"]) == (12, 2, sample_plan().memory)
-    assert len(report["steps_ns"]) == 12
-    assert report["step_ns"]["min"] <= report["step_ns"]["median"] <= report["step_ns"]["max"]
-    computed = np.mean([step["probe.g.action"] == 2 for step in right])
-    gate = report["gates"]["probe.g.action"]
-    assert gate["compute"] == pytest.approx(computed, abs=1e-5)
-    assert gate["skip"] == pytest.approx(1 - computed, abs=1e-5)
-    active = np.mean([step["probe.g.tiles"] for step in right])
-    assert report["gates"]["probe.g.tiles"]["active"] == pytest.approx(active, abs=1e-5)
-    np.testing.assert_allclose(report["outputs"]["total"], right[-1]["total"], rtol=1e-6)
-    copy = report["calls"][5]
-    counts = [int((step["y"] > 0).sum()) for step in right]
-    assert (copy["label"], copy["gate"]) == ("gate/copy", "g")
-    few, many = sum(0 < count <= 51 for count in counts), sum(count > 51 for count in counts)
-    assert copy["kernels"] == {"copy_few": few, "copy_many": many}
-    assert copy["runs"] == few + many
-
-
-def test_runner_reports_and_dumps(tmp_path):
-    given = frames(6)
-    check_runner(prepared(sample_network(), tmp_path, given), tmp_path, given)
-
-
-def test_runner_without_frames(tmp_path):
-    command = prepared(sample_network(), tmp_path, frames(1))[:3]
-    done = subprocess.run([*command, "--steps", "2"], capture_output=True, text=True, timeout=60)
-    report = json.loads(done.stdout)
-    assert 0.3 < report["gates"]["probe.g.action"]["compute"] < 0.7
-
-
-@slow_once
-@pytest.mark.parametrize("target", EMULATORS)
-def test_runner_on_arm(target, tmp_path):
-    emulator, cpu = EMULATORS[target]
-    if shutil.which(emulator) is None:
-        pytest.skip(f"{emulator} is not installed (Debian's package qemu-user-static)")
-    given = frames(6)
-    command = prepared(sample_network(target), tmp_path, given)
-    check_runner([emulator, "-cpu", cpu, *command], tmp_path, given)
-
-
-@slow_once
-@pytest.mark.parametrize("target", WEAKER)
-def test_a_weaker_processor_is_refused(target, tmp_path):
-    emulator = "qemu-x86_64-static" if target.startswith("x86") else EMULATORS[target][0]
-    if shutil.which(emulator) is None:
-        pytest.skip(f"{emulator} is not installed (Debian's package qemu-user-static)")
-    cpu, lacking = WEAKER[target]
-    command = [emulator, "-cpu", cpu, *prepared(sample_network(target), tmp_path, frames(1))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert re.search(rf"this processor lacks {lacking}, which the library was compiled for", done.stderr)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "runner PLAN WEIGHTS"),
-        (["--frames"], "--frames needs a value"),
-        (["PLAN", "WEIGHTS", "more"], "what is more?"),
-        (["PLAN", "WEIGHTS", "--fast", "1"], "unknown option --fast"),
-        (["PLAN", "WEIGHTS", "--steps", "0"], "--steps needs a number"),
-        (["PLAN", "WEIGHTS", "--threads", "many"], "--threads needs a number"),
-        (["PLAN", "WEIGHTS", "--cores", "0,"], "--cores needs core numbers"),
-        (["none", "WEIGHTS"], "can't read the plan none"),
-        (["PLAN", "PLAN"], "the weights are of another plan"),
-        (["PLAN", "WEIGHTS", "--frames", "WEIGHTS"], "not a whole number of frames"),
-        (["PLAN", "WEIGHTS", "--threads", "100"], "threads is 100"),
-    ],
-)
-def test_wrong_use_of_the_runner(arguments, message, tmp_path):
-    runner, plan, weights, *_ = prepared(sample_network(), tmp_path, frames(1))
-    given = [{"PLAN": plan, "WEIGHTS": weights}.get(argument, argument) for argument in arguments]
-    done = subprocess.run([runner, *given], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert message in done.stderr
-
-
-def test_runner_refuses_frames_with_nan(tmp_path):
-    given = frames(2)
-    given[1, 0, 5] = np.nan
-    done = subprocess.run(prepared(sample_network(), tmp_path, given), capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert "input x has NaN or infinite values" in done.stderr
-
-
-@slow_once
-@pytest.mark.parametrize("target", ["x86-64-avx512", *EXAMPLE_TARGETS])
-def test_the_runtime_is_small(target):
-    net = sample_network(target)
-    alone = [relu()]
-    objects = {"relu": net.objects["relu"]}
-    runner = link.link_runner(objects, link.kernel_table(alone), net.machine)
-    assert len(runner) < CODE_LIMIT
-    assert sum(loaded_bytes(runner)) < CODE_LIMIT
-    assert loaded_bytes(link.link_library(objects, link.kernel_table(alone), net.machine))[0] < CODE_LIMIT // 3
-
-
-def loaded_bytes(elf: bytes) -> tuple[int, int]:
-    """Bytes in the file of (read-only, writable) loaded segments: code and constants, data."""
-    is_64 = elf[4] == 2
-    start, size, count = (
-        (struct.unpack_from("<Q", elf, 32)[0], *struct.unpack_from("<HH", elf, 54))
-        if is_64
-        else (struct.unpack_from("<I", elf, 28)[0], *struct.unpack_from("<HH", elf, 42))
-    )
-    totals = [0, 0]
-    for i in range(count):
-        at = start + i * size
-        kind = struct.unpack_from("<I", elf, at)[0]
-        flags = struct.unpack_from("<I", elf, at + (4 if is_64 else 24))[0]
-        in_file = struct.unpack_from("<Q", elf, at + 32)[0] if is_64 else struct.unpack_from("<I", elf, at + 16)[0]
-        if kind == 1:
-            totals[flags >> 1 & 1] += in_file
-    return totals[0], totals[1]
