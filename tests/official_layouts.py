@@ -2,9 +2,11 @@
 
 Names follow the save code of AdaFuse (ops/batenet.py), D-STEP (ops/res_dynstc_net.py) and TSM
 (ops/temporal_shift.py, online_demo/mobilenet_v2_tsm.py): DataParallel's prefix, `downsample0/1`,
-`policy_net.gate_*`, `mask_s.atten_s`, the shared nets both in their table and under each block.
+`policy_net.gate_*`, `mask_s.atten_s`, the shared nets both in their table and under each block;
+and mmcv's for Video-Swin.
 """
 
+import math
 import re
 
 import torch
@@ -53,6 +55,18 @@ def mobilenet_offline_keys(model):
             name = f"features.{match[1]}.conv.0.net.{match[2]}"
         name = "base_model." + name if name.startswith("features.") else name.replace("classifier", "new_fc")
         keys["module." + name] = value
+    return keys
+
+
+def swin_keys(model):
+    """state_dict as mmcv saves it: a backbone, a classification head, and the index tables beside the biases."""
+    keys = {}
+    for name, value in model.state_dict().items():
+        keys[name.replace("head.", "cls_head.fc_cls.") if name.startswith("head.") else f"backbone.{name}"] = value
+        if name.endswith("relative_position_bias_table"):
+            places = math.prod(model.config.window)
+            index = name.replace("bias_table", "index")
+            keys[f"backbone.{index}"] = torch.zeros(places, places, dtype=torch.int64)
     return keys
 
 

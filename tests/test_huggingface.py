@@ -6,31 +6,12 @@ import sys
 
 import pytest
 import torch
+from sample_transformers import BIAS, edited, rewritten, saved
 
 from dvexport.errors import CheckpointError, UsageError
 from dvexport.export import build_model, file_digest
 from dvexport.models import zoo
 from dvexport.models.huggingface import load_directory
-
-SMALL = {
-    "image_size": 32, "num_frames": 4, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3,
-    "intermediate_size": 60, "id2label": {0: "wave", 1: "nod", 2: "hold"},
-}  # fmt: skip
-
-
-def saved(folder, *, shards=None, mean=None, **options):
-    """Save a tiny random model as the library does; return it."""
-    transformers = pytest.importorskip("transformers", reason="needs the library that writes these directories")
-    torch.manual_seed(0)
-    model = transformers.VideoMAEForVideoClassification(transformers.VideoMAEConfig(**{**SMALL, **options})).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3)
-    model.save_pretrained(folder, **({"max_shard_size": shards} if shards else {}))
-    if mean is not None:
-        about = {"image_mean": mean, "image_std": [0.5, 0.25, 0.125], "size": {"shortest_edge": 40}}
-        (folder / "preprocessor_config.json").write_text(json.dumps({"do_normalize": True, **about}))
-    return model
 
 
 def close(model, oracle, frames=4, size=32):
@@ -109,22 +90,6 @@ def test_build_for_export_and_digest(tmp_path):
     config = tmp_path / "config.json"
     config.write_text(config.read_text() + " ")
     assert file_digest(tmp_path) != source.digest
-
-
-def edited(folder, **changes):
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def rewritten(folder, change):
-    from safetensors.torch import load_file, save_file
-
-    keys = load_file(folder / "model.safetensors")
-    change(keys)
-    save_file(keys, folder / "model.safetensors")
-
-
-BIAS = "videomae.encoder.layer.1.output.dense.bias"
 
 
 @pytest.mark.parametrize(

@@ -6,23 +6,12 @@ import pytest
 import sta_reference
 import torch
 import torch.nn.functional as F
+from sample_transformers import SWIN, WINDOWED, small_swin
 
 from dvexport import gates
 from dvexport.errors import CheckpointError, UsageError
 from dvexport.models import video_swin, zoo
 from dvexport.tokens import survivors
-
-SMALL = {"embed_dim": 8, "depths": "1,2,2,1", "heads": "1,2,2,4", "classes": 5, "frames": 8, "size": 64}
-WINDOWED = {"window": "2,7,7"}
-
-
-def small(**options):
-    torch.manual_seed(1)
-    model = zoo.create("video_swin_tiny", **{**SMALL, **WINDOWED, **options}).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3)
-    return model
 
 
 def norm(x, state, name):
@@ -143,7 +132,7 @@ def literal(model, clip):
     ids=str,
 )
 def test_official_equations_and_the_documented_pruning(options):
-    model = small(**options)
+    model = small_swin(**options)
     height, width = model.config.size
     frames = torch.randn(16, 3, height, width, dtype=torch.float64)
     with torch.no_grad():
@@ -154,7 +143,7 @@ def test_official_equations_and_the_documented_pruning(options):
 
 
 def test_without_pruning_is_the_dense_model_on_the_same_weights():
-    model, plain = small(**{"sta.r": 16}), small()
+    model, plain = small_swin(**{"sta.r": 16}), small_swin()
     frames = torch.randn(8, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
         assert torch.equal(model.without_pruning()(frames), plain(frames))
@@ -168,7 +157,7 @@ def test_decisions_tell_which_tokens_are_left_of_every_stage(monkeypatch):
     places = []
     made = video_swin._survivors
     monkeypatch.setattr(video_swin, "_survivors", lambda x, kept: places.append(kept) or made(x, kept))
-    model = small(**{"sta.r": 16})
+    model = small_swin(**{"sta.r": 16})
     with torch.no_grad(), gates.token_decisions() as chosen:
         model(torch.randn(8, 3, 64, 64, dtype=torch.float64))
     stages = [[stage.gate(group) for group in range(stage.groups)] for stage in model.token_groups]
@@ -184,7 +173,7 @@ def test_random_drop_keeps_as_many_and_is_decided_by_the_seed():
     frames, found = torch.randn(8, 3, 64, 64, dtype=torch.float64), []
     for options in ({}, {"sta.method": "random"}, {"sta.method": "random"}, {"sta.method": "random", "sta.seed": 1}):
         with torch.no_grad(), gates.token_decisions() as chosen:
-            small(**{"sta.r": 16, **options})(frames)
+            small_swin(**{"sta.r": 16, **options})(frames)
         found.append({gate: sorted(index[0].tolist()) for gate, index in chosen.items()})
     own, first, again, other = found
     assert first == again and first != other and first != own
@@ -204,7 +193,7 @@ def test_masked_tokens_weigh_nothing_and_no_weight_is_subnormal(monkeypatch):
 
     softmax = torch.Tensor.softmax
     monkeypatch.setattr(torch.Tensor, "softmax", noted)
-    model = zoo.create("video_swin_tiny", **{**SMALL, **WINDOWED, "sta.r": 16}).eval()
+    model = zoo.create("video_swin_tiny", **{**SWIN, **WINDOWED, "sta.r": 16}).eval()
     with torch.no_grad():
         model(torch.randn(8, 3, 64, 64))
     attention = [weights for weights in found if weights.ndim == 4]
@@ -237,28 +226,16 @@ def test_published_sizes(name, millions):
 )
 def test_options_that_do_not_fit(options, what):
     with pytest.raises(UsageError) as error:
-        small(**options)
+        small_swin(**options)
     assert what in error.value.what
-
-
-def official_keys(model):
-    """state_dict as mmcv saves it: a backbone, a classification head, and the index tables beside the biases."""
-    keys = {}
-    for name, value in model.state_dict().items():
-        keys[name.replace("head.", "cls_head.fc_cls.") if name.startswith("head.") else f"backbone.{name}"] = value
-        if name.endswith("relative_position_bias_table"):
-            places = math.prod(model.config.window)
-            index = name.replace("bias_table", "index")
-            keys[f"backbone.{index}"] = torch.zeros(places, places, dtype=torch.int64)
-    return keys
 
 
 SIZE = {"embed_dim": 8, "depths": "1,2,2,1"}
 
 
 def test_official_layout(tmp_path):
-    model = small(window="4,7,7").float()
-    path = official.save(tmp_path / "swin.pth", official_keys(model), wrapped="state_dict", meta={"epoch": 30})
+    model = small_swin(window="4,7,7").float()
+    path = official.save(tmp_path / "swin.pth", official.swin_keys(model), wrapped="state_dict", meta={"epoch": 30})
     loaded = zoo.create("video_swin_tiny", path, frames=8, size=64, **SIZE)
     assert loaded.config == model.config
     frames = torch.randn(8, 3, 64, 64)
@@ -272,7 +249,7 @@ def test_official_layout(tmp_path):
 
 
 def test_a_checkpoint_of_another_size_or_with_missing_weights(tmp_path):
-    keys = official_keys(small(window="8,7,7").float())
+    keys = official.swin_keys(small_swin(window="8,7,7").float())
     path = official.save(tmp_path / "swin.pth", keys, wrapped="state_dict")
     with pytest.raises(CheckpointError, match="another model than video_swin_tiny") as error:
         zoo.create("video_swin_tiny", path)

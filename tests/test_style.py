@@ -114,6 +114,14 @@ def test_data_flows_one_way(importer, forbidden):
     assert not wrong, "\n".join(wrong)
 
 
+def test_what_tests_share_is_in_no_test_module():
+    """A test module can be split, renamed or removed without breaking another."""
+    paths = sorted((ROOT / "tests").rglob("*.py"))
+    wrong = [f"{_name(path)} imports {name}" for path in paths for name in _imports(path) if name.startswith("test_")]
+    assert paths
+    assert not wrong, "\n".join(wrong)
+
+
 def _imports(path: Path) -> list[str]:
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

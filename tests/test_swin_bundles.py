@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
-from test_models_video_swin import official_keys, small
+from sample_transformers import small_swin
 
 from dvexport.bundle import NATIVE_WEIGHTS, WEIGHTS, Bundle
 from dvexport.cli import cli
@@ -34,9 +34,9 @@ def call(*arguments):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    model = small(**{key: str(value) for key, value in OPTIONS.items()}).float()
+    model = small_swin(**{key: str(value) for key, value in OPTIONS.items()}).float()
     path = tmp_path_factory.mktemp("swin") / "swin.pth"
-    return official.save(path, official_keys(model), wrapped="state_dict", meta={"epoch": 30})
+    return official.save(path, official.swin_keys(model), wrapped="state_dict", meta={"epoch": 30})
 
 
 @pytest.fixture(scope="module", params=["onnx", "tvm"])
@@ -58,7 +58,7 @@ def test_verify(bundle, checkpoint):
 def test_dense_variant_is_the_model_without_pruning(bundle):
     frames = bundle.golden()["frames"]
     (step,) = open_session(bundle, variant="dense").run_clip(frames)
-    model = small(**{key: str(value) for key, value in OPTIONS.items()}).float().eval()
+    model = small_swin(**{key: str(value) for key, value in OPTIONS.items()}).float().eval()
     with torch.no_grad():
         wanted = model(torch.from_numpy(frames))[0].numpy()
     np.testing.assert_allclose(step.logits, wanted, atol=1e-4 * np.abs(wanted).max())
@@ -96,7 +96,9 @@ def test_masks_stand_once_for_all_windows_that_are_cut_alike(bundle):
 def test_weights_stand_once(bundle):
     """What the artifact holds as its kernels read it is not there again for the traced graphs."""
     sizes = {name: entry.size for name, entry in bundle.manifest.files.items()}
-    parameters = sum(p.numel() * 4 for p in small(**{key: str(v) for key, v in OPTIONS.items()}).float().parameters())
+    parameters = sum(
+        p.numel() * 4 for p in small_swin(**{key: str(v) for key, v in OPTIONS.items()}).float().parameters()
+    )
     assert sizes[WEIGHTS] < 2 * parameters
     if bundle.manifest.backend == "tvm":
         graph = onnx.load_model_from_string(bundle.read(GATE_LEVEL)).graph

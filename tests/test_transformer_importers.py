@@ -3,6 +3,7 @@
 import official_layouts as official
 import pytest
 import torch
+from sample_transformers import published
 
 from dvexport.errors import CheckpointError, UsageError
 from dvexport.models import zoo
@@ -57,13 +58,6 @@ def test_a_file_with_its_position_table(tmp_path):
     keys = {**model.state_dict(), "pos_embed": model.positions}
     path = official.save(tmp_path / "checkpoint.pth", keys, wrapped="model")
     assert same(zoo.create("vit_small", path, heads=3, **SIZE, **INPUT), model)
-
-
-def published(width, depth=12):
-    """Keys of a file of a published width, with blocks of one value to be quick."""
-    with torch.device("meta"):
-        model = zoo.create("vit_small", embed_dim=width, depth=depth, heads=1)
-    return {key: torch.zeros(value.shape) for key, value in model.state_dict().items()}
 
 
 def test_head_count_is_asked_where_files_differ(tmp_path):

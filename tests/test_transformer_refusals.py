@@ -5,9 +5,7 @@ from types import ModuleType
 
 import official_layouts as official
 import pytest
-from test_huggingface import BIAS, edited, rewritten, saved
-from test_models_video_swin import official_keys, small
-from test_transformer_importers import published
+from sample_transformers import BIAS, edited, published, rewritten, saved, small_swin
 from toy_transformer import toy
 
 from dvexport.cli import main
@@ -88,6 +86,6 @@ def test_an_ambiguous_head_count(refused, tmp_path):
 def test_a_checkpoint_of_another_size(refused, tmp_path):
     path = official.save(tmp_path / "small.pth", published(384), wrapped="module")
     assert "another model than vit_base" in refused("vit_base", "--checkpoint", path)
-    keys = official_keys(small(window="8,7,7").float())
+    keys = official.swin_keys(small_swin(window="8,7,7").float())
     path = official.save(tmp_path / "swin.pth", keys, wrapped="state_dict")
     assert "another model than video_swin_tiny" in refused("video_swin_tiny", "--checkpoint", path)

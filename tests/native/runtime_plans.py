@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -192,6 +193,18 @@ def network(plan: Plan, kernels: list[Kernel], weights: bytes, machine: Machine)
     data = plan_bytes(plan, [entry.name for entry in table], identity, weights)
     library = link.link_library(objects, table, machine) if machine == host_machine() else b""
     return Network(library, data, weights, objects, table, machine)
+
+
+def prepared(net: Network, folder: Path, given: np.ndarray) -> list[str]:
+    """Write the runner and its files into `folder` and return the command that measures `given`."""
+    runner = folder / "runner"
+    runner.write_bytes(link.link_runner(net.objects, net.table, net.machine))
+    runner.chmod(0o755)
+    (folder / "plan").write_bytes(net.plan)
+    (folder / "weights").write_bytes(net.weights)
+    (folder / "frames").write_bytes(given.tobytes())
+    files = [str(folder / name) for name in ("runner", "plan", "weights")]
+    return [*files, "--frames", str(folder / "frames"), "--dump", str(folder / "dump")]
 
 
 def fixed(plan: bytes) -> bytes:

@@ -18,8 +18,7 @@ from emulated import count_instructions, emulator, run_emulated
 from native_networks import artifact, machine_for, run_forced, variants, zoo_network
 from oracle_check import net_of, pattern, random_decisions, video
 from runtime_plans import frames as sample_frames
-from runtime_plans import sample_network
-from test_runtime import prepared
+from runtime_plans import prepared, sample_network
 
 from dvexport.dialect.flops import flop_table
 from dvexport.session import steps_of

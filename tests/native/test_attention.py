@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from attention_arrays import heads_of, interleaved, softmax
 from plane_kernels import compiled, every_machine, every_split, machine, rng, run
 
 from dvexport.targets.tvm.kernels.attention import (
@@ -24,21 +25,6 @@ SIZES = [
     Sizes(1, 2, 33, 101, 20, 12),
     Sizes(1, 1, 8, 512, 16, 37),
 ]
-
-
-def softmax(x: np.ndarray) -> np.ndarray:
-    e = np.exp(x - x.max(axis=-1, keepdims=True))
-    return e / e.sum(axis=-1, keepdims=True)
-
-
-def interleaved(tokens: int, sizes: Sizes, width: int) -> Strides:
-    """Rows of tokens, in which the heads lie side by side."""
-    return Strides(0, tokens * sizes.heads * width, width, sizes.heads * width)
-
-
-def heads_of(x: np.ndarray, heads: int) -> np.ndarray:
-    """`[batches, tokens, heads * width]` as `[batches, heads, tokens, width]`, in float64."""
-    return x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3).astype(np.float64)
 
 
 @every_machine

@@ -11,16 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from runtime_plans import (
-    Network,
     assert_expected,
     expected,
     frames,
+    prepared,
     sample_network,
     sample_plan,
     slow_once,
 )
-
-from dvexport.targets.tvm import link
 
 EMULATORS = {
     "raspberry-pi-4": ("qemu-aarch64-static", "cortex-a72"),
@@ -29,18 +27,6 @@ EMULATORS = {
 }
 WEAKER = {"android-arm64": ("cortex-a72", "lse"), "x86-64-avx512": ("Nehalem", "avx512f")}
 """By target: a processor that lacks a feature, and the first that is missed."""
-
-
-def prepared(net: Network, folder: Path, given: np.ndarray) -> list[str]:
-    """Write the runner and its files into `folder` and return the command that measures `given`."""
-    runner = folder / "runner"
-    runner.write_bytes(link.link_runner(net.objects, net.table, net.machine))
-    runner.chmod(0o755)
-    (folder / "plan").write_bytes(net.plan)
-    (folder / "weights").write_bytes(net.weights)
-    (folder / "frames").write_bytes(given.tobytes())
-    files = [str(folder / name) for name in ("runner", "plan", "weights")]
-    return [*files, "--frames", str(folder / "frames"), "--dump", str(folder / "dump")]
 
 
 def dumped(folder: Path, steps: int) -> list[dict[str, np.ndarray]]:

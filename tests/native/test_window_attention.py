@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
+from attention_arrays import heads_of, interleaved, softmax
 from plane_kernels import compiled, every_machine, every_split, machine, rng, run
-from test_attention import heads_of, interleaved, softmax
 
 from dvexport.targets.tvm.kernels.attention import Sizes, Strides, attention_scratch, attention_spec
 from dvexport.targets.tvm.kernels.window_attention import WindowBias, window_attention, window_shape
