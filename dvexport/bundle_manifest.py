@@ -82,7 +82,7 @@ class OutputEntry(_Entry):
 class StateEntry(_Entry):
     """What a stream keeps from step to step: the output `output` of one step is `input` of the next.
 
-    The first step gets zeros.
+    The first step gets zeros. Where `in_place`, both may be one buffer: whatever reads it comes before what writes it.
     """
 
     name: str
@@ -91,6 +91,7 @@ class StateEntry(_Entry):
     shape: Shape
     dtype: Dtype
     init: Literal["zeros"] = "zeros"
+    in_place: bool = False
 
 
 class GateEntry(_Entry):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,10 +122,7 @@ def export(
         inputs=[_input(mode, preprocess)],
         outputs=_outputs(lowered, mode, preprocess),
         labels=list(net.labels),
-        states=[
-            StateEntry(name=s.name, input=s.input, output=s.output, shape=s.shape, dtype=s.dtype)  # type: ignore[arg-type]
-            for s in (states_of(lowered.model) if mode == "stream" else ())
-        ],
+        states=[StateEntry(**asdict(s)) for s in (states_of(lowered.model) if mode == "stream" else ())],
         gates=_gates(traced, lowered),
         flops=flop_table(traced, dense).to_dict(),
         checkpoint=source.digest,

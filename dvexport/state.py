@@ -6,21 +6,26 @@ The host feeds each output back to its input at the next step, and zeros at the 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
 
 import onnx_ir as ir
 
 from dvexport.errors import TraceError
 from dvexport.graph import fresh_output, static_shape
 
-__all__ = ["State", "add_state", "remove_state", "states_of"]
+__all__ = ["State", "add_state", "mark_in_place", "remove_state", "state_input", "states_of"]
 
 _KEY = "dv.states"
 
 
 @dataclass(frozen=True)
 class State:
-    """One state: `shape` and `dtype` (NumPy's name) of what is fed back; it starts as zeros."""
+    """One state: `shape` and `dtype` (NumPy's name) of what is fed back; it starts as zeros.
+
+    Attributes:
+        in_place: the output may have the memory of the input (`passes/update_in_place.py`).
+    """
 
     name: str
     input: str
@@ -28,6 +33,7 @@ class State:
     shape: tuple[int, ...]
     dtype: str
     init: str = "zeros"
+    in_place: bool = False
 
 
 def states_of(model: ir.Model) -> list[State]:
@@ -61,6 +67,11 @@ def add_state(model: ir.Model, name: str, read: ir.Value, write: ir.Value) -> No
     assert output.name is not None
     state = State(name, read.name, output.name, static_shape(read), str(read.dtype.numpy()))
     _store(model, [*states_of(model), state])
+
+
+def mark_in_place(model: ir.Model, names: Collection[str]) -> None:
+    """Say of states that a step may write them where it reads them."""
+    _store(model, [replace(state, in_place=state.in_place or state.name in names) for state in states_of(model)])
 
 
 def remove_state(model: ir.Model, name: str) -> tuple[ir.Value, ir.Value]:

@@ -30,6 +30,7 @@ from dvexport.passes.share_pooling import SharePooling
 from dvexport.passes.simplify import Simplify
 from dvexport.passes.skip_idle import SkipIdle
 from dvexport.passes.split_paths import SplitPaths
+from dvexport.passes.update_in_place import UpdateInPlace
 
 __all__ = ["Lowered", "PassRecord", "Plan", "lower"]
 
@@ -131,7 +132,7 @@ def _table(plan: Plan, chooser: ChooseLowering | ChooseKernels) -> list[ir.passe
         return [*head, LowerMasked(), CleanUp()]
     if plan.kernels:
         return [*head, chooser, SplitPaths(), FuseResidual(), CleanUp(), LowerMasked(keep=_KERNELS), CleanUp()]
-    last: list[ir.passes.PassBase] = [SkipIdle(), CleanUp()] if _mostly_idle(plan) else []
+    idle: list[ir.passes.PassBase] = [SkipIdle()] if _mostly_idle(plan) else []
     return [
         *head,
         chooser,
@@ -145,7 +146,9 @@ def _table(plan: Plan, chooser: ChooseLowering | ChooseKernels) -> list[ir.passe
         CleanUp(),  # before masking, so that nothing unused is expanded
         LowerMasked(),
         CleanUp(),
-        *last,
+        *idle,
+        UpdateInPlace(),
+        CleanUp(),
     ]
 
 

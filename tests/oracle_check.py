@@ -7,6 +7,7 @@ beside a linear read-out of the plane's mean, so that an error of one pixel is n
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from unittest.mock import patch
@@ -16,14 +17,17 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 import torch.nn.functional as F
-from graphs import run_steps, session
+from graphs import session
 from torch import Tensor, nn
 
 from dvexport import gates
-from dvexport.passes import lower_tiles
+from dvexport.passes import lower_tiles, update_in_place
 from dvexport.passes.expose_probes import forced_name
 from dvexport.passes.group_channels import ChannelStatistics
 from dvexport.passes.pipeline import Lowered, Plan, lower
+from dvexport.state import states_of
+from dvexport.targets.onnx.backend import emit
+from dvexport.targets.onnx.runtime import OrtSession
 from dvexport.trace import trace
 
 __all__ = [
@@ -176,8 +180,8 @@ def traced(kind: str, size: str) -> ir.Model:
 class Case:
     """A model of `KINDS` at a size of `SIZES`, and how it is lowered.
 
-    `lowering` is one of `LOWERINGS`, or `mixed`: one a gate. `compact` keeps merged activations compact, which
-    planes of this size are otherwise too small for.
+    `lowering` is one of `LOWERINGS`, or `mixed`: one a gate. `compact` keeps merged activations compact and updates
+    states in place, which planes of this size are otherwise too small for.
     """
 
     kind: str
@@ -235,14 +239,22 @@ def lowered(case: Case) -> Lowered:
         overrides=case.overrides,
         statistics=statistics_of(case.kind, case.size),
     )
-    threshold = 0 if case.compact else lower_tiles._COMPACT_FROM
-    with patch.object(lower_tiles, "_COMPACT_FROM", threshold):
+    with ExitStack() as stack:
+        if case.compact:
+            stack.enter_context(patch.object(lower_tiles, "_COMPACT_FROM", 0))
+            stack.enter_context(patch.object(update_in_place, "_LARGE", 0))
         return lower(traced(case.kind, case.size), plan, check=True)
 
 
 @cache
 def _session(case: Case) -> onnxruntime.InferenceSession:
     return session(lowered(case).model, optimised=True)
+
+
+@cache
+def _stream(case: Case) -> OrtSession:
+    model = lowered(case).model
+    return OrtSession(emit(model), states_of(model))
 
 
 def video(size: str, seed: int = 0) -> np.ndarray:
@@ -252,10 +264,12 @@ def video(size: str, seed: int = 0) -> np.ndarray:
 
 def run_lowered(case: Case, feeds: dict[str, np.ndarray]) -> np.ndarray:
     """Run a clip, or a stream from reset; logits `[T, K]`."""
-    loaded = _session(case)
     if case.mode == "clip":
-        return loaded.run(["logits"], feeds)[0]
-    return run_steps(lowered(case).model, feeds, loaded=loaded)["logits"]
+        return _session(case).run(["logits"], feeds)[0]
+    stream = _stream(case)
+    stream.reset()
+    steps = [{name: value[t : t + 1] for name, value in feeds.items()} for t in range(FRAMES)]
+    return np.concatenate([stream.run(step)["logits"] for step in steps])
 
 
 _EAGER: dict[tuple[str, str, int, bytes], np.ndarray] = {}

@@ -28,6 +28,7 @@ from oracle_check import (
 
 from dvexport.passes.expose_probes import forced_name
 from dvexport.passes.pipeline import Plan, lower
+from dvexport.state import states_of
 
 CASES = cases()
 GATES = 3
@@ -63,6 +64,12 @@ def test_compact_merges_scatter_less(case):
     plane = Case(case.kind, case.size, case.lowering, case.mode)
     count = [Counter(node.op_type for node in lowered(c).model.graph.all_nodes()) for c in (case, plane)]
     assert count[0]["ScatterElements"] >= GATES > count[1]["ScatterElements"]
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.compact and c.mode == "stream" and c.kind == "dstep"], ids=str)
+def test_compact_streams_are_updated_in_place(case):
+    kept = {state.name for state in states_of(lowered(case).model) if state.in_place}
+    assert kept == {"layer1.0.v", "layer2.0.v", "layer2.1.v"}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -35,8 +35,11 @@ def inspect(bundle: Path, as_json: bool) -> None:
     if manifest.states:
         click.echo()
         print_table(
-            ("state", "type", "shape", "at first"),
-            [(s.name, s.dtype, _shape(s.shape), s.init) for s in manifest.states],
+            ("state", "type", "shape", "at first", "next"),
+            [
+                (s.name, s.dtype, _shape(s.shape), s.init, "in place" if s.in_place else "apart")
+                for s in manifest.states
+            ],
         )
     if manifest.gates:
         tokens = any(gate.tokens for gate in manifest.gates)

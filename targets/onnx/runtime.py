@@ -1,7 +1,8 @@
 """An ONNX Runtime session that keeps the states of a stream between steps.
 
 Every state has two buffers. A step reads one and writes the other, the next step the other way round
-(two I/O bindings, made once), so states are never copied and a step allocates nothing for them.
+(two I/O bindings, made once), so states are never copied and a step allocates nothing for them. A state that is
+updated in place has one, bound as input and output: ONNX Runtime's `ScatterND` then writes only what is new.
 """
 
 from __future__ import annotations
@@ -57,6 +58,10 @@ class StateSpec(Protocol):
     def dtype(self) -> str:
         """NumPy's name of its type."""
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the output may have the memory of the input."""
+
 
 @dataclass(frozen=True)
 class NodeProfile:
@@ -105,7 +110,9 @@ class OrtSession:
         self.seconds = 0.0
         self._turn = 0
         # An OrtValue made from an array shares its memory, so filling the array resets the state.
-        self._buffers = [{s.input: np.zeros(s.shape, s.dtype) for s in states} for _ in range(2)]
+        first = {s.input: np.zeros(s.shape, s.dtype) for s in states}
+        second = {s.input: first[s.input] if s.in_place else np.zeros(s.shape, s.dtype) for s in states}
+        self._buffers = [first, second]
         self._bindings = [self._bind(states, i) for i in range(2)]
 
     def reset(self) -> None:
