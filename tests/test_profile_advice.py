@@ -36,6 +36,21 @@ def test_advice_names_the_gate_that_costs_more_than_it_saves(result: ProfileResu
     assert advice[0].severity == "warning"
 
 
+@pytest.mark.parametrize(
+    ("change", "remedy"),
+    [
+        ({}, "--backend tvm"),
+        ({"backend": "tvm"}, "train sparser decisions"),
+        ({"gates": [], "tokens": True}, "drop more tokens"),
+    ],
+)
+def test_advice_where_the_gated_artifact_is_slower(result: ProfileResult, change: dict, remedy: str) -> None:
+    assert "is slower than" not in _texts(result, None)
+    slower = replace(result, gated=result.dense, dense=result.gated, **change)
+    assert slower.speedup is not None and slower.speedup < 1
+    assert f"{slower.speedup:.2f}): {remedy}" in _texts(slower, None).replace("try ", "")
+
+
 def test_advice_names_the_worst_gates_and_sums_up_the_rest(result: ProfileResult) -> None:
     low = [item for item in advise(result) if item.gate and "less than its FLOPs allow" in item.text]
     kept = [gate for gate in result.gates if gate.gate != "layer4.1"]

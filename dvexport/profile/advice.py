@@ -218,9 +218,12 @@ def _whole(result: ProfileResult) -> Iterator[Advice]:
     if result.realisation is None:
         yield Advice("info", None, "No dense artifact was measured: speed-up and realisation are unknown.")
     elif result.speedup is not None and result.speedup < 1:
-        remedy = "change the lowerings named below" if result.gates or not result.tokens else "drop more tokens"
-        text = f"The gated artifact is slower than the dense one (speed-up {result.speedup:.2f}): ship the dense one, "
-        yield Advice("warning", None, f"{text}or {remedy}.")
+        yield Advice(
+            "warning",
+            None,
+            f"The gated artifact is slower than the dense one (speed-up {result.speedup:.2f}): {_remedies(result)}, or "
+            "ship a model without gates.",
+        )
     elif result.realisation < LOW_REALISATION:
         yield Advice(
             "warning",
@@ -234,6 +237,14 @@ def _whole(result: ProfileResult) -> Iterator[Advice]:
             None,
             "Decisions were forced to random ones: the times are real, the predictions mean nothing.",
         )
+
+
+def _remedies(result: ProfileResult) -> str:
+    if result.tokens and not result.gates:
+        return "drop more tokens"
+    if result.backend == "tvm":
+        return "train sparser decisions"
+    return "try --backend tvm, whose kernels follow each decision, or the lowerings named below"
 
 
 def _spread(result: ProfileResult) -> Iterator[Advice]:
