@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dvexport.errors import UsageError, unknown_name
 from dvexport.targets.tvm.costs import Rates
+from dvexport.targets.tvm.parameters import Parameters
 
 __all__ = [
     "HOST",
@@ -31,18 +32,19 @@ __all__ = [
     "host_name",
     "load",
     "load_file",
+    "measured_table",
     "names",
     "path_of",
-    "rates_table",
     "runs_here",
-    "with_rates",
+    "with_measured",
 ]
 
 HOST = "host"
 """Stands for the catalogue entry that fits the machine dvexport runs on."""
 
 _CATALOG = Path(__file__).parent / "catalog"
-_RATES = "[runtimes.tvm.rates]"
+_MEASURED = {Rates: "[runtimes.tvm.rates]", Parameters: "[runtimes.tvm.parameters]"}
+"""Tables that `dvexport tune` writes."""
 
 Positive = Annotated[int, Field(ge=1)]
 Version = Annotated[str, Field(pattern=r"^\d+(\.\d+)*$")]
@@ -96,11 +98,13 @@ class Tvm(_Table):
 
     Attributes:
         rates: how long a kernel's units of work take there (`dvexport tune`); None: estimated.
+        parameters: what its convolution kernels are generated with (`dvexport tune`); None: as for its instruction set.
         winograd: whether convolutions may be Winograd's, two to three times as fast where they apply, for
             weights that take up to three times the memory.
     """
 
     rates: Rates | None = None
+    parameters: Parameters | None = None
     winograd: bool = True
 
 
@@ -217,27 +221,38 @@ def load_file(path: Path) -> Target:
         raise _bad_key(path, error) from error
 
 
-def rates_table(rates: Rates) -> str:
-    """Return the table of a target file that says these rates, to four digits."""
-    lines = [f"{name} = {float(f'{value:.4g}')}" for name, value in rates.values().items()]
-    return "\n".join([_RATES, f"source = {json.dumps(rates.source, ensure_ascii=False)}", *lines, ""])
+def measured_table(measured: Rates | Parameters) -> str:
+    """Return the table of a target file that says what `dvexport tune` measured, rates to four digits."""
+    lines = [f"{name} = {_as_toml(value)}" for name, value in measured.values().items()]
+    source = f"source = {json.dumps(measured.source, ensure_ascii=False)}"
+    return "\n".join([_MEASURED[type(measured)], source, *lines, ""])
 
 
-def with_rates(text: str, rates: Rates) -> str:
-    """Return the text of a target file with these rates, in place of those it has.
+def _as_toml(value: float | tuple[int, ...]) -> str:
+    if isinstance(value, float):
+        return str(float(f"{value:.4g}"))
+    return str(list(value) if isinstance(value, tuple) else value)
+
+
+def with_measured(text: str, *measured: Rates | Parameters) -> str:
+    """Return the text of a target file with these tables, in place of those it has.
 
     Args:
         text: of a file with `[runtimes.tvm]`.
-        rates: of its device.
+        measured: of its device.
 
     Raises:
         UsageError: compiled kernels are not among its runtimes, or it says so in another way.
     """
-    without = re.sub(rf"^{re.escape(_RATES)}\n(?:(?!\[).*\n?)*", "", text, flags=re.MULTILINE)
-    head, line, tail = without.partition("[runtimes.tvm]\n")
+    for each in measured:
+        header = re.escape(_MEASURED[type(each)])
+        text = re.sub(rf"^{header}\n(?:(?!\[).*\n?)*", "", text, flags=re.MULTILINE)
+    head, line, tail = text.partition("[runtimes.tvm]\n")
     if not line:
         raise UsageError("the target file has no line [runtimes.tvm]", hint="add it, and run this again")
-    return f"{head}{line}\n{rates_table(rates)}\n{tail.lstrip()}".rstrip() + "\n"
+    own, bracket, others = tail.partition("[")
+    tables = "\n".join(measured_table(each) for each in measured)
+    return f"{head}{line}{own.strip()}".rstrip() + f"\n\n{tables}\n{bracket}{others}".rstrip() + "\n"
 
 
 def runs_here(cpu: Cpu) -> bool:

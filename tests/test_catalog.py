@@ -7,6 +7,7 @@ import pytest
 from dvexport import targets
 from dvexport.errors import UsageError
 from dvexport.targets import devices
+from dvexport.targets.tvm.parameters import Parameters
 
 CATALOG = Path(devices.__file__).parent / "catalog"
 REAL = (CATALOG / "raspberry-pi-5.toml").read_text()
@@ -177,19 +178,59 @@ def rates():
 
 def test_rates_are_put_into_a_target_file(tmp_path, rates):
     path = tmp_path / "board.toml"
-    path.write_text(devices.with_rates(REAL, rates))
+    path.write_text(devices.with_measured(REAL, rates))
     loaded = targets.load(path)
     assert loaded.runtimes.tvm.rates == rates
     assert loaded.runtimes.tflite == targets.load("raspberry-pi-5").runtimes.tflite
     faster = dataclasses.replace(rates, product=0.01, source='measured "here"')
-    path.write_text(devices.with_rates(path.read_text(), faster))
+    path.write_text(devices.with_measured(path.read_text(), faster))
     assert path.read_text().count("[runtimes.tvm.rates]") == 1
     assert targets.load(path).runtimes.tvm.rates == faster
 
 
+@pytest.fixture
+def parameters():
+    """Unlike those of any instruction set."""
+    return Parameters((7, 3), (5, 5), 0, 64, (12, 8), "measured: here")
+
+
+def test_both_tables_are_put_into_a_target_file(tmp_path, rates, parameters):
+    """What the file says of its own stays, and what it has measured before goes."""
+    own = REAL.replace("[runtimes.tvm]\n", "[runtimes.tvm]\nwinograd = false\n")
+    before = devices.with_measured(own, rates, parameters)
+    text = devices.with_measured(before, rates, dataclasses.replace(parameters, tall=9))
+    assert [text.count(header) for header in ("[runtimes.tvm.rates]", "[runtimes.tvm.parameters]")] == [1, 1]
+    (tmp_path / "board.toml").write_text(text)
+    tvm = targets.load(tmp_path / "board.toml").runtimes.tvm
+    assert (tvm.winograd, tvm.rates, tvm.parameters) == (False, rates, dataclasses.replace(parameters, tall=9))
+    assert devices.with_measured(text, rates, parameters) == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key"),
+    [
+        ("planes = [7, 3]", "planes = [7]", "planes"),
+        ("planes = [7, 3]", "planes = [0, 3]", "planes.0"),
+        ("packed = [5, 5]", "packed = [5, 50]", "packed.1"),
+        ("winograd = [12, 8]", "winograd = []", "winograd"),
+        ("tall = 0", "tall = -1", "tall"),
+        ("small_plane = 64", "", "small_plane"),
+        ("source = ", "# ", "source"),
+    ],
+)
+def test_bad_parameters_give_their_key(tmp_path, parameters, old, new, key):
+    text = devices.with_measured(REAL, parameters)
+    assert old in text
+    path = tmp_path / "board.toml"
+    head, table, tail = text.partition("[runtimes.tvm.parameters]\n")
+    path.write_text(head + table + tail.replace(old, new, 1))
+    with pytest.raises(UsageError, match=rf"bad key 'runtimes.tvm.parameters.{key}"):
+        targets.load(path)
+
+
 def test_rates_need_a_table_of_their_own(rates):
     with pytest.raises(UsageError, match=r"no line \[runtimes.tvm\]"):
-        devices.with_rates(REAL.replace("[runtimes.tvm]", "[runtimes]\ntvm = {}"), rates)
+        devices.with_measured(REAL.replace("[runtimes.tvm]", "[runtimes]\ntvm = {}"), rates)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +245,7 @@ def test_rates_need_a_table_of_their_own(rates):
 )
 def test_bad_rates_give_key_and_reason(tmp_path, rates, old, new, key, why):
     path = tmp_path / "board.toml"
-    head, table, tail = devices.with_rates(REAL, rates).partition("[runtimes.tvm.rates]\n")
+    head, table, tail = devices.with_measured(REAL, rates).partition("[runtimes.tvm.rates]\n")
     path.write_text(head + table + tail.replace(old, new, 1))
     with pytest.raises(UsageError) as caught:
         targets.load(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -63,16 +63,17 @@ def _one(target: Target, as_json: bool) -> None:
                 "cost table",
                 f"{len(target.costs)} points" + (f", {target.costs_source}" if target.costs else ""),
             ),
-            ("kernel rates", _rates(target)),
+            ("kernel rates", _measured(target, "rates", "estimated from lanes and peak")),
+            ("kernel parameters", _measured(target, "parameters", "those of its instruction set")),
         ]
     )
 
 
-def _rates(target: Target) -> str:
+def _measured(target: Target, table: Literal["rates", "parameters"], otherwise: str) -> str:
     if target.runtimes.tvm is None:
         return "none"
-    rates = target.runtimes.tvm.rates
-    return rates.source if rates else "estimated from lanes and peak (dvexport tune measures them)"
+    measured = getattr(target.runtimes.tvm, table)
+    return measured.source if measured else f"{otherwise} (dvexport tune measures them)"
 
 
 def _figure(quantity: Quantity, unit: str) -> str:

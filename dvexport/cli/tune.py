@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,27 +16,31 @@ from dvexport.errors import DeviceError, UsageError
 
 if TYPE_CHECKING:
     from dvexport.targets import Target
+    from dvexport.targets.tvm.costs import Rates
     from dvexport.targets.tvm.fit import Fit
+    from dvexport.targets.tvm.parameters import Parameters
 
 __all__ = ["tune"]
 
 
 @click.command()
 @click.option("--target", default="host", show_default=True, help="Device of the catalogue, or a .toml file.")
-@path_option("-o", "--output", help="Write the target's file with the rates in it: a .toml file for --target.")
+@path_option("-o", "--output", help="Write the target's file with both tables in it: a .toml file for --target.")
 @click.option(
     "--seconds",
     default=60.0,
     show_default=True,
     type=click.FloatRange(min=0, max=3600),
-    help="How long to repeat the measurement.",
+    help="How long to repeat each of the two measurements.",
 )
+@click.option("--keep-parameters", is_flag=True, help="Measure the rates of the kernels as they are.")
 @json_flag
-def tune(target: str, output: Path | None, seconds: float, as_json: bool) -> None:
-    """Measure how long the compiled kernels' units of work take on this machine.
+def tune(target: str, output: Path | None, seconds: float, keep_parameters: bool, as_json: bool) -> None:
+    """Measure which kernels are the fastest on this machine, and how long their units of work take.
 
-    Backend tvm predicts from these rates which kernel is the fastest for what a gate decides, and which calls are
-    worth sharing between threads. Let nothing else run meanwhile.
+    Backend tvm generates convolutions with these parameters, such as their register blocks. It predicts from the rates
+    which kernel is the fastest for what a gate decides, and which calls are worth sharing between threads. Let nothing
+    else run meanwhile.
     """
     from dvexport.files import atomic_write, writable_output
     from dvexport.targets import devices
@@ -50,20 +55,26 @@ def tune(target: str, output: Path | None, seconds: float, as_json: bool) -> Non
         check_tools()
         from dvexport.targets.tvm import fit
         from dvexport.targets.tvm import tune as measuring
-        from dvexport.targets.tvm.machine import machine_of
+        from dvexport.targets.tvm.machine import machine_for
+        from dvexport.targets.tvm.tune_parameters import choose_parameters
 
-        machine = machine_of(device.cpu)
+        machine = machine_for(device)
+        if not keep_parameters:
+            machine = replace(machine, parameters=choose_parameters(machine, seconds, _source(), progress))
         samples = measuring.measure(machine, measuring.draw_works(), seconds, progress)
         progress("fit the rates")
         made = fit.fit(samples, machine, _source())
+    measured: list[Rates | Parameters] = [made.rates]
+    if machine.parameters is not None:
+        measured.append(machine.parameters)
     if output is not None:
         text = devices.path_of(target).read_text(encoding="utf-8")
         with atomic_write(output) as temporary:
-            temporary.write_text(devices.with_rates(text, made.rates), encoding="utf-8")
+            temporary.write_text(devices.with_measured(text, *measured), encoding="utf-8")
     if as_json:
-        print_json(_as_json(device, made))
+        print_json(_as_json(device, made, machine.parameters))
         return
-    print_lines(devices.rates_table(made.rates))
+    print_lines(*[devices.measured_table(each) for each in measured])
     print_lines(*_quality(made))
 
 
@@ -94,9 +105,10 @@ def _quality(made: Fit) -> list[str]:
     ]
 
 
-def _as_json(device: Target, made: Fit) -> dict[str, object]:
+def _as_json(device: Target, made: Fit, parameters: Parameters | None) -> dict[str, object]:
     return {
         "target": device.name,
+        "parameters": parameters and {"source": parameters.source, **parameters.values()},
         "rates": {"source": made.rates.source, **made.rates.values()},
         "error": {"median": made.median, "p90": made.ninth},
         "choices": {"cases": made.choices, "right": made.right, "lost": made.lost},

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dvexport.targets.tvm.costs import Rates, estimate
+from dvexport.targets.tvm.parameters import Parameters
 
 if TYPE_CHECKING:
     from dvexport.targets.devices import Cpu, Target
@@ -25,6 +26,7 @@ class Machine:
         lanes: float32 lanes of a vector register.
         block: output channels x vectors of a matrix product's register block.
         rates: how long its units of work take, where that is known.
+        parameters: what its convolutions are generated with, where somebody measured that.
     """
 
     triple: str
@@ -33,6 +35,7 @@ class Machine:
     lanes: int
     block: tuple[int, int]
     rates: Rates | None = None
+    parameters: Parameters | None = None
 
     @property
     def tvm_target(self) -> dict[str, Any]:
@@ -75,6 +78,6 @@ def machine_of(cpu: Cpu) -> Machine:
 
 def machine_for(target: Target) -> Machine:
     """Return what code for a device is generated for, with its rates, or those that its peak suggests."""
-    machine = machine_of(target.cpu)
-    measured = target.runtimes.tvm.rates if target.runtimes.tvm else None
-    return replace(machine, rates=measured or estimate(machine.lanes, target.peak_gflops_per_core.value))
+    machine, said = machine_of(target.cpu), target.runtimes.tvm
+    rates = (said.rates if said else None) or estimate(machine.lanes, target.peak_gflops_per_core.value)
+    return replace(machine, rates=rates, parameters=said.parameters if said else None)

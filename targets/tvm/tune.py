@@ -27,7 +27,7 @@ from dvexport.targets.tvm.machine import Machine
 from dvexport.targets.tvm.plan import Call, Place, Plan, Port, Space, Variant, plan_bytes
 from dvexport.targets.tvm.session import NativeSession
 
-__all__ = ["LAYERS", "Layer", "Sample", "Work", "draw_works", "measure"]
+__all__ = ["LAYERS", "Layer", "Sample", "Way", "Work", "draw_works", "measure", "time_ways", "ways_of"]
 
 Progress = Callable[[str], None]
 
@@ -170,7 +170,12 @@ def measure(machine: Machine, works: Sequence[Work], seconds: float, tell: Progr
         DeviceError: a package of the extra `tvm` is missing, or this machine can't run the code.
     """
     tell("write kernels")
-    ways = [way for index, work in enumerate(works) for way in _ways(index, work, machine)]
+    return time_ways([way for index, work in enumerate(works) for way in ways_of(index, work, machine)], machine,
+                     seconds, tell)  # fmt: skip
+
+
+def time_ways(ways: Sequence[Way], machine: Machine, seconds: float, tell: Progress) -> list[Sample]:
+    """Return the samples of calls with their times, in no particular order; see `measure`."""
     order = np.random.default_rng(1).permutation(len(ways))
     tell("compile and link")
     with _open([ways[index] for index in order], machine, tell) as session:
@@ -191,7 +196,7 @@ def _least_times(session: NativeSession, seconds: float) -> list[float]:
 
 
 @dataclass(frozen=True)
-class _Way:
+class Way:
     """A kernel's call for a sample.
 
     Attributes:
@@ -215,7 +220,7 @@ def _kernel(spec: DirectConv | WinogradConv, machine: Machine) -> Kernel:
     return winograd.winograd_conv(spec, machine)
 
 
-def _ways(index: int, work: Work, machine: Machine) -> Iterator[_Way]:
+def ways_of(index: int, work: Work, machine: Machine) -> Iterator[Way]:
     """Yield the calls of every kernel that can do a work, the direct one first."""
     layer = work.layer
     x, y = layer.planes
@@ -229,7 +234,7 @@ def _ways(index: int, work: Work, machine: Machine) -> Iterator[_Way]:
     memory = {"others": _OTHERS, "X": layer.cin * x.size, "R": layer.cout * y.size, "Y": layer.cout * y.size}
     shared = {"rows": _listed(work.rows), "cols": _listed(work.columns), "inside": y.inside()}
     shape = direct_data.direct_shape(x, y, window, channels, **how)
-    yield _Way(
+    yield Way(
         Sample(index, spec, window.size, TileVectors(), layer.cin, counts),
         layer,
         _kernel(spec, machine),
@@ -245,7 +250,7 @@ def _ways(index: int, work: Work, machine: Machine) -> Iterator[_Way]:
         return
     tiles = _tiles(layer, tiled.m)
     part = winograd.part_floats(tiled, layer.cin, -(-len(tiles.outputs) // machine.lanes), machine)
-    yield _Way(
+    yield Way(
         Sample(
             index,
             tiled,
@@ -286,7 +291,7 @@ def _listed(channels: np.ndarray) -> np.ndarray:
     return np.array([len(channels), *channels], np.int32)
 
 
-def _open(ways: Sequence[_Way], machine: Machine, tell: Progress) -> NativeSession:
+def _open(ways: Sequence[Way], machine: Machine, tell: Progress) -> NativeSession:
     """Open a plan of all calls in order, each after those that touch its images."""
     clear = planes_elementwise.clear(machine)
     kernels = [clear, *(way.kernel for way in ways)]
@@ -313,13 +318,13 @@ def _open(ways: Sequence[_Way], machine: Machine, tell: Progress) -> NativeSessi
 class _Memory:
     """Working memory: each buffer has one place, whatever the call, as in a network whose images share theirs."""
 
-    def __init__(self, ways: Sequence[_Way]) -> None:
+    def __init__(self, ways: Sequence[Way]) -> None:
         self._offsets, self.size = {}, 0
         for name in dict.fromkeys(name for way in ways for name in way.memory):
             self._offsets[name] = self.size
             self.size += _up(max(way.memory.get(name, 0) for way in ways) * _FLOAT_BYTES)
 
-    def place(self, name: str, way: _Way) -> Place:
+    def place(self, name: str, way: Way) -> Place:
         """Return where a call's buffer is."""
         return Place(Space.ARENA, self._offsets[name], way.memory[name] * _FLOAT_BYTES)
 

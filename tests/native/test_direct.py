@@ -29,6 +29,8 @@ from dvexport.targets.tvm.kernels.direct_data import (
 )
 from dvexport.targets.tvm.layout import Plane
 from dvexport.targets.tvm.machine import Machine
+from dvexport.targets.tvm.parameters import parameters_of
+from dvexport.targets.tvm.tune_parameters import candidates
 
 POINT, POINT_2 = Window((1, 1)), Window((1, 1), (2, 2))
 SQUARE, SQUARE_2 = Window((3, 3), (1, 1), (1, 1)), Window((3, 3), (2, 2), (1, 1))
@@ -207,6 +209,21 @@ def test_tiles(name: str, size: tuple[int, int], grid: tuple[int, int], lanes: i
     one = np.zeros(grid, bool)
     one[-1, -1] = True
     layer.check(spec, target, np.arange(11), np.arange(6), runs, one.ravel(), pixels_of(one, layer))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parameter", ["planes", "packed", "tall"])
+def test_blocks_that_tune_may_choose(parameter: str) -> None:
+    target = host_machine()
+    layer = Layer.random(SQUARE, (13, 17), (5, 23))
+    runs = dense_runs(layer.x, layer.y, SQUARE, target)
+    own = replace(parameters_of(target), small_plane=0 if parameter == "planes" else 1 << 20)
+    for value in candidates(parameter, own, target):
+        tuned = replace(target, parameters=replace(own, **{parameter: value}))
+        spec = spec_for(SQUARE, runs, (5, 23), tuned, residual=True, relu=True)
+        assert spec.packed == (parameter != "planes")
+        for rows in (23, 9, 1):
+            layer.check(spec, target, some(23, rows), some(5, 3), runs, *every(layer), threads=2)
 
 
 @pytest.mark.parametrize(("residual", "relu"), [(True, False), (False, False), (True, True)])

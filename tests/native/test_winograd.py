@@ -22,6 +22,8 @@ from dvexport.targets.tvm.kernels.winograd_lists import (
 from dvexport.targets.tvm.kernels.winograd_points import interpolation
 from dvexport.targets.tvm.layout import Plane
 from dvexport.targets.tvm.machine import Machine, machine_of
+from dvexport.targets.tvm.parameters import parameters_of
+from dvexport.targets.tvm.tune_parameters import candidates
 
 GUARD = 64
 TOLERANCE = 5e-6
@@ -165,6 +167,15 @@ def test_dense(lanes: int, m: int, height: int, width: int) -> None:
     cin, cout = 9, 13
     spec = spec_of(m, lanes, height, width)
     check(Case(spec, machine(lanes), height, width, cin, cout, list(range(cout)), list(range(cin))))
+
+
+@pytest.mark.slow
+def test_blocks_that_tune_may_choose() -> None:
+    target, rng = host_machine(), np.random.default_rng(7)
+    for block in candidates("winograd", parameters_of(target), target):
+        spec = dataclasses.replace(spec_of(2, target.lanes, 28, 28), block=block)
+        rows, cols = (sorted(rng.choice(40, count, replace=False).tolist()) for count in (29, 11))
+        check(Case(spec, machine(target.lanes), 28, 28, 40, 40, rows, cols, threads=2))
 
 
 @pytest.mark.parametrize("lanes", [4, 8, 16])

@@ -27,10 +27,11 @@ from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, prefetch_ahead,
 from dvexport.targets.tvm.kernels.blocks import Groups, balanced
 from dvexport.targets.tvm.kernels.direct_ahead import ask_for_tile, ask_for_weights
 from dvexport.targets.tvm.kernels.direct_data import HALVES, RUN_HEADER, Shape
-from dvexport.targets.tvm.kernels.direct_spec import BEYOND, COLUMNS, TALL, DirectConv, spec_for
+from dvexport.targets.tvm.kernels.direct_spec import BEYOND, COLUMNS, DirectConv, spec_for
 from dvexport.targets.tvm.kernels.direct_vectors import ceildiv, choose, cut, int32, join, load, store
 from dvexport.targets.tvm.kernels.planes_vectors import LINE, keep_inside
 from dvexport.targets.tvm.machine import Machine
+from dvexport.targets.tvm.parameters import TALL
 
 __all__ = ["DirectConv", "direct_conv", "spec_for"]
 

@@ -7,11 +7,9 @@ from typing import Any
 
 from dvexport.targets.tvm.kernels.direct_data import HALVES, Runs, Window
 from dvexport.targets.tvm.machine import Machine
+from dvexport.targets.tvm.parameters import TALL, parameters_of
 
-__all__ = ["BEYOND", "COLUMNS", "TALL", "DirectConv", "spec_for"]
-
-_SMALL_PLANE = 128
-"""Pixels up to which packing pays for any window, if a few rows share what is packed: weights come by once."""
+__all__ = ["BEYOND", "COLUMNS", "DirectConv", "spec_for"]
 
 BEYOND = 8
 COLUMNS = range(5, BEYOND + 2)
@@ -22,17 +20,6 @@ _FEW_PIXELS = 256
 
 _FEW_ROWS = 32
 """Output channels up to which a 1 x 1 window is not worth packing for."""
-
-_SQUARE_BLOCKS = {16: (8, 3), 8: (6, 2)}
-"""Register blocks, by lanes, of unpacked 3 x 3 windows and of packed columns, where these measured faster."""
-
-_PACKED_BLOCKS = {16: (6, 4)}
-"""The same of all other packed windows: more rows would take more address registers than x86-64 has."""
-
-TALL = 2
-_TALL_BLOCKS = {16: 8}
-"""Rows of these by `TALL` vectors, where a few tiles or a small plane have no more: more rows are more weights on their
-way at a time, and eight have addresses yet while fewer vectors do."""
 
 
 @dataclass(frozen=True)
@@ -108,11 +95,11 @@ def spec_for(
     taps = 1 if point else 0 if packed else 9
     wide = step == 2 and runs.run == machine.lanes and window.dilations[1] == 1
     columns = window.kernel[1] if wide and window.kernel[1] in COLUMNS else 0
-    plain = point or (packed and not columns)
-    blocks = _PACKED_BLOCKS if plain and packed else {} if plain else _SQUARE_BLOCKS
-    block = blocks.get(machine.lanes, machine.block)
+    plain = packed and not columns
+    parameters = parameters_of(machine)
+    block = parameters.packed if plain else machine.block if point else parameters.planes
     ahead = packed and (point or len(runs.outputs) * runs.run <= _FEW_PIXELS)
-    tall = _TALL_BLOCKS.get(machine.lanes, 0) if blocks is _PACKED_BLOCKS else 0
+    tall = parameters.tall if plain and parameters.tall > block[0] else 0
     return DirectConv(taps, step, runs.run, runs.inside, residual, relu, packed, block, columns, ahead, tall)
 
 
@@ -123,4 +110,4 @@ def _reads_planes(window: Window, runs: Runs, rows: int, machine: Machine) -> bo
     if window.kernel != (3, 3) or window.dilations != (1, 1):
         return False
     wide = runs.run >= (8 if machine.lanes == 16 else machine.lanes)
-    return wide and (len(runs.outputs) * runs.run > _SMALL_PLANE or rows < machine.block[0])
+    return wide and (len(runs.outputs) * runs.run > parameters_of(machine).small_plane or rows < machine.block[0])

@@ -34,6 +34,7 @@ from dvexport.targets.tvm.kernels.winograd_vectors import (
 )
 from dvexport.targets.tvm.layout import Plane
 from dvexport.targets.tvm.machine import Machine
+from dvexport.targets.tvm.parameters import parameters_of
 
 __all__ = ["WinogradConv", "part_floats", "scratch_floats", "spec_for", "winograd_conv"]
 
@@ -79,12 +80,6 @@ class WinogradConv:
         return f"winograd{self.m}_{machine.lanes}_{'_'.join(map(str, self.block))}{epilogue}"
 
 
-_BLOCKS = {16: (8, 8, 8, 6), 8: (8, 6, 4)}
-_BLOCKS_NEON = {True: (12, 8, 6, 6), False: (6, 4, 3)}
-"""By lanes; of four: aarch64 has 32 registers, armv7 has 16. No register block spills. Weights are read once for every
-block: on AVX-512 blocks up to 6 x 4 instead of 8 x 2 made ResNet-18 3 % faster, with gates up to 7 %."""
-
-
 def spec_for(
     plane_in: Plane, plane_out: Plane, grid: tuple[int, int] | None, machine: Machine, *, residual: bool, relu: bool
 ) -> WinogradConv | None:
@@ -110,7 +105,7 @@ def spec_for(
     if not fitting:
         return None
     m = min(fitting, key=vector_products)
-    block = _BLOCKS.get(machine.lanes) or _BLOCKS_NEON[machine.is_aarch64]
+    block = parameters_of(machine).winograd
     ahead = vector_products(m) <= len(block) * (m + 2) ** 2
     return WinogradConv(m, bool(height % m or width % m), residual, relu, block, ahead)
 
