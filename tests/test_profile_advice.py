@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from sample_profile import make_result
 
+from dvexport.passes.choose_lowering import KERNELS
 from dvexport.profile.advice import advise, better_lowering, overhead_share
 from dvexport.profile.result import (
     GateStep,
@@ -34,6 +35,14 @@ def test_advice_names_the_gate_that_costs_more_than_it_saves(result: ProfileResu
     assert "'masked' in place of 'tiles'" in costly[0].text  # its channels are denser than its tiles
     assert "38% of its time decides and moves data" in costly[0].text
     assert advice[0].severity == "warning"
+
+
+def test_a_gate_of_kernels_has_no_lowering_to_change(result: ProfileResult) -> None:
+    slow = replace(result.gates[0], lowering=KERNELS, median_ms=2.0, dense_median_ms=1.0)
+    text = _texts(replace(result, gates=[slow], backend="tvm"), slow.gate)
+    assert "1.00 ms a frame more than it saves" in text
+    assert "kernels follow every decision already" in text
+    assert "lowering" not in text
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,8 @@ def _costly_gates(result: ProfileResult) -> Iterator[Advice]:
 
 
 def _change(present: str, better: str) -> str:
+    if present == KERNELS:
+        return "Its kernels follow every decision already: it pays on a larger layer, or with sparser decisions."
     if better == present or (present in NOT_SAVING and better in NOT_SAVING):
         return (
             "No lowering of this target promises to be cheaper: it pays on a larger layer, or with sparser decisions."
