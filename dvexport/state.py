@@ -70,8 +70,8 @@ def add_state(model: ir.Model, name: str, read: ir.Value, write: ir.Value) -> No
 
 
 def mark_in_place(model: ir.Model, names: Collection[str]) -> None:
-    """Say of states that a step may write them where it reads them."""
-    _store(model, [replace(state, in_place=state.in_place or state.name in names) for state in states_of(model)])
+    """Say that a step may write these states, and no others, where it reads them."""
+    _store(model, [replace(state, in_place=state.name in names) for state in states_of(model)])
 
 
 def remove_state(model: ir.Model, name: str) -> tuple[ir.Value, ir.Value]:

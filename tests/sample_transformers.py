@@ -18,7 +18,7 @@ SWIN = {"embed_dim": 8, "depths": "1,2,2,1", "heads": "1,2,2,4", "classes": 5, "
 WINDOWED = {"window": "2,7,7"}
 
 
-def saved(folder, *, shards=None, mean=None, **options):
+def save_videomae(folder, *, shards=None, mean=None, **options):
     """Save a tiny random model as the library does; return it."""
     transformers = pytest.importorskip("transformers", reason="needs the library that writes these directories")
     torch.manual_seed(0)
@@ -33,12 +33,12 @@ def saved(folder, *, shards=None, mean=None, **options):
     return model
 
 
-def edited(folder, **changes):
+def edit_config(folder, **changes):
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def rewritten(folder, change):
+def edit_weights(folder, change):
     keys = load_file(folder / "model.safetensors")
     change(keys)
     save_file(keys, folder / "model.safetensors")
@@ -53,7 +53,7 @@ def small_swin(**options):
     return model
 
 
-def published(width, depth=12):
+def keys_of_width(width, depth=12):
     """Keys of a file of a published width, with blocks of one value to be quick."""
     with torch.device("meta"):
         model = zoo.create("vit_small", embed_dim=width, depth=depth, heads=1)

@@ -206,28 +206,6 @@ def test_both_tables_are_put_into_a_target_file(tmp_path, rates, parameters):
     assert devices.with_measured(text, rates, parameters) == before
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "key"),
-    [
-        ("planes = [7, 3]", "planes = [7]", "planes"),
-        ("planes = [7, 3]", "planes = [0, 3]", "planes.0"),
-        ("packed = [5, 5]", "packed = [5, 50]", "packed.1"),
-        ("winograd = [12, 8]", "winograd = []", "winograd"),
-        ("tall = 0", "tall = -1", "tall"),
-        ("small_plane = 64", "", "small_plane"),
-        ("source = ", "# ", "source"),
-    ],
-)
-def test_bad_parameters_give_their_key(tmp_path, parameters, old, new, key):
-    text = devices.with_measured(REAL, parameters)
-    assert old in text
-    path = tmp_path / "board.toml"
-    head, table, tail = text.partition("[runtimes.tvm.parameters]\n")
-    path.write_text(head + table + tail.replace(old, new, 1))
-    with pytest.raises(UsageError, match=rf"bad key 'runtimes.tvm.parameters.{key}"):
-        targets.load(path)
-
-
 def test_rates_need_a_table_of_their_own(rates):
     with pytest.raises(UsageError, match=r"no line \[runtimes.tvm\]"):
         devices.with_measured(REAL.replace("[runtimes.tvm]", "[runtimes]\ntvm = {}"), rates)
@@ -236,18 +214,27 @@ def test_rates_need_a_table_of_their_own(rates):
 @pytest.mark.parametrize(
     ("old", "new", "key", "why"),
     [
-        ("call = ", "call = -", "runtimes.tvm.rates.call", "greater than or equal to 0"),
-        ("call = ", "call = nan # ", "runtimes.tvm.rates.call", "finite|greater"),
-        ("row = ", "# row = ", "runtimes.tvm.rates.row", "required"),
-        ("call = ", "colour = 1.0\ncall = ", "runtimes.tvm.rates.colour", "Unexpected"),
-        ("source = ", "# ", "runtimes.tvm.rates.source", "required"),
+        ("call = ", "call = -", "rates.call", "greater than or equal to 0"),
+        ("call = ", "call = nan # ", "rates.call", "finite|greater"),
+        ("row = ", "# row = ", "rates.row", "required"),
+        ("call = ", "colour = 1.0\ncall = ", "rates.colour", "Unexpected"),
+        ("source = ", "# ", "rates.source", "required"),
+        ("planes = [7, 3]", "planes = [7]", "parameters.planes.1", "required"),
+        ("planes = [7, 3]", "planes = [0, 3]", "parameters.planes.0", "greater than or equal to 1"),
+        ("packed = [5, 5]", "packed = [5, 50]", "parameters.packed.1", "less than or equal to 8"),
+        ("winograd = [12, 8]", "winograd = []", "parameters.winograd", "at least 1 item"),
+        ("tall = 0", "tall = -1", "parameters.tall", "greater than or equal to 0"),
+        ("small_plane = 64", "", "parameters.small_plane", "required"),
+        ("source = ", "# ", "parameters.source", "required"),
     ],
 )
-def test_bad_rates_give_key_and_reason(tmp_path, rates, old, new, key, why):
+def test_what_is_bad_in_a_measured_table_is_named(tmp_path, rates, parameters, old, new, key, why):
     path = tmp_path / "board.toml"
-    head, table, tail = devices.with_measured(REAL, rates).partition("[runtimes.tvm.rates]\n")
+    header = f"[runtimes.tvm.{key.split('.')[0]}]\n"
+    head, table, tail = devices.with_measured(REAL, rates, parameters).partition(header)
+    assert old in tail
     path.write_text(head + table + tail.replace(old, new, 1))
     with pytest.raises(UsageError) as caught:
         targets.load(path)
-    assert f"bad key '{key}'" in str(caught.value)
+    assert f"bad key 'runtimes.tvm.{key}'" in str(caught.value)
     assert any(part in caught.value.why for part in why.split("|"))

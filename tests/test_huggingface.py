@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from sample_transformers import BIAS, edited, rewritten, saved
+from sample_transformers import BIAS, edit_config, edit_weights, save_videomae
 
 from dvexport.errors import CheckpointError, UsageError
 from dvexport.export import build_model, file_digest
@@ -34,7 +34,7 @@ def close(model, oracle, frames=4, size=32):
     ],
 )
 def test_logits_are_those_of_the_library(tmp_path, options):
-    oracle = saved(tmp_path, **options)
+    oracle = save_videomae(tmp_path, **options)
     model = zoo.create(str(tmp_path))
     assert close(model, oracle)
     assert model.labels == ["wave", "nod", "hold"]
@@ -42,19 +42,19 @@ def test_logits_are_those_of_the_library(tmp_path, options):
 
 
 def test_epsilons_and_heads_are_the_configs(tmp_path):
-    saved(tmp_path, num_attention_heads=8)
+    save_videomae(tmp_path, num_attention_heads=8)
     config = zoo.create(str(tmp_path)).config
     assert (config.norm_eps, config.head_eps, config.heads) == (1e-12, 1e-5, 8)
 
 
 def test_shards(tmp_path):
-    oracle = saved(tmp_path, shards="20KB")
+    oracle = save_videomae(tmp_path, shards="20KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     assert close(zoo.create(str(tmp_path)), oracle)
 
 
 def test_an_old_pickle_with_other_names_of_the_biases(tmp_path):
-    oracle = saved(tmp_path)
+    oracle = save_videomae(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     keys = oracle.state_dict()
     assert "videomae.encoder.layer.0.attention.attention.query.bias" in keys
@@ -63,7 +63,7 @@ def test_an_old_pickle_with_other_names_of_the_biases(tmp_path):
 
 
 def test_preprocessing(tmp_path):
-    saved(tmp_path, mean=[0.1, 0.2, 0.3])
+    save_videomae(tmp_path, mean=[0.1, 0.2, 0.3])
     model = zoo.create(str(tmp_path))
     assert model.preprocess.mean == (0.1, 0.2, 0.3)
     assert model.preprocess.std == (0.5, 0.25, 0.125)
@@ -74,7 +74,7 @@ def test_preprocessing(tmp_path):
 
 
 def test_settings_and_labels(tmp_path):
-    oracle = saved(tmp_path)
+    oracle = save_videomae(tmp_path)
     pruned = zoo.create(str(tmp_path), labels=["a", "b", "c"], **{"sta.r": "1", "sta.groups": "2,1,1"})
     assert pruned.labels == ["a", "b", "c"]
     assert [stage.keep for stage in pruned.token_groups] == [3, 5, 4]
@@ -82,7 +82,7 @@ def test_settings_and_labels(tmp_path):
 
 
 def test_build_for_export_and_digest(tmp_path):
-    saved(tmp_path)
+    save_videomae(tmp_path)
     source = build_model(str(tmp_path), None, {"sta.r": "1", "sta.groups": "2,1,1"})
     assert source.name == "huggingface"
     assert source.digest == file_digest(tmp_path)
@@ -99,23 +99,31 @@ def test_build_for_export_and_digest(tmp_path):
         (lambda d: (d / "config.json").write_text("{"), "can't read a file", "Expecting"),
         (lambda d: (d / "config.json").write_text("[]"), "can't read a file", "no JSON object"),
         (lambda d: (d / "model.safetensors").unlink(), "holds no weights", "model.safetensors"),
-        (lambda d: edited(d, architectures=["VideoMAEForPreTraining"]), "does not read", "VideoMAEForPreTraining"),
-        (lambda d: edited(d, model_type="vivit", architectures=["Vivit"]), "does not read", "Vivit"),
-        (lambda d: edited(d, hidden_act="relu"), "hidden_act=relu", "gelu is read"),
-        (lambda d: edited(d, hidden_size=25), "describes no VideoMAE", "not a multiple"),
-        (lambda d: edited(d, patch_size=[16, 8]), "describes no VideoMAE", ""),
-        (lambda d: edited(d, num_hidden_layers=4), "don't fit config.json", "15 missing: videomae.encoder.layer.3"),
-        (lambda d: edited(d, num_hidden_layers=2), "don't fit config.json", "15 left over: videomae.encoder.layer.2"),
-        (lambda d: edited(d, hidden_size=48), "don't fit the model", "of another shape"),
-        (lambda d: edited(d, id2label={"0": "a", "2": "b", "3": "c"}), "not numbered from 0", "1"),
-        (lambda d: rewritten(d, lambda k: k.pop(BIAS)), "don't fit config.json", f"1 missing: {BIAS}"),
-        (lambda d: rewritten(d, lambda k: k.update(x=k[BIAS] + 0)), "don't fit config.json", "1 left over: x"),
-        (lambda d: rewritten(d, lambda k: k[BIAS].fill_(float("nan"))), "NaN or infinite", "24 of 24"),
+        (lambda d: edit_config(d, architectures=["VideoMAEForPreTraining"]), "does not read", "VideoMAEForPreTraining"),
+        (lambda d: edit_config(d, model_type="vivit", architectures=["Vivit"]), "does not read", "Vivit"),
+        (lambda d: edit_config(d, hidden_act="relu"), "hidden_act=relu", "gelu is read"),
+        (lambda d: edit_config(d, hidden_size=25), "describes no VideoMAE", "not a multiple"),
+        (lambda d: edit_config(d, patch_size=[16, 8]), "describes no VideoMAE", ""),
+        (
+            lambda d: edit_config(d, num_hidden_layers=4),
+            "don't fit config.json",
+            "15 missing: videomae.encoder.layer.3",
+        ),
+        (
+            lambda d: edit_config(d, num_hidden_layers=2),
+            "don't fit config.json",
+            "15 left over: videomae.encoder.layer.2",
+        ),
+        (lambda d: edit_config(d, hidden_size=48), "don't fit the model", "of another shape"),
+        (lambda d: edit_config(d, id2label={"0": "a", "2": "b", "3": "c"}), "not numbered from 0", "1"),
+        (lambda d: edit_weights(d, lambda k: k.pop(BIAS)), "don't fit config.json", f"1 missing: {BIAS}"),
+        (lambda d: edit_weights(d, lambda k: k.update(x=k[BIAS] + 0)), "don't fit config.json", "1 left over: x"),
+        (lambda d: edit_weights(d, lambda k: k[BIAS].fill_(float("nan"))), "NaN or infinite", "24 of 24"),
         (lambda d: (d / "preprocessor_config.json").write_text('{"size": {}}'), "the preprocessing", "height"),
     ],
 )
 def test_a_directory_that_is_not_as_it_should_be(tmp_path, damage, what, why):
-    saved(tmp_path)
+    save_videomae(tmp_path)
     damage(tmp_path)
     with pytest.raises(CheckpointError) as error:
         zoo.create(str(tmp_path))
@@ -125,7 +133,7 @@ def test_a_directory_that_is_not_as_it_should_be(tmp_path, damage, what, why):
 
 @pytest.mark.parametrize("damage", ["absent", "elsewhere", "empty"])
 def test_shards_that_are_not_there(tmp_path, damage):
-    saved(tmp_path, shards="20KB")
+    save_videomae(tmp_path, shards="20KB")
     index = tmp_path / "model.safetensors.index.json"
     if damage == "absent":
         next(tmp_path.glob("model-*.safetensors")).unlink()
@@ -136,7 +144,7 @@ def test_shards_that_are_not_there(tmp_path, damage):
 
 
 def test_settings_that_contradict_the_directory(tmp_path):
-    saved(tmp_path)
+    save_videomae(tmp_path)
     with pytest.raises(UsageError, match="heads=6 contradicts the directory") as error:
         zoo.create(str(tmp_path), heads=6)
     assert "heads=3" in error.value.why
@@ -150,7 +158,7 @@ def test_settings_that_contradict_the_directory(tmp_path):
 
 
 def test_weights_without_their_config(tmp_path):
-    saved(tmp_path)
+    save_videomae(tmp_path)
     with pytest.raises(CheckpointError, match=r"need its config.json") as error:
         zoo.create("vit_small", tmp_path / "model.safetensors")
     assert "dvexport export DIR" in error.value.hint
@@ -164,8 +172,8 @@ def test_no_such_directory():
 
 
 def test_the_command_line_leaves_nothing_behind(tmp_path):
-    saved(tmp_path)
-    edited(tmp_path, num_hidden_layers=4)
+    save_videomae(tmp_path)
+    edit_config(tmp_path, num_hidden_layers=4)
     out = tmp_path / "out.dvx"
     command = [sys.executable, "-m", "dvexport", "export", str(tmp_path), "--mode", "clip", "-o", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -179,8 +187,8 @@ def test_a_bundle_is_verified_against_its_directory(tmp_path, capsys):
     from dvexport.cli import main
 
     out, settings = tmp_path / "out.dvx", ["--set", "sta.r=1", "--set", "sta.groups=2,1,1"]
-    saved(tmp_path / "saved")
-    saved(tmp_path / "other", num_attention_heads=6)
+    save_videomae(tmp_path / "saved")
+    save_videomae(tmp_path / "other", num_attention_heads=6)
 
     def call(*arguments):
         with pytest.raises(SystemExit) as left:

@@ -50,7 +50,7 @@ def test_a_gate_of_kernels_has_no_lowering_to_change(result: ProfileResult) -> N
     [
         ({}, "--backend tvm"),
         ({"backend": "tvm"}, "train sparser decisions"),
-        ({"gates": [], "tokens": True}, "drop more tokens"),
+        ({"gates": [], "tokens": [None]}, "drop more tokens"),
     ],
 )
 def test_advice_where_the_gated_artifact_is_slower(result: ProfileResult, change: dict, remedy: str) -> None:

@@ -3,7 +3,7 @@
 import official_layouts as official
 import pytest
 import torch
-from sample_transformers import published
+from sample_transformers import keys_of_width
 
 from dvexport.errors import CheckpointError, UsageError
 from dvexport.models import zoo
@@ -61,7 +61,7 @@ def test_a_file_with_its_position_table(tmp_path):
 
 
 def test_head_count_is_asked_where_files_differ(tmp_path):
-    path = official.save(tmp_path / "small.pth", published(384), wrapped="module")
+    path = official.save(tmp_path / "small.pth", keys_of_width(384), wrapped="module")
     with pytest.raises(CheckpointError, match="how many attention heads a width of 384") as error:
         zoo.create("vit_small", path)
     assert "6 heads, converted ones 16" in error.value.why
@@ -71,14 +71,14 @@ def test_head_count_is_asked_where_files_differ(tmp_path):
 
 
 def test_head_count_of_other_widths_is_known(tmp_path):
-    path = official.save(tmp_path / "base.pth", published(768, depth=1), wrapped="module")
+    path = official.save(tmp_path / "base.pth", keys_of_width(768, depth=1), wrapped="module")
     assert zoo.create("vit_base", path, depth=1).config.heads == 12
     with pytest.raises(UsageError, match="heads=6 contradicts the checkpoint"):
         zoo.create("vit_base", path, depth=1, heads=6)
 
 
 def test_a_checkpoint_of_another_size_is_named(tmp_path):
-    path = official.save(tmp_path / "small.pth", published(384), wrapped="module")
+    path = official.save(tmp_path / "small.pth", keys_of_width(384), wrapped="module")
     with pytest.raises(CheckpointError, match="another model than vit_base") as error:
         zoo.create("vit_base", path)
     assert "embed_dim=384" in error.value.why

@@ -5,7 +5,7 @@ from types import ModuleType
 
 import official_layouts as official
 import pytest
-from sample_transformers import BIAS, edited, published, rewritten, saved, small_swin
+from sample_transformers import BIAS, edit_config, edit_weights, keys_of_width, save_videomae, small_swin
 from toy_transformer import toy
 
 from dvexport.cli import main
@@ -65,26 +65,26 @@ def test_settings_that_do_not_fit(refused, arguments, what):
 @pytest.mark.parametrize(
     ("damage", "what"),
     [
-        (lambda d: rewritten(d, lambda keys: keys.pop(BIAS)), f"1 missing: {BIAS}"),
-        (lambda d: rewritten(d, lambda keys: keys.update(more=keys[BIAS] + 0)), "1 left over: more"),
-        (lambda d: edited(d, num_hidden_layers=2), "left over"),
+        (lambda d: edit_weights(d, lambda keys: keys.pop(BIAS)), f"1 missing: {BIAS}"),
+        (lambda d: edit_weights(d, lambda keys: keys.update(more=keys[BIAS] + 0)), "1 left over: more"),
+        (lambda d: edit_config(d, num_hidden_layers=2), "left over"),
         (lambda d: (d / "model.safetensors").write_bytes(b"no weights"), "try: download or copy it again"),
     ],
 )
 def test_a_directory_with_missing_or_extra_weights(refused, tmp_path, damage, what):
-    saved(tmp_path / "saved")
+    save_videomae(tmp_path / "saved")
     damage(tmp_path / "saved")
     assert what in refused(tmp_path / "saved")
 
 
 def test_an_ambiguous_head_count(refused, tmp_path):
-    path = official.save(tmp_path / "small.pth", published(384), wrapped="module")
+    path = official.save(tmp_path / "small.pth", keys_of_width(384), wrapped="module")
     text = refused("vit_small", "--checkpoint", path)
     assert "how many attention heads a width of 384" in text and "--set heads=6" in text
 
 
 def test_a_checkpoint_of_another_size(refused, tmp_path):
-    path = official.save(tmp_path / "small.pth", published(384), wrapped="module")
+    path = official.save(tmp_path / "small.pth", keys_of_width(384), wrapped="module")
     assert "another model than vit_base" in refused("vit_base", "--checkpoint", path)
     keys = official.swin_keys(small_swin(window="8,7,7").float())
     path = official.save(tmp_path / "swin.pth", keys, wrapped="state_dict")

@@ -220,12 +220,8 @@ def _whole(result: ProfileResult) -> Iterator[Advice]:
     if result.realisation is None:
         yield Advice("info", None, "No dense artifact was measured: speed-up and realisation are unknown.")
     elif result.speedup is not None and result.speedup < 1:
-        yield Advice(
-            "warning",
-            None,
-            f"The gated artifact is slower than the dense one (speed-up {result.speedup:.2f}): {_remedies(result)}, or "
-            "ship a model without gates.",
-        )
+        text = f"The gated artifact is slower than the dense one (speed-up {result.speedup:.2f}): {_remedies(result)}."
+        yield Advice("warning", None, text)
     elif result.realisation < LOW_REALISATION:
         yield Advice(
             "warning",
@@ -243,10 +239,11 @@ def _whole(result: ProfileResult) -> Iterator[Advice]:
 
 def _remedies(result: ProfileResult) -> str:
     if result.tokens and not result.gates:
-        return "drop more tokens"
+        return "drop more tokens, or ship the dense one"
     if result.backend == "tvm":
-        return "train sparser decisions"
-    return "try --backend tvm, whose kernels follow each decision, or the lowerings named below"
+        return "train sparser decisions, or ship a model without gates"
+    other = "try --backend tvm, whose kernels follow each decision"
+    return f"{other}, or the lowerings named below, or ship a model without gates"
 
 
 def _spread(result: ProfileResult) -> Iterator[Advice]:

@@ -50,6 +50,11 @@ class Machine:
             target["mattr"] = list(self.features)
         return target
 
+    @property
+    def registers(self) -> int:
+        """How many vector registers there are."""
+        return 32 if self.lanes == 16 or self.is_aarch64 else 16
+
     @functools.cached_property
     def is_x86(self) -> bool:
         """Whether the instruction set is x86-64."""

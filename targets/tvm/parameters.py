@@ -15,12 +15,13 @@ from pydantic import Field
 if TYPE_CHECKING:
     from dvexport.targets.tvm.machine import Machine
 
-__all__ = ["MOST_ROWS", "TALL", "Parameters", "fits", "parameters_of", "registers"]
+__all__ = ["MOST_ROWS", "TALL", "Parameters", "fits", "parameters_of"]
 
 TALL = 2
 """Vectors of pixels up to which a block has `Parameters.tall` rows."""
 
 MOST_ROWS = 16
+"""Of any register block."""
 
 Rows = Annotated[int, Field(ge=1, le=MOST_ROWS)]
 Vectors = Annotated[int, Field(ge=1, le=8)]
@@ -54,13 +55,11 @@ class Parameters:
         return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "source"}
 
 
-_X86 = "measured on x86-64"
-
 _BY_LANES = {
     # Addresses of more than six rows leave x86-64 none for the pixels of a third vector. Winograd's weights are read
     # once for every block: four vectors instead of two made ResNet-18 3 % faster, with gates up to 7 %.
-    16: Parameters((8, 3), (6, 4), 8, 128, (8, 8, 8, 6), f"{_X86} with AVX-512"),
-    8: Parameters((6, 2), (4, 3), 0, 128, (8, 6, 4), f"{_X86} with AVX2"),
+    16: Parameters((8, 3), (6, 4), 8, 128, (8, 8, 8, 6), "measured on x86-64 with AVX-512"),
+    8: Parameters((6, 2), (4, 3), 0, 128, (8, 6, 4), "measured on x86-64 with AVX2"),
 }
 _NEON = {
     True: Parameters((5, 4), (5, 4), 0, 128, (12, 8, 6, 6), "as many sums as the 32 registers of AArch64 hold"),
@@ -73,11 +72,6 @@ def parameters_of(machine: Machine) -> Parameters:
     return machine.parameters or _BY_LANES.get(machine.lanes) or _NEON[machine.is_aarch64]
 
 
-def registers(machine: Machine) -> int:
-    """Return how many vector registers there are."""
-    return 32 if machine.lanes == 16 or machine.is_aarch64 else 16
-
-
 def fits(rows: int, vectors: int, machine: Machine) -> bool:
     """Tell whether a register block leaves registers for its pixels and its weights.
 
@@ -85,4 +79,4 @@ def fits(rows: int, vectors: int, machine: Machine) -> bool:
     in all lanes of one register, which AVX-512 does within the multiplication.
     """
     weights = rows if machine.is_aarch64 else 0 if machine.lanes == 16 else 1
-    return rows * vectors + vectors + weights <= registers(machine)
+    return rows * vectors + vectors + weights <= machine.registers

@@ -170,18 +170,18 @@ def measure(machine: Machine, works: Sequence[Work], seconds: float, tell: Progr
         DeviceError: a package of the extra `tvm` is missing, or this machine can't run the code.
     """
     tell("write kernels")
-    return time_ways([way for index, work in enumerate(works) for way in ways_of(index, work, machine)], machine,
-                     seconds, tell)  # fmt: skip
+    ways = [way for index, work in enumerate(works) for way in ways_of(index, work, machine)]
+    return time_ways(ways, machine, seconds, tell)
 
 
 def time_ways(ways: Sequence[Way], machine: Machine, seconds: float, tell: Progress) -> list[Sample]:
-    """Return the samples of calls with their times, in no particular order; see `measure`."""
+    """Return the samples of calls with their times; see `measure`."""
     order = np.random.default_rng(1).permutation(len(ways))
     tell("compile and link")
     with _open([ways[index] for index in order], machine, tell) as session:
         tell(f"measure {len(ways)} samples for {seconds:g} s")
-        least = _least_times(session, seconds)
-    return [replace(ways[index].sample, seconds=least[call]) for call, index in enumerate(order)]
+        least = dict(zip(order, _least_times(session, seconds), strict=True))
+    return [replace(way.sample, seconds=least[index]) for index, way in enumerate(ways)]
 
 
 def _least_times(session: NativeSession, seconds: float) -> list[float]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from dvexport.targets.tvm.kernels.direct import DirectConv
 from dvexport.targets.tvm.machine import Machine
-from dvexport.targets.tvm.parameters import TALL, Parameters, fits, parameters_of
+from dvexport.targets.tvm.parameters import MOST_ROWS, TALL, Parameters, fits, parameters_of
 from dvexport.targets.tvm.tune import Layer, Sample, Way, Work, time_ways, ways_of
 
 __all__ = ["candidates", "choose_parameters"]
@@ -96,7 +96,7 @@ def _blocks(machine: Machine) -> Iterator[tuple[int, int]]:
 
 def _winograd_blocks(machine: Machine) -> Iterator[tuple[int, ...]]:
     """Yield the largest blocks of one vector, of two, and so on, to several last ones; rows are even, for threads."""
-    rows = [max(each for each in range(1, 17) if fits(each, vectors, machine)) for vectors in range(1, 6)]
+    rows = [max(each for each in range(1, MOST_ROWS + 1) if fits(each, vectors, machine)) for vectors in range(1, 6)]
     for most in (8, 12):
         for last in range(2, 6):
             if rows[last - 1] > 2:
@@ -125,23 +125,22 @@ def _times(
     tell: Progress,
 ) -> dict[Any, float]:  # fmt: skip
     """Return the time of each value's kernels, by that of the present one's: where they are not the same kernels."""
-    direct = name != "winograd"
-    ways: list[Way] = []
     of: list[tuple[int, Any]] = []
+    ways: list[Way] = []
     for index, work in enumerate(works):
-        made = {value: _way(index, work, replace(machine, parameters=replace(now, **{name: value})), direct=direct)
-                for value in values}  # fmt: skip
-        if len({way.sample.spec for way in made.values() if way is not None}) < 2:
-            continue
-        for value, way in made.items():
+        made = {}
+        for value in values:
+            tuned = replace(machine, parameters=replace(now, **{name: value}))
+            way = _way(index, work, tuned, direct=name != "winograd")
             if way is not None:
-                of.append((index, value))
-                ways.append(replace(way, sample=replace(way.sample, work=len(ways))))
+                made[value] = way
+        if len({way.sample.spec for way in made.values()}) > 1:
+            of += [(index, value) for value in made]
+            ways += made.values()
     if not ways:
         return {}
     tell(f"{name}: {len(values)} values")
-    samples = time_ways(ways, machine, seconds, tell)
-    return _means(values, {of[sample.work]: sample for sample in samples})
+    return _means(values, dict(zip(of, time_ways(ways, machine, seconds, tell), strict=True)))
 
 
 def _way(index: int, work: Work, machine: Machine, *, direct: bool) -> Way | None:

@@ -195,7 +195,7 @@ def network(plan: Plan, kernels: list[Kernel], weights: bytes, machine: Machine)
     return Network(library, data, weights, objects, table, machine)
 
 
-def prepared(net: Network, folder: Path, given: np.ndarray) -> list[str]:
+def write_runner(net: Network, folder: Path, given: np.ndarray) -> list[str]:
     """Write the runner and its files into `folder` and return the command that measures `given`."""
     runner = folder / "runner"
     runner.write_bytes(link.link_runner(net.objects, net.table, net.machine))

@@ -18,7 +18,7 @@ from emulated import count_instructions, emulator, run_emulated
 from native_networks import artifact, machine_for, run_forced, variants, zoo_network
 from oracle_check import net_of, pattern, random_decisions, video
 from runtime_plans import frames as sample_frames
-from runtime_plans import prepared, sample_network
+from runtime_plans import sample_network, write_runner
 
 from dvexport.dialect.flops import flop_table
 from dvexport.session import steps_of
@@ -128,7 +128,7 @@ def test_the_emulated_processor_lacks_what_it_lacks(tmp_path):
 ])  # fmt: skip
 def test_code_for_a_later_processor_is_refused(target, weaker, lacking, tmp_path):
     """By an error when the network is opened, and not by an illegal instruction in a step."""
-    program = prepared(sample_network(target), tmp_path, sample_frames(1))
+    program = write_runner(sample_network(target), tmp_path, sample_frames(1))
     assert subprocess.run([*command(target), *program], capture_output=True, check=False).returncode == 0
     done = subprocess.run([*command(target, weaker), *program], capture_output=True, text=True, check=False)
     assert done.returncode == 2

@@ -14,10 +14,10 @@ from runtime_plans import (
     assert_expected,
     expected,
     frames,
-    prepared,
     sample_network,
     sample_plan,
     slow_once,
+    write_runner,
 )
 
 EMULATORS = {
@@ -71,11 +71,11 @@ def check_runner(command: list[str], folder: Path, given: np.ndarray) -> None:
 
 def test_runner_reports_and_dumps(tmp_path):
     given = frames(6)
-    check_runner(prepared(sample_network(), tmp_path, given), tmp_path, given)
+    check_runner(write_runner(sample_network(), tmp_path, given), tmp_path, given)
 
 
 def test_runner_without_frames(tmp_path):
-    command = prepared(sample_network(), tmp_path, frames(1))[:3]
+    command = write_runner(sample_network(), tmp_path, frames(1))[:3]
     done = subprocess.run([*command, "--steps", "2"], capture_output=True, text=True, timeout=60)
     report = json.loads(done.stdout)
     assert 0.3 < report["gates"]["probe.g.action"]["compute"] < 0.7
@@ -88,7 +88,7 @@ def test_runner_on_arm(target, tmp_path):
     if shutil.which(emulator) is None:
         pytest.skip(f"{emulator} is not installed (Debian's package qemu-user-static)")
     given = frames(6)
-    command = prepared(sample_network(target), tmp_path, given)
+    command = write_runner(sample_network(target), tmp_path, given)
     check_runner([emulator, "-cpu", cpu, *command], tmp_path, given)
 
 
@@ -99,7 +99,7 @@ def test_a_weaker_processor_is_refused(target, tmp_path):
     if shutil.which(emulator) is None:
         pytest.skip(f"{emulator} is not installed (Debian's package qemu-user-static)")
     cpu, lacking = WEAKER[target]
-    command = [emulator, "-cpu", cpu, *prepared(sample_network(target), tmp_path, frames(1))]
+    command = [emulator, "-cpu", cpu, *write_runner(sample_network(target), tmp_path, frames(1))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert re.search(rf"this processor lacks {lacking}, which the library was compiled for", done.stderr)
@@ -122,7 +122,7 @@ def test_a_weaker_processor_is_refused(target, tmp_path):
     ],
 )
 def test_wrong_use_of_the_runner(arguments, message, tmp_path):
-    runner, plan, weights, *_ = prepared(sample_network(), tmp_path, frames(1))
+    runner, plan, weights, *_ = write_runner(sample_network(), tmp_path, frames(1))
     given = [{"PLAN": plan, "WEIGHTS": weights}.get(argument, argument) for argument in arguments]
     done = subprocess.run([runner, *given], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
@@ -132,6 +132,6 @@ def test_wrong_use_of_the_runner(arguments, message, tmp_path):
 def test_runner_refuses_frames_with_nan(tmp_path):
     given = frames(2)
     given[1, 0, 5] = np.nan
-    done = subprocess.run(prepared(sample_network(), tmp_path, given), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(write_runner(sample_network(), tmp_path, given), capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "input x has NaN or infinite values" in done.stderr

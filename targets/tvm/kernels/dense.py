@@ -93,8 +93,7 @@ def _padded(outputs: int, block: int) -> int:
 
 def _registers(machine: Machine) -> tuple[int, int]:
     """Return the most vectors and rows of a block of sums, which must leave registers for weights and X."""
-    has_32 = machine.lanes == 16 or machine.is_aarch64
-    return (4, 4) if has_32 else (2, 4)
+    return (4, 4) if machine.registers == 32 else (2, 4)
 
 
 def dense(spec: Dense, machine: Machine) -> Kernel:
