@@ -156,11 +156,12 @@ class TvmBackend:
         models = {name: made.model for name, made in lowered.items()}
         assert device.runtimes.tvm is not None
         algorithms = ("direct", "winograd") if device.runtimes.tvm.winograd else ("direct",)
-        artifact = build_artifact(models, machine_for(device), tell, algorithms)
+        threads = device.cpu.most_threads
+        artifact = build_artifact(models, machine_for(device), tell, algorithms, threads)
         twin = artifact
         if not runs_here(device.cpu):
             tell("build the twin for this machine")
-            twin = build_artifact(models, machine_for(load(HOST)), tell, algorithms)
+            twin = build_artifact(models, machine_for(load(HOST)), tell, algorithms, threads)
         frames = plan.frames if plan.mode == "clip" else 1
         weights = WeightFile(held=artifact.held)
         return Built(lowered["gated"], twin.variant("gated", frames), artifact.files(), artifact.memory, weights)
@@ -183,7 +184,7 @@ def _weights_of(bundle: Bundle, artifact: bytes) -> Mapping[str, np.ndarray]:
     import onnx
 
     graph = onnx.load_model_from_string(artifact)
-    return external_arrays(graph, bundle.mapped, where=str(bundle.path))
+    return external_arrays(graph, bundle.array, where=str(bundle.path))
 
 
 def onnx_variant(gate_level: ir.Model, plan: Plan) -> Variant:

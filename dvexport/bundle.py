@@ -13,14 +13,15 @@ import struct
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
+from weakref import WeakValueDictionary
 
 from dvexport.bundle_manifest import FileEntry, Manifest, check_member_name, parse_manifest
-from dvexport.errors import BundleError
+from dvexport.errors import BundleError, DeviceError
 from dvexport.files import atomic_write
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ _DAMAGE = (
     UnicodeDecodeError,
     ValueError,
     OverflowError,
+    KeyError,
 )
 """What zipfile raises on damaged archives, beside its own exception."""
 
@@ -70,6 +72,7 @@ class Bundle:
 
     path: Path
     manifest: Manifest
+    _spaces: MutableMapping[str, np.ndarray] = field(default_factory=WeakValueDictionary, repr=False, compare=False)
 
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
@@ -92,28 +95,35 @@ class Bundle:
 
     def read(self, name: str) -> bytes:
         """Return the content of the file `name`; BundleError if there is none or it changed meanwhile."""
+        entry = self._entry(name)
+        with _archive(self.path) as archive, archive.open(name) as stream:
+            return b"".join(_verified(stream, name, entry, self.path))
+
+    def array(self, name: str) -> np.ndarray:
+        """Return the content of a file as uint8, read only, on a multiple of `ALIGNMENT`.
+
+        It is read and not mapped, whatever its size, and what was read is what is checked: a bundle that is truncated
+        or overwritten later can't reach whoever holds the array. All who hold it at one time hold the same one.
+
+        Raises:
+            BundleError: there is no such file, or it changed meanwhile.
+            DeviceError: there is too little memory.
+        """
+        entry, space = self._entry(name), self._spaces.get(name)
+        if space is None:
+            space = _space(entry.size, name, self.path)
+            with _archive(self.path) as archive, archive.open(name) as stream:
+                _read_verified(stream, _content(space, entry.size), name, entry, self.path)
+            space.flags.writeable = False
+            self._spaces[name] = space  # what every view of it keeps alive
+        return _content(space, entry.size)
+
+    def _entry(self, name: str) -> FileEntry:
         entry = self.manifest.files.get(name)
         if entry is None:
             known = ", ".join(sorted(self.manifest.files))
             raise BundleError(f"the bundle has no file '{name}'", where=str(self.path), why=f"it has: {known}")
-        with _archive(self.path) as archive, archive.open(name) as stream:
-            return b"".join(_verified(stream, name, entry, self.path))
-
-    def mapped(self, name: str) -> np.ndarray:
-        """Return the content of a file as uint8, mapped and not read where it is aligned; errors as `read`."""
-        import numpy as np
-
-        entry = self.manifest.files.get(name)
-        if entry is None:
-            raise BundleError(f"the bundle has no file '{name}'", where=str(self.path))
-        with _archive(self.path) as archive:
-            offset = _content_offset(archive, archive.getinfo(name))
-            if offset % ALIGNMENT or not entry.size:
-                return np.frombuffer(self.read(name), np.uint8)
-            array = np.memmap(self.path, np.uint8, mode="r", offset=offset, shape=(entry.size,))
-        if hashlib.sha256(array.data).hexdigest() != entry.sha256:
-            raise _altered(name, self.path)
-        return array
+        return entry
 
     def golden(self) -> dict[str, np.ndarray]:
         """Return the golden inputs and outputs by name.
@@ -307,17 +317,32 @@ def _verified(source: IO[bytes], name: str, entry: FileEntry, path: Path) -> Ite
         raise _altered(name, path)
 
 
+def _space(size: int, name: str, path: Path) -> np.ndarray:
+    """Return memory for a file of `size` bytes, see `_content`."""
+    import numpy as np
+
+    try:
+        return np.empty(size + ALIGNMENT, np.uint8)
+    except MemoryError as error:
+        raise DeviceError("there is too little memory", where=f"{path}, {name}", why=f"it has {size} bytes") from error
+
+
+def _content(space: np.ndarray, size: int) -> np.ndarray:
+    """Return the bytes of the file in its memory: they start on a multiple of `ALIGNMENT`."""
+    return space[-space.ctypes.data % ALIGNMENT :][:size]
+
+
+def _read_verified(source: IO[bytes], array: np.ndarray, name: str, entry: FileEntry, path: Path) -> None:
+    """Fill an array with the content of `source`; BundleError if size or digest do not match."""
+    at = 0
+    for chunk in _verified(source, name, entry, path):
+        end = at + len(chunk)
+        if end > len(array):
+            raise _altered(name, path)
+        array[at:end] = memoryview(chunk)
+        at = end
+
+
 def _altered(name: str, path: Path) -> BundleError:
     why = "its SHA-256 does not match"
     return BundleError(f"the file '{name}' of the bundle was altered", where=str(path), why=why)
-
-
-def _content_offset(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> int:
-    """Return where a member's content begins: behind its own header, whose lengths may differ from the directory's."""
-    assert archive.fp is not None
-    archive.fp.seek(info.header_offset)
-    header = archive.fp.read(_HEADER)
-    if len(header) < _HEADER or header[:4] != b"PK\x03\x04":
-        raise zipfile.BadZipFile("a member has no header")
-    name, extra = struct.unpack("<HH", header[-4:])
-    return info.header_offset + _HEADER + name + extra

@@ -72,7 +72,7 @@ class Step:
 
 
 class Session:
-    """A bundle ready to run; use `open_session`.
+    """A bundle ready to run; use `open_session`, in a `with` statement or with `close` at its end.
 
     Attributes:
         mode: `stream` or `clip`.
@@ -98,6 +98,19 @@ class Session:
             if name.startswith(_PROBE)
         }
 
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free memory and threads and unload compiled code; a closed session can't be used, and may be closed again.
+
+        A session that nobody holds any more is closed by itself.
+        """
+        self.runtime.close()
+
     def reset(self) -> None:
         """Forget all frames before: the next step is the first of a stream."""
         self.runtime.reset()
@@ -111,7 +124,7 @@ class Session:
 
         Raises:
             UsageError: a clip-mode bundle; a wrong shape, type or value; decisions that do not fit.
-            DeviceError: the runtime fails.
+            DeviceError: the runtime fails, or the session is closed.
         """
         if self.mode != "stream":
             raise UsageError("a clip-mode bundle runs whole clips", hint="use run_clip, or export in stream mode")
@@ -197,11 +210,11 @@ def open_session(bundle: Bundle, *, threads: int = 1, variant: str = "gated") ->
     """Open a bundle for running on this machine, at the first frame of a stream.
 
     Args:
-        threads: of the runtime.
+        threads: of the runtime: 1 to what a native plan is laid out for, or to what ONNX Runtime takes here.
         variant: `gated` (what ships), `dense` or `forced`.
 
     Raises:
-        UsageError: an unknown variant, or a backend that can't run here.
+        UsageError: an unknown variant, more threads than that, or a backend that can't run here.
         BundleError: the bundle changed meanwhile, or lacks the model.
         DeviceError: the backend's runtime is missing or can't load the artifact.
     """
@@ -219,6 +232,7 @@ def open_variant(variant: Variant, manifest: Manifest, *, threads: int = 1, prof
     """Open a variant; with `profile`, every node's time is recorded for `runtime.end_profile()`.
 
     Raises:
+        UsageError: more threads than the runtime takes.
         DeviceError: the runtime is missing or can't load it.
     """
     runtime = variant.open(threads=threads, profile=profile)
@@ -265,7 +279,7 @@ def _read_traced(bundle: Bundle, name: str) -> ir.Model:
     try:
         proto = onnx.load_model_from_string(data)
         if WEIGHTS in bundle.manifest.files:
-            return attach_weights(proto, bundle.mapped, where=str(bundle.path))
+            return attach_weights(proto, bundle.array, where=str(bundle.path))
         return ir.from_proto(proto)
     except (DecodeError, ValueError) as error:
         raise BundleError("the gate-level model can't be read", where=f"{bundle.path}, {name}",

@@ -7,15 +7,17 @@ docs/adding-a-target.md for the keys.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from dvexport.errors import UsageError, unknown_name
+from dvexport.targets.runtime import DEFAULT_THREADS, MOST_THREADS
 from dvexport.targets.tvm.costs import Rates
 from dvexport.targets.tvm.parameters import Parameters
 
@@ -64,6 +66,7 @@ class Cpu(_Table):
         features: LLVM features beyond those of `mcpu`, such as `+neon`.
         lanes: float32 lanes of a vector register.
         cores: number of these cores.
+        all_cores: number of all cores, small ones included; None where one entry stands for processors that differ.
         l1_kib, l2_kib, l3_kib: data caches in KiB; l1 and l2 as one core sees them, l3 of all, 0: none.
     """
 
@@ -73,9 +76,26 @@ class Cpu(_Table):
     features: list[Annotated[str, Field(pattern=r"^[+-][a-z0-9_.-]+$")]] = []
     lanes: Literal[1, 2, 4, 8, 16]
     cores: Positive
+    all_cores: Positive | None = None
     l1_kib: Positive
     l2_kib: Annotated[int, Field(ge=0)]
     l3_kib: Annotated[int, Field(ge=0)] = 0
+
+    @field_validator("all_cores")
+    @classmethod
+    def _no_fewer(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and value < info.data.get("cores", value):
+            raise ValueError("they include the cores worth using, and are no fewer")
+        return value
+
+    @property
+    def most_threads(self) -> int:
+        """How many threads a native plan is laid out for: one a core, of every kind.
+
+        A thread on a small core helps where the system puts it there, and is nobody's loss in memory. Where the cores are
+        unknown it is `DEFAULT_THREADS`, or `cores` if they are more; in no case above `MOST_THREADS`.
+        """
+        return min(self.all_cores or max(self.cores, DEFAULT_THREADS), MOST_THREADS)
 
 
 class Quantity(_Table):
@@ -187,10 +207,16 @@ def names() -> list[str]:
 def load(name_or_path: str | Path) -> Target:
     """Return the device of that name, of the machine itself for `host`, or of a TOML file.
 
+    `host` is the entry that fits this machine, with the cores that this machine has.
+
     Raises:
         UsageError: an unknown name, a missing file, or a bad one, with file, key and reason.
     """
-    return load_file(path_of(name_or_path))
+    target = load_file(path_of(name_or_path))
+    if str(name_or_path) != HOST:
+        return target
+    cores = os.cpu_count() or target.cpu.cores
+    return target.model_copy(update={"cpu": target.cpu.model_copy(update={"cores": cores, "all_cores": cores})})
 
 
 def path_of(name_or_path: str | Path) -> Path:

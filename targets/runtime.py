@@ -8,7 +8,20 @@ from typing import Any, Protocol
 
 import numpy as np
 
-__all__ = ["Port", "Runtime", "Variant"]
+from dvexport.numbers import whole_number
+
+__all__ = ["DEFAULT_THREADS", "MOST_THREADS", "Port", "Runtime", "Variant", "checked_threads"]
+
+MOST_THREADS = 32
+"""Threads that the native runtime has room for (`DVX_MAX_THREADS` of tvm/runtime/dvx.h), whatever the plan."""
+
+DEFAULT_THREADS = 8
+"""Threads that a native plan is laid out for where nobody knows the cores of what it will run on."""
+
+
+def checked_threads(threads: object, most: int, *, why: str, hint: str | None = None) -> int:
+    """Return a number of threads from 1 to `most`; UsageError, which names the limit and `why` it is one, for others."""
+    return whole_number(threads, "threads", least=1, most=most, why=why, hint=hint)
 
 
 @dataclass(frozen=True)
@@ -48,6 +61,9 @@ class Runtime(Protocol):
     def end_profile(self) -> Any:
         """Return what was recorded of all steps so far; only if opened with `profile`."""
 
+    def close(self) -> None:
+        """Free everything; a closed runtime can't be used (DeviceError), and may be closed again."""
+
 
 class Variant(Protocol):
     """A model as its backend's runtime reads it."""
@@ -56,5 +72,6 @@ class Variant(Protocol):
         """Open it on this machine; with `profile` the time of every node or kernel is recorded.
 
         Raises:
+            UsageError: more threads than the runtime takes, or no number of them.
             DeviceError: the runtime is missing, or can't load it.
         """

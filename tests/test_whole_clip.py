@@ -153,7 +153,7 @@ def test_weights_stand_in_a_bundle_once(bundle):
     assert {WEIGHTS, GATE_LEVEL, DENSE_LEVEL, "model.onnx"} <= set(sizes)
     assert 0.9 * parameters < sizes[WEIGHTS] < 1.1 * parameters + 16 * 32 * 32 * 4  # the scores' own transposes
     assert max(sizes[name] for name in (GATE_LEVEL, DENSE_LEVEL, "model.onnx")) < 0.2 * parameters
-    places = [bundle.mapped(WEIGHTS).ctypes.data % 64]
+    places = [bundle.array(WEIGHTS).ctypes.data % 64]
     for name in ("model.onnx", GATE_LEVEL):
         graph = onnx.load_model_from_string(bundle.read(name))
         outside = [t for t in graph.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]

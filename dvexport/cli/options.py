@@ -36,7 +36,7 @@ plain_path = click.Path(path_type=Path)
 bundle_argument = click.argument("bundle", metavar="BUNDLE.dvx", type=plain_path)
 json_flag = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 threads_option = click.option(
-    "--threads", default=1, show_default=True, type=click.IntRange(min=1), help="Threads of the runtime."
+    "--threads", default=1, show_default=True, type=int, help="Threads of the runtime, as many as the bundle takes."
 )
 
 

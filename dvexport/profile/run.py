@@ -82,7 +82,7 @@ def profile(
     tell = progress or (lambda _: None)
     rates = dict(force or {})
     repeats = DEFAULT_RUNS if runs is None else runs
-    _check_request(bundle.manifest, device, threads, rates, repeats)
+    _check_request(bundle.manifest, device, rates, repeats)
     tell("read the clip")
     played = load_clip(bundle, clip)
     tell("make the dense version")
@@ -128,11 +128,11 @@ def profile_frames(bundle: Bundle, clip: str | Path | None = None) -> np.ndarray
     return load_clip(bundle, clip).images
 
 
-def _check_request(manifest: Manifest, device: str, threads: int, rates: Mapping[str, float], runs: int) -> None:
+def _check_request(manifest: Manifest, device: str, rates: Mapping[str, float], runs: int) -> None:
     if device != "local":
         raise DeviceError(f"profiling on '{device}' is not available in this release", hint="device='local'")
-    if runs < 1 or threads < 1:
-        raise UsageError("runs and threads are at least 1", why=f"runs={runs}, threads={threads}")
+    if runs < 1:
+        raise UsageError("runs are at least 1", why=f"runs={runs}")
     for kind, rate in rates.items():
         if kind not in FORCEABLE:
             raise unknown_name("kind of decision", kind, FORCEABLE)

@@ -8,6 +8,7 @@ updated in place has one, bound as input and output: ONNX Runtime's `ScatterND` 
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from dvexport.errors import DeviceError
-from dvexport.targets.runtime import Port
+from dvexport.targets.runtime import MOST_THREADS, Port, checked_threads
 
 if TYPE_CHECKING:
     import onnx
@@ -78,7 +79,8 @@ class OrtSession:
         model: the ONNX file.
         states: the states of a stream; none for a clip.
         weights: what the file refers to as external data, by name; used in place, not copied.
-        threads: threads inside an operator; operators run one after another.
+        threads: threads inside an operator; operators run one after another. 1 to `MOST_THREADS`, or to the cores of
+            this machine if they are more.
         profile: record the time of every node, for `end_profile`; slows every step down.
 
     Attributes:
@@ -86,6 +88,7 @@ class OrtSession:
         seconds: duration of the last `run` inside the runtime.
 
     Raises:
+        UsageError: no number of threads, or one outside the range.
         DeviceError: ONNX Runtime is missing, or can't load the model.
     """
 
@@ -98,6 +101,7 @@ class OrtSession:
         threads: int = 1,
         profile: bool = False,
     ) -> None:
+        threads = _checked(threads)
         self._profile_folder = tempfile.TemporaryDirectory(prefix="dvexport-") if profile else None
         self._optimised = Path(self._profile_folder.name if self._profile_folder else "") / "optimised.onnx"
         self._weights = dict(weights or {})  # the runtime reads them while it lives
@@ -116,7 +120,8 @@ class OrtSession:
         self._bindings = [self._bind(states, i) for i in range(2)]
 
     def reset(self) -> None:
-        """Set every state to zero."""
+        """Set every state to zero; DeviceError if the session is closed."""
+        self._check_open()
         for buffer in self._buffers[self._turn].values():
             buffer.fill(0)
 
@@ -124,8 +129,9 @@ class OrtSession:
         """Run one step over `feeds` (every input, of its shape and type) and return the outputs.
 
         Raises:
-            DeviceError: the runtime fails.
+            DeviceError: the runtime fails, or the session is closed.
         """
+        self._check_open()
         binding = self._bindings[self._turn]
         try:
             arrays = [np.ascontiguousarray(array) for array in feeds.values()]  # alive until the run ends
@@ -144,11 +150,23 @@ class OrtSession:
         """Return what was recorded of all steps so far; recording ends."""
         import onnx
 
+        self._check_open()
         assert self._profile_folder is not None, "the session was not made with profile=True"
         events = json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
         optimised = onnx.load_model(str(self._optimised), load_external_data=False)
         self._profile_folder.cleanup()
         return NodeProfile(events, optimised)
+
+    def close(self) -> None:
+        """Free everything; a closed session can't be used, and may be closed again."""
+        self._bindings, self._buffers = [], []
+        self._session, self._weights = None, {}
+        if self._profile_folder is not None:
+            self._profile_folder.cleanup()
+
+    def _check_open(self) -> None:
+        if self._session is None:
+            raise DeviceError("the session is closed")
 
     def _load(self, model: bytes, threads: int) -> Any:
         try:
@@ -208,6 +226,12 @@ class OnnxVariant:
     def open(self, *, threads: int = 1, profile: bool = False) -> OrtSession:
         """Open it; see `OrtSession`."""
         return OrtSession(self.model, self.states, weights=self.weights, threads=threads, profile=profile)
+
+
+def _checked(threads: int) -> int:
+    """Return a number of threads; ONNX Runtime would start any, and take 0 as one a core."""
+    most = max(MOST_THREADS, os.cpu_count() or 1)
+    return checked_threads(threads, most, why=f"this machine has {os.cpu_count()} cores: more threads only wait for them")
 
 
 def _port(port: Any) -> Port:

@@ -15,7 +15,7 @@ import numpy as np
 
 from dvexport.bundle import NATIVE_WEIGHTS
 from dvexport.graph import gate_name
-from dvexport.targets.runtime import Port, Runtime
+from dvexport.targets.runtime import DEFAULT_THREADS, Port, Runtime
 from dvexport.targets.tvm.build import compile_kernels
 from dvexport.targets.tvm.link import kernel_table, library_id, link_library, link_runner
 from dvexport.targets.tvm.machine import Machine
@@ -54,7 +54,7 @@ class NativeVariant:
     frames: int
 
     def open(self, *, threads: int = 1, profile: bool = False) -> Runtime:
-        """Open it; DeviceError if this machine can't run the library."""
+        """Open it; see `NativeSession`."""
         session = NativeSession(self.library, self.plan, self.weights, threads=threads, profile=profile)
         if session.inputs["frames"].shape[0] == self.frames:
             return session
@@ -94,7 +94,11 @@ class NativeArtifact:
 
 
 def build_artifact(
-    models: Mapping[str, ir.Model], machine: Machine, tell: Progress, algorithms: Collection[str] = ALGORITHMS
+    models: Mapping[str, ir.Model],
+    machine: Machine,
+    tell: Progress,
+    algorithms: Collection[str] = ALGORITHMS,
+    threads: int = DEFAULT_THREADS,
 ) -> NativeArtifact:
     """Compile the variants of a model.
 
@@ -103,6 +107,7 @@ def build_artifact(
         machine: what to compile for.
         tell: called with the name of each step as it begins.
         algorithms: of convolutions, to choose from at run time.
+        threads: the most that may share a step; 1 to `MOST_THREADS`.
 
     Raises:
         UsageError: an operator that no kernel can be made for.
@@ -113,7 +118,7 @@ def build_artifact(
     tell("select kernels")
     constants = Constants()
     gates = {gate_name(node) for node in models["gated"].graph} - {""}
-    programs = {name: write_program(model, machine, constants, gates, algorithms) for name, model in models.items()}
+    programs = {name: write_program(model, machine, constants, gates, algorithms, threads) for name, model in models.items()}
     plans = {name: program.plan() for name, program in programs.items()}
     kernels = {name: kernel for program in programs.values() for name, kernel in program.kernels.items()}
     objects = compile_kernels(kernels.values(), machine, tell)
@@ -141,7 +146,7 @@ def build_artifact(
 def read_variant(bundle: Bundle, name: str) -> NativeVariant:
     """Return a variant of a bundle; BundleError if it lacks a file."""
     read = {file: bundle.read(f"{FOLDER}/{file}") for file in (LIBRARY, _plan_name(name))}
-    weights, frames = bundle.mapped(NATIVE_WEIGHTS), bundle.manifest.inputs[0].shape[0]
+    weights, frames = bundle.array(NATIVE_WEIGHTS), bundle.manifest.inputs[0].shape[0]
     return NativeVariant(read[LIBRARY], read[_plan_name(name)], weights.data, frames)
 
 
@@ -168,6 +173,10 @@ class _Clip:
     def end_profile(self) -> Any:
         """Return what was recorded of all steps."""
         return self._session.end_profile()
+
+    def close(self) -> None:
+        """See `NativeSession`."""
+        self._session.close()
 
     def _ports(self, ports: Mapping[str, Port]) -> dict[str, Port]:
         return {name: Port((self._frames, *port.shape[1:]), port.dtype) for name, port in ports.items()}

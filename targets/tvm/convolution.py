@@ -22,7 +22,7 @@ from dvexport.targets.tvm.kernels.direct_data import Runs, Window
 from dvexport.targets.tvm.layout import Plane
 from dvexport.targets.tvm.machine import Machine
 from dvexport.targets.tvm.memory import Part
-from dvexport.targets.tvm.program import MAX_THREADS, Program, Way
+from dvexport.targets.tvm.program import Program, Way
 from dvexport.targets.tvm.units import ConvUnit
 
 __all__ = ["write_conv"]
@@ -187,7 +187,7 @@ def _direct(
         direct_data.direct_weights(layer.unit.weight),
         pixels,
         vectors,
-        direct_data.scratch_floats(layer.window.size, layer.channels[0], MAX_THREADS, **how),
+        direct_data.scratch_floats(layer.window.size, layer.channels[0], program.threads, **how),
         direct_data.direct_shape(layer.x, layer.y, layer.window, layer.channels, **how),
         cost,
         only,
@@ -209,7 +209,7 @@ def _winograd(
         winograd_lists.winograd_weights(layer.unit.weight, spec.m),
         pixels,
         vectors,
-        winograd.scratch_floats(spec, cin, most, MAX_THREADS, machine),
+        winograd.scratch_floats(spec, cin, most, program.threads, machine),
         winograd_lists.winograd_shape(spec.m, layer.x, layer.y, cin, part),
         costs.winograd_cost(spec, tiles, cin, machine),
         only,

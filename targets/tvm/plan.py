@@ -26,20 +26,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-__all__ = ["COST_TERMS", "Call", "Place", "Plan", "Port", "Space", "Variant", "plan_bytes"]
+from dvexport.targets.runtime import MOST_THREADS
+
+__all__ = ["COST_TERMS", "VERSION", "Call", "Place", "Plan", "Port", "Space", "Variant", "plan_bytes", "read_limit"]
 
 MAGIC = b"DVXPLAN\0"
-VERSION = 2
+VERSION = 3
 COST_TERMS = 10
 MAX_RANK = 6
 
 DTYPES = ("float32", "int64", "int32", "bool")
 """Element types of ports, by their number in the file."""
 
-_HEADER = struct.Struct("<8sIIQIIQQQQ32s6I8x")
+_HEADER = struct.Struct("<8sIIQIIQQQQ32s6II4x")
 """Magic, version, header bytes, plan bytes, CRC-32 of what follows the header, CRC-32 of the weights,
 bytes of weights, arena, state and one half of the flip space, SHA-256 of the library, numbers of inputs,
-outputs, calls, variants, arguments, and bytes of strings."""
+outputs, calls, variants, arguments, bytes of strings, and the most threads that may share a step."""
 
 _NONE = (1 << 64) - 1
 
@@ -119,6 +121,7 @@ class Plan:
     Attributes:
         arena, state, flip: bytes of working memory, of states kept in place, and of one half of the states
             that are rewritten whole.
+        threads: the most that may share a step: each has scratch memory of its own in the arena. 1 to `MOST_THREADS`.
     """
 
     inputs: list[Port]
@@ -127,6 +130,7 @@ class Plan:
     arena: int = 0
     state: int = 0
     flip: int = 0
+    threads: int = 1
 
     @property
     def memory(self) -> int:
@@ -148,6 +152,7 @@ def plan_bytes(plan: Plan, kernels: Sequence[str], library: bytes, weights: byte
         library: SHA-256 that the library was built with (32 bytes).
         weights: the weights file.
     """
+    assert 1 <= plan.threads <= MOST_THREADS, plan.threads
     strings, index = _Strings(), {name: i for i, name in enumerate(kernels)}
     ports = b"".join(_port(port, strings) for port in (*plan.inputs, *plan.outputs))
     calls, variants, arguments = bytearray(), bytearray(), bytearray()
@@ -168,8 +173,20 @@ def plan_bytes(plan: Plan, kernels: Sequence[str], library: bytes, weights: byte
         MAGIC, VERSION, _HEADER.size, _HEADER.size + len(body), zlib.crc32(body), zlib.crc32(weights),
         len(weights), plan.arena, plan.state, plan.flip, library,
         len(plan.inputs), len(plan.outputs), len(plan.calls), variant_count, argument_count, len(text),
+        plan.threads,
     )  # fmt: skip
     return header + body
+
+
+def read_limit(data: bytes) -> tuple[int, int] | None:
+    """Return the format version of a plan's file, and how many threads it is laid out for; None if it is no plan.
+
+    The second number means something in version `VERSION` only. Nothing else is checked: the C runtime does that.
+    """
+    if len(data) < _HEADER.size or not data.startswith(MAGIC):
+        return None
+    header = _HEADER.unpack_from(data)
+    return header[1], header[-1]
 
 
 class _Strings:

@@ -30,9 +30,6 @@ __all__ = ["ALGORITHMS", "Program", "Step", "Way"]
 FLOAT_BYTES = 4
 ALGORITHMS = ("direct", "winograd")
 
-MAX_THREADS = 4
-"""Threads that scratch memory is laid out for; the runtime takes no more."""
-
 NO_COST = (0.0,) * COST_TERMS
 
 
@@ -77,6 +74,7 @@ class Program:
         machine: what kernels are generated for.
         constants: the weights file, shared by the variants of a model.
         algorithms: of convolutions, to choose from at run time; `direct` is always there.
+        threads: the most that may share a step: scratch memory is laid out for as many.
         steps: the calls so far.
         kernels: every kernel called, by name.
         lists: lists made of decisions so far, by what they are (`decisions.py`).
@@ -87,6 +85,7 @@ class Program:
     machine: Machine
     constants: Constants
     algorithms: Collection[str] = ALGORITHMS
+    threads: int = 1
     steps: list[Step] = field(default_factory=list)
     kernels: dict[str, Kernel] = field(default_factory=dict)
     lists: dict[tuple[object, ...], Part] = field(default_factory=dict)
@@ -294,7 +293,7 @@ class Program:
         return Plan(
             inputs=[_port(v, place(self._forms[v].flat)) for v in self.inputs],
             outputs=[_port(v, place(part)) for v, part in ports.items()],
-            calls=calls, arena=placement.arena, state=placement.state, flip=placement.flip,
+            calls=calls, arena=placement.arena, state=placement.state, flip=placement.flip, threads=self.threads,
         )  # fmt: skip
 
     def _clear_padding(self, spoilt: Collection[Buffer]) -> None:

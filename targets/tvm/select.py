@@ -17,7 +17,7 @@ from dvexport.targets.tvm.kernels.direct_data import Window
 from dvexport.targets.tvm.layout import Plane
 from dvexport.targets.tvm.machine import Machine
 from dvexport.targets.tvm.memory import Buffer, Constants
-from dvexport.targets.tvm.program import ALGORITHMS, FLOAT_BYTES, MAX_THREADS, Program
+from dvexport.targets.tvm.program import ALGORITHMS, FLOAT_BYTES, Program
 from dvexport.targets.tvm.select_tokens import TOKEN_RULES
 from dvexport.targets.tvm.unit import Unit
 from dvexport.targets.tvm.units import ConvUnit, cut
@@ -31,6 +31,7 @@ def write_program(
     constants: Constants,
     gates: Collection[str] = (),
     algorithms: Collection[str] = ALGORITHMS,
+    threads: int = 1,
 ) -> Program:
     """Return the calls of a model's step.
 
@@ -39,12 +40,12 @@ def write_program(
         machine: what to generate kernels for.
         constants: the weights file; what several variants of a model share is stored once.
         gates: names of the model's gates, for profiles.
-        algorithms: see `Program`.
+        algorithms, threads: see `Program`.
 
     Raises:
         UsageError: an operator that no kernel can be made for; names the node and where it came from.
     """
-    program = Program(model, cut(model, gates), machine, constants, algorithms)
+    program = Program(model, cut(model, gates), machine, constants, algorithms, threads)
     for unit in program.units:
         _RULES[unit.kind](program, unit)
     return program
@@ -68,7 +69,7 @@ def _gemm(program: Program, unit: Unit) -> None:
         program.flat(node.inputs[0]),
         program.constants.add(dense.dense_weights(weight, spec, machine), of=weight.T),
         program.constants.add(dense.dense_bias(given, spec, machine), of=given),
-        *([program.scratch(dense.dense_scratch(inputs, MAX_THREADS))] if skips else []),
+        *([program.scratch(dense.dense_scratch(inputs, program.threads))] if skips else []),
         program.constants.add(dense.dense_shape(rows, outputs, (inputs,))),
         program.new_flat(unit.output),
     ]
@@ -96,7 +97,7 @@ def _avg_pool(program: Program, unit: Unit) -> None:
     cell = kernel[0], kernel[1]
     arguments = [
         program.planes(x),
-        program.scratch(pooling.cell_mean_scratch(program.layout(x), cell, MAX_THREADS)),
+        program.scratch(pooling.cell_mean_scratch(program.layout(x), cell, program.threads)),
         program.constants.add(pooling.cell_mean_shape(frames * channels, program.layout(x), cell)),
         program.new_flat(unit.output),
     ]

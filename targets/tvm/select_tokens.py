@@ -13,7 +13,7 @@ from dvexport.graph import static_shape
 from dvexport.targets.tvm.kernels import attention, matmul, tokens
 from dvexport.targets.tvm.kernels.attention import Bias, Sizes, Strides
 from dvexport.targets.tvm.kernels.window_attention import WindowBias, window_attention, window_shape
-from dvexport.targets.tvm.program import FLOAT_BYTES, MAX_THREADS, Program
+from dvexport.targets.tvm.program import FLOAT_BYTES, Program
 from dvexport.targets.tvm.unit import Unit
 from dvexport.targets.tvm.units_tokens import AttentionUnit, LinearUnit, ViewUnit
 from dvexport.targets.tvm.views import View, view_of
@@ -36,7 +36,7 @@ def _linear(program: Program, unit: Unit) -> None:
         program.constants.add(matmul.matmul_weights(unit.weight, machine), of=unit.weight),
         program.constants.add(matmul.matmul_bias(bias, machine), of=bias),
         *([program.flat(unit.residual)] if unit.residual is not None else []),
-        program.scratch(matmul.matmul_scratch(MAX_THREADS, machine)),
+        program.scratch(matmul.matmul_scratch(program.threads, machine)),
         program.constants.add(matmul.matmul_shape(rows, inputs, outputs, machine)),
         program.new_flat(unit.output),
     ]
@@ -66,7 +66,7 @@ def _attention(program: Program, unit: Unit) -> None:
         *(program.flat(view.base) for view in (unit.q, unit.k, unit.v)),
         *(program.flat(each.value) for each in unit.biases),
         program.constants.add(np.array([unit.scale], np.float32)),
-        program.scratch(attention.attention_scratch(MAX_THREADS, sizes, spec, program.machine)),
+        program.scratch(attention.attention_scratch(program.threads, sizes, spec, program.machine)),
         program.constants.add(shape),
         program.new_flat(made),
     ]
@@ -97,7 +97,7 @@ def _product(program: Program, unit: Unit) -> None:
         program.flat(unit.q.base),
         program.flat(unit.k.base),
         program.constants.add(np.array([unit.scale], np.float32)),
-        program.scratch(attention.attention_scratch(MAX_THREADS, sizes, spec, program.machine)),
+        program.scratch(attention.attention_scratch(program.threads, sizes, spec, program.machine)),
         program.constants.add(attention.attention_shape(sizes, strides, (), spec, program.machine)),
         program.new_flat(unit.output),
     ]

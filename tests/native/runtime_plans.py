@@ -165,7 +165,7 @@ def sample_plan() -> Plan:
         *(Port(f"ran{i}", "int32", (MOST_THREADS + 1,), place) for i, place in enumerate(ran)),
     ]
     inputs = [Port("x", "float32", (1, CHANNELS), x)]
-    return Plan(inputs, outputs, calls, arena=8192, state=4096, flip=1024)
+    return Plan(inputs, outputs, calls, arena=8192, state=4096, flip=1024, threads=MOST_THREADS)
 
 
 def sample_kernels() -> list[Kernel]:

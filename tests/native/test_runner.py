@@ -112,13 +112,24 @@ def test_a_weaker_processor_is_refused(target, tmp_path):
         (["--frames"], "--frames needs a value"),
         (["PLAN", "WEIGHTS", "more"], "what is more?"),
         (["PLAN", "WEIGHTS", "--fast", "1"], "unknown option --fast"),
-        (["PLAN", "WEIGHTS", "--steps", "0"], "--steps needs a number"),
-        (["PLAN", "WEIGHTS", "--threads", "many"], "--threads needs a number"),
-        (["PLAN", "WEIGHTS", "--cores", "0,"], "--cores needs core numbers"),
+        (["PLAN", "WEIGHTS", "--steps", "0"], "--steps needs a whole number from 1 to 100000000, not 0"),
+        (["PLAN", "WEIGHTS", "--steps", "100000001"], "--steps needs a whole number from 1 to 100000000, not 100000001"),
+        (["PLAN", "WEIGHTS", "--warmup", "-1"], "--warmup needs a whole number from 0 to 100000000, not -1"),
+        (["PLAN", "WEIGHTS", "--warmup", ""], "--warmup needs a whole number"),
+        *[
+            (["PLAN", "WEIGHTS", "--threads", text], f"--threads needs a whole number from 1 to 2147483647, not {text}")
+            for text in ("many", "2x", " 2", "+2", "2.0", "0x2", "4294967298", "2147483648", "18446744073709551618", "-2")
+        ],
+        *[
+            (["PLAN", "WEIGHTS", "--cores", text], f"--cores needs numbers from 0 to 1023, such as 0,1, not {text}")
+            for text in ("0,", ",0", "0,,1", "1024", "-1", "4294967296", "0 1")
+        ],
+        (["PLAN", "WEIGHTS", "--threads", "2", "--cores", "0"], "1 cores were given for 2 threads"),
         (["none", "WEIGHTS"], "can't read the plan none"),
         (["PLAN", "PLAN"], "the weights are of another plan"),
         (["PLAN", "WEIGHTS", "--frames", "WEIGHTS"], "not a whole number of frames"),
-        (["PLAN", "WEIGHTS", "--threads", "100"], "threads is 100"),
+        (["PLAN", "WEIGHTS", "--threads", "9"], "threads is 9; this plan is laid out for 1 to 8"),
+        (["PLAN", "WEIGHTS", "--threads", "2147483647"], "threads is 2147483647; this plan is laid out for 1 to 8"),
     ],
 )
 def test_wrong_use_of_the_runner(arguments, message, tmp_path):

@@ -23,8 +23,8 @@ from runtime_plans import (
     sample_plan,
 )
 
-from dvexport.errors import DeviceError
-from dvexport.targets.tvm.plan import Place, Space
+from dvexport.errors import DeviceError, UsageError
+from dvexport.targets.tvm.plan import VERSION, Place, Space
 from dvexport.targets.tvm.session import NativeSession
 
 
@@ -214,15 +214,33 @@ def test_a_closed_session_says_so():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"threads": 33}, "threads is 33"),
-        ({"threads": -1}, "threads is -1"),
-        ({"threads": 2, "cores": [0]}, "1 cores were given for 2 threads"),
-        ({"threads": 1, "cores": [-1]}, "there is no core -1"),
+        ({"threads": MOST_THREADS + 1}, "threads must be a whole number from 1 to 8, not 9"),
+        ({"threads": 0}, "from 1 to 8, not 0"),
+        ({"threads": -1}, "from 1 to 8, not -1"),
+        ({"threads": 2**32 + 2}, "not 4294967298"),
+        ({"threads": 10**5000}, "not a number of 16610 bits"),
+        ({"threads": True}, "not True"),
+        ({"threads": 2.0}, "not 2.0"),
+        ({"threads": "2"}, "not '2'"),
+        ({"threads": 2, "cores": [0]}, "the number of cores must be a whole number from 2 to 1024, not 1"),
+        ({"cores": [0] * 1025}, "the number of cores must be a whole number from 1 to 1024, not 1025"),
+        ({"cores": [-1]}, "a core's number must be a whole number from 0 to 1023, not -1"),
+        ({"cores": [1024]}, "from 0 to 1023, not 1024"),
+        ({"cores": [2**32]}, "from 0 to 1023, not 4294967296"),
+        ({"cores": [0.0]}, "from 0 to 1023, not 0.0"),
+        ({"cores": [False]}, "from 0 to 1023, not False"),
     ],
 )
 def test_wrong_options(options, message):
-    with pytest.raises(DeviceError, match=message):
+    with pytest.raises(UsageError, match=message):
         opened(sample_network(), **options)
+
+
+def test_numbers_of_numpy_are_numbers():
+    with opened(sample_network(), threads=np.int64(2), cores=np.arange(2), profile=2**40) as session:
+        assert (session.info.threads, session.max_threads) == (2, MOST_THREADS)
+        session.run({"x": frames(1)[0]})
+        assert session.call_times()
 
 
 def test_a_library_for_another_machine():
@@ -254,10 +272,13 @@ DAMAGE = {
     "truncated header": (lambda plan: plan[:100], "the plan is truncated"),
     "truncated": (lambda plan: plan[:-8], "the plan is truncated"),
     "longer": (lambda plan: plan + bytes(8), "longer than the plan"),
-    "newer": (_set(8, "<I", 3), "format version 3, this library reads version 2"),
+    "newer": (_set(8, "<I", VERSION + 1), f"format version {VERSION + 1}, this dvexport reads version {VERSION}"),
+    "older": (_set(8, "<I", VERSION - 1), "export it again"),
     "checksum": (lambda plan: plan[:200] + bytes([plan[200] ^ 1]) + plan[201:], "its checksum is wrong"),
     "another library": (_set(64, "<I", 1), "the plan is for another library"),
-    "reserved": (_set(120, "<I", 1), "reserved bytes are set"),
+    "reserved": (_set(124, "<I", 1), "reserved bytes are set"),
+    "no thread": (_set(120, "<I", 0), "it is laid out for 0 threads, which are 1 to 32"),
+    "too many threads": (_set(120, "<I", 33), "it is laid out for 33 threads, which are 1 to 32"),
     "counts": (_set(100, "<I", 4000), "its tables do not fill the file"),
     "huge arena": (_set(40, "<Q", 1 << 60), "needs more memory than there can be"),
     "large arena": (_set(40, "<Q", 1 << 50), "MiB of memory, this device has"),

@@ -40,16 +40,20 @@ struct dvx {
 
 /* --- opening ------------------------------------------------------------------------------------------------- */
 
-static int check_options(const dvx_options *options, char *error) {
-    if (options->threads < 0 || options->threads > DVX_MAX_THREADS)
-        return dvx_fail(error, "threads is %d; it must be 1 to %d", options->threads, DVX_MAX_THREADS);
-    if (!options->cores) return 0;
-    if (options->core_count < options->threads)
-        return dvx_fail(error, "%d cores were given for %d threads", options->core_count, options->threads);
+/* The threads to start; -1 and a text if the options can't be met. */
+static int check_options(const plan *p, const dvx_options *options, char *error) {
+    int threads = options->threads ? options->threads : 1, most = (int)p->threads;
+    if (threads < 0 || threads > most)
+        return dvx_fail(error, "threads is %d; this plan is laid out for 1 to %d", threads, most);
+    if (!options->cores) return threads;
+    if (options->core_count < threads)
+        return dvx_fail(error, "%d cores were given for %d threads", options->core_count, threads);
+    if (options->core_count > MOST_CORES)
+        return dvx_fail(error, "%d cores were given, there are at most %d", options->core_count, MOST_CORES);
     for (int i = 0; i < options->core_count; i++)
-        if (options->cores[i] < 0 || options->cores[i] >= 1024)
-            return dvx_fail(error, "there is no core %d", options->cores[i]);
-    return 0;
+        if (options->cores[i] < 0 || options->cores[i] >= MOST_CORES)
+            return dvx_fail(error, "there is no core %d: they are 0 to %d", options->cores[i], MOST_CORES - 1);
+    return threads;
 }
 
 static int check_weights(const plan *p, const bytes *weights, char *error) {
@@ -65,7 +69,7 @@ static int open_weights(dvx *net, dvx_blob blob, char *error) {
     if (dvx_bytes_open(&net->weights, blob, "weights", error) || check_weights(&net->plan, &net->weights, error))
         return -1;
     if ((uintptr_t)net->weights.data % LINE == 0) return 0;
-    if (dvx_memory_take(&net->copy, net->weights.size, error)) return -1;
+    if (dvx_memory_take(&net->copy, net->weights.size, "weights", error)) return -1;
     memcpy(net->copy.data, net->weights.data, net->weights.size);
     return 0;
 }
@@ -78,7 +82,7 @@ static int take_memory(dvx *net, char *error) {
     if (p->arena > limit || p->state > limit || p->flip > limit)
         return dvx_fail(error, "damaged plan: it needs more memory than there can be");
     uint64_t arena = lines(p->arena), state = lines(p->state), flip = lines(p->flip);
-    if (dvx_memory_take(&net->work, arena + state + HALVES * flip, error)) return -1;
+    if (dvx_memory_take(&net->work, arena + state + HALVES * flip, "network", error)) return -1;
     net->state = net->work.data + arena;
     net->flip = net->state + state;
     net->state_bytes = (size_t)state;
@@ -132,11 +136,11 @@ static int read_plan(dvx *net, dvx_blob blob, char *error) {
 static int open_all(dvx *net, dvx_blob plan_blob, dvx_blob weights, const dvx_options *options, char *error) {
     const char *lacking = dvx_cpu_lacks(dvx_cpu_features);
     if (lacking) return dvx_fail(error, "this processor lacks %s, which the library was compiled for", lacking);
-    if (check_options(options, error) || read_plan(net, plan_blob, error) || open_weights(net, weights, error) ||
-        take_memory(net, error) || resolve(net, error))
+    if (read_plan(net, plan_blob, error)) return -1;
+    net->threads = check_options(&net->plan, options, error);
+    if (net->threads < 0 || open_weights(net, weights, error) || take_memory(net, error) || resolve(net, error))
         return -1;
     net->profile = options->profile;
-    net->threads = options->threads ? options->threads : 1;
     if (net->threads == 1) return 0;
     net->pool = dvx_pool_start(net->threads, options->cores, error);
     return net->pool ? 0 : -1;
@@ -323,6 +327,7 @@ const char *dvx_error(const dvx *net) { return net->error; }
 void dvx_get_info(const dvx *net, dvx_info *info) {
     *info = (dvx_info){
         .threads = net->threads,
+        .max_threads = (int)net->plan.threads,
         .pinned = net->pool ? dvx_pool_pinned(net->pool) : 0,
         .memory = net->work.size,
         .weights = net->weights.size,

@@ -25,14 +25,7 @@ extern const char *const dvx_cpu_features[]; /* that the kernels need, by LLVM's
 
 /* --- system.c ------------------------------------------------------------------------------------------- */
 
-typedef struct {
-    const uint8_t *data;
-    size_t size;
-    int mapped; /* 1: ours to unmap */
-} bytes;
-
-int dvx_bytes_open(bytes *b, dvx_blob blob, const char *what, char *error);
-void dvx_bytes_close(bytes *b);
+#define MOST_CORES 1024 /* numbers of cores are below this */
 
 typedef struct {
     uint8_t *data; /* zeros at first, starts on a page, on 2 MiB if it is large */
@@ -41,8 +34,17 @@ typedef struct {
     size_t map_size;
 } memory;
 
-int dvx_memory_take(memory *m, uint64_t size, char *error);
+int dvx_memory_take(memory *m, uint64_t size, const char *what, char *error);
 void dvx_memory_free(memory *m);
+
+typedef struct {
+    const uint8_t *data;
+    size_t size;
+    memory own; /* what a file was read into */
+} bytes;
+
+int dvx_bytes_open(bytes *b, dvx_blob blob, const char *what, char *error);
+void dvx_bytes_close(bytes *b);
 
 uint64_t dvx_now(void); /* nanoseconds of a clock that never goes back */
 
@@ -80,6 +82,7 @@ typedef struct {
 typedef struct {
     uint64_t weights, arena, state, flip; /* bytes */
     uint32_t weights_crc;
+    uint32_t threads; /* the most that may share a step; 1 to DVX_MAX_THREADS */
     uint32_t inputs, outputs, calls, variants, arguments, string_bytes;
     plan_port *ports; /* inputs, then outputs */
     call *call;

@@ -11,7 +11,7 @@
 #define CALL_BYTES 64
 #define VARIANT_BYTES 56
 #define PLACE_BYTES 16
-#define VERSION 2
+#define VERSION 3
 
 static const uint8_t MAGIC[8] = {'D', 'V', 'X', 'P', 'L', 'A', 'N', 0};
 static const uint32_t TYPE_BYTES[] = {4, 8, 4, 1};
@@ -170,13 +170,18 @@ static int read_header(plan *p, const uint8_t *data, size_t size, char *error) {
     p->variants = read_u32(&at);
     p->arguments = read_u32(&at);
     p->string_bytes = read_u32(&at);
+    p->threads = read_u32(&at);
+    uint32_t reserved = read_u32(&at);
     if (dvx_crc32(data + HEADER_BYTES, size - HEADER_BYTES) != crc)
         return dvx_fail(error, "damaged plan: its checksum is wrong");
     if (memcmp(library, dvx_library_sha256, sizeof dvx_library_sha256))
         return dvx_fail(error, "the plan is for another library (%02x%02x%02x%02x..., this is %02x%02x%02x%02x...)",
                         library[0], library[1], library[2], library[3], dvx_library_sha256[0], dvx_library_sha256[1],
                         dvx_library_sha256[2], dvx_library_sha256[3]);
-    if (read_u64(&at) != 0) return dvx_fail(error, "damaged plan: reserved bytes are set");
+    if (reserved) return dvx_fail(error, "damaged plan: reserved bytes are set");
+    if (p->threads == 0 || p->threads > DVX_MAX_THREADS)
+        return dvx_fail(error, "damaged plan: it is laid out for %u threads, which are 1 to %d", p->threads,
+                        DVX_MAX_THREADS);
     if (tables_bytes(p) + p->string_bytes != size - HEADER_BYTES)
         return dvx_fail(error, "damaged plan: its tables do not fill the file");
     if (p->string_bytes == 0 || data[size - 1] != 0) return dvx_fail(error, "damaged plan: its strings do not end");

@@ -22,7 +22,6 @@
 
 #define SPIN_NS 30000
 #define SPINS_A_LOOK 64
-#define CORES 1024
 
 typedef struct {
     pool *pool;
@@ -138,7 +137,7 @@ static void run_parts(pool *p, int own) {
 
 /* As a raw system call: the C libraries disagree on the type of a set of cores. */
 static void pin(pool *p, int core) {
-    unsigned long set[CORES / (8 * sizeof(unsigned long))] = {0};
+    unsigned long set[MOST_CORES / (8 * sizeof(unsigned long))] = {0};
     size_t bits = 8 * sizeof *set;
     if (core < 0) return;
     set[(size_t)core / bits] = 1ul << ((size_t)core % bits);

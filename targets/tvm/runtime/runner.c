@@ -1,6 +1,9 @@
 /* A program that measures a network on a device and prints one JSON object. Linked statically: it needs nothing. */
 #include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
 #include <math.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -15,18 +18,19 @@ static const char USAGE[] =
     "                  (without it: pseudo-random floats in -1 ... 1)\n"
     "  --steps N       steps to measure; the frames are repeated as needed (default: one a frame)\n"
     "  --warmup N      steps before those, forgotten by a reset (default: 0)\n"
-    "  --threads N     threads that share a step (default: 1)\n"
+    "  --threads N     threads that share a step, as many as the plan is laid out for at most (default: 1)\n"
     "  --cores A,B,..  cores to run on, one a thread, the first for this one\n"
     "  --profile       time every kernel call\n"
     "  --dump FILE     write the outputs of all measured steps, laid out as the frames are\n"
     "Prints one JSON object. Exit code 2: wrong use, or input that can't be used.\n";
 
 #define MOST_VALUES 10000 /* of an output, to be printed */
+#define MOST_STEPS 100000000
 
 typedef struct {
     const char *plan, *weights, *frames, *dump;
     int steps, warmup, threads, profile;
-    int cores[DVX_MAX_THREADS], core_count;
+    int cores[MOST_CORES], core_count;
 } arguments;
 
 typedef struct {
@@ -37,7 +41,9 @@ typedef struct {
 
 typedef struct {
     dvx *net;
-    const uint8_t *frames;
+    const char *path; /* of the file of frames */
+    int file;         /* -1: none, every frame is `made` */
+    const uint8_t *made;
     size_t frame_bytes;
     int frame_count;
     dvx_blob *inputs;
@@ -49,9 +55,13 @@ typedef struct {
 
 /* --- use ----------------------------------------------------------------------------------------------------- */
 
-static void stop(const char *format, const char *text) {
+static void stop(const char *format, ...) __attribute__((format(printf, 1, 2), noreturn));
+
+static void stop(const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
     fprintf(stderr, "runner: ");
-    fprintf(stderr, format, text);
+    vfprintf(stderr, format, arguments);
     fputc('\n', stderr);
     exit(2);
 }
@@ -62,21 +72,31 @@ static void *take(size_t count, size_t size) {
     return memory;
 }
 
-static int number(const char *text, int least, const char *option) {
-    char *end;
-    errno = 0;
-    long value = strtol(text, &end, 10);
-    if (errno || *end || end == text || value < least || value > 100000000) stop("%s needs a number", option);
-    return (int)value;
+/* The number that a text begins with, digits and nothing else, so much of it that it is at most `most`; *end is what
+ * follows: the rest of a larger number too, and `text` itself if it begins with no digit. */
+static int digits(const char *text, int most, const char **end) {
+    int value = 0;
+    for (; *text >= '0' && *text <= '9' && value <= (most - (*text - '0')) / 10; text++)
+        value = 10 * value + (*text - '0');
+    *end = text;
+    return value;
+}
+
+static int number(const char *text, int least, int most, const char *option) {
+    const char *end;
+    int value = digits(text, most, &end);
+    if (end == text || *end || value < least)
+        stop("%s needs a whole number from %d to %d, not %.40s", option, least, most, text);
+    return value;
 }
 
 static void read_cores(arguments *a, const char *text) {
-    char *end;
-    for (;; text = end + 1) {
-        long core = strtol(text, &end, 10);
-        if (end == text || core < 0 || core >= 1024 || (*end && *end != ',') || a->core_count == DVX_MAX_THREADS)
-            stop("%s needs core numbers: 0,1,...", "--cores");
-        a->cores[a->core_count++] = (int)core;
+    const char *at = text, *end;
+    for (;; at = end + 1) {
+        int core = digits(at, MOST_CORES - 1, &end);
+        if (end == at || (*end && *end != ',') || a->core_count == MOST_CORES)
+            stop("--cores needs numbers from 0 to %d, such as 0,1, not %.40s", MOST_CORES - 1, text);
+        a->cores[a->core_count++] = core;
         if (!*end) return;
     }
 }
@@ -87,11 +107,11 @@ static void read_option(arguments *a, const char *option, const char *value) {
     else if (!strcmp(option, "--dump"))
         a->dump = value;
     else if (!strcmp(option, "--steps"))
-        a->steps = number(value, 1, option);
+        a->steps = number(value, 1, MOST_STEPS, option);
     else if (!strcmp(option, "--warmup"))
-        a->warmup = number(value, 0, option);
+        a->warmup = number(value, 0, MOST_STEPS, option);
     else if (!strcmp(option, "--threads"))
-        a->threads = number(value, 1, option);
+        a->threads = number(value, 1, INT_MAX, option); /* the plan says how many it takes */
     else if (!strcmp(option, "--cores"))
         read_cores(a, value);
     else
@@ -143,29 +163,50 @@ static const uint8_t *random_frame(size_t size) {
 }
 
 static void open_frames(session *s, const arguments *a) {
-    char error[DVX_ERROR_SIZE];
-    bytes file;
     for (int i = 0; i < dvx_input_count(s->net); i++) s->frame_bytes += dvx_input(s->net, i)->bytes;
     s->inputs = take((size_t)dvx_input_count(s->net), sizeof *s->inputs);
     if (!a->frames) {
         check_floats_only(s->net);
-        s->frames = random_frame(s->frame_bytes);
+        s->made = random_frame(s->frame_bytes);
         s->frame_count = 1;
         return;
     }
-    if (dvx_bytes_open(&file, (dvx_blob){.path = a->frames}, "frames", error)) stop("%s", error);
-    if (!s->frame_bytes || !file.size || file.size % s->frame_bytes) stop("%s is not a whole number of frames", a->frames);
-    s->frames = file.data; /* mapped until the program ends */
-    s->frame_count = (int)(file.size / s->frame_bytes);
+    s->path = a->frames;
+    s->file = open(a->frames, O_RDONLY | O_CLOEXEC);
+    off_t size = s->file < 0 ? -1 : lseek(s->file, 0, SEEK_END);
+    if (size < 0) stop("can't read the frames %s: %s", a->frames, strerror(errno));
+    uint64_t count = s->frame_bytes ? (uint64_t)size / s->frame_bytes : 0;
+    if (!count || (uint64_t)size % s->frame_bytes) stop("%s is not a whole number of frames", a->frames);
+    if (count > MOST_STEPS) stop("%s has more than %d frames", a->frames, MOST_STEPS);
+    s->frame_count = (int)count;
 }
 
-/* Inputs of odd sizes leave the next one unaligned: copy a frame's inputs to where each may start. */
+/* Frames are read one by one: there may be more of them than memory, and a file that is cut short meanwhile is an error
+ * where one that is mapped would be a SIGBUS. */
+static void read_frame(const session *s, off_t at, uint8_t *to, size_t size) {
+    while (size) {
+        ssize_t count = pread(s->file, to, size, at);
+        if (count < 0 && errno == EINTR) continue;
+        if (count < 0) stop("can't read the frames %s: %s", s->path, strerror(errno));
+        if (count == 0) stop("the frames %s were cut short while they were read", s->path);
+        at += count;
+        to += count;
+        size -= (size_t)count;
+    }
+}
+
+/* Inputs of odd sizes leave the next one unaligned: every input of a frame goes to where it may start. */
 static void set_inputs(session *s, int step) {
-    const uint8_t *at = s->frames + (size_t)(step % s->frame_count) * s->frame_bytes;
+    size_t at = 0;
+    off_t frame = (off_t)(step % s->frame_count) * (off_t)s->frame_bytes;
     for (int i = 0; i < dvx_input_count(s->net); i++) {
         size_t size = dvx_input(s->net, i)->bytes;
         if (!s->inputs[i].data) s->inputs[i] = (dvx_blob){.data = take(size, 1), .size = size};
-        memcpy((void *)(uintptr_t)s->inputs[i].data, at, size);
+        uint8_t *to = (uint8_t *)(uintptr_t)s->inputs[i].data;
+        if (s->made)
+            memcpy(to, s->made + at, size);
+        else
+            read_frame(s, frame + (off_t)at, to, size);
         at += size;
     }
 }
@@ -334,8 +375,9 @@ static void print_outputs(const session *s) {
 static void print_all(const session *s, const arguments *a, int steps) {
     dvx_info info;
     dvx_get_info(s->net, &info);
-    printf("{\"steps\": %d, \"threads\": %d, \"pinned\": %d, \"memory\": %llu, \"weights\": %llu,\n", steps, info.threads,
-           info.pinned, (unsigned long long)info.memory, (unsigned long long)info.weights);
+    printf("{\"steps\": %d, \"threads\": %d, \"max_threads\": %d, \"pinned\": %d, \"memory\": %llu, \"weights\": %llu,\n",
+           steps, info.threads, info.max_threads, info.pinned, (unsigned long long)info.memory,
+           (unsigned long long)info.weights);
     print_times(s, steps);
     print_gates(s);
     if (a->profile) {
@@ -350,7 +392,7 @@ static void print_all(const session *s, const arguments *a, int steps) {
 /* --- the whole ----------------------------------------------------------------------------------------------------- */
 
 static void pin_this_thread(int core) {
-    unsigned long set[1024 / (8 * sizeof(unsigned long))] = {0};
+    unsigned long set[MOST_CORES / (8 * sizeof(unsigned long))] = {0};
     size_t bits = 8 * sizeof *set;
     set[(size_t)core / bits] = 1ul << ((size_t)core % bits);
     if (syscall(SYS_sched_setaffinity, 0, sizeof set, set)) fprintf(stderr, "runner: core %d is not to be had\n", core);
@@ -375,7 +417,7 @@ static void open_session(session *s, const arguments *a) {
 
 int main(int count, char **values) {
     arguments a = read_arguments(count, values);
-    session s = {0};
+    session s = {.file = -1};
     open_session(&s, &a);
     int steps = a.steps ? a.steps : s.frame_count;
     s.step_ns = take((size_t)steps, sizeof *s.step_ns);

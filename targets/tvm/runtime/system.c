@@ -32,17 +32,24 @@ static int fail_system(char *error, const char *what, const char *path) {
     return dvx_fail(error, "can't read the %s %.150s: %.60s", what, path, strerror(errno));
 }
 
-/* Private and writable: a kernel that a wrong plan lets write there neither faults nor changes the file. */
-static int map_file(bytes *b, int file, const char *path, const char *what, char *error) {
+/* Read and not mapped, whatever the size: a mapping of a file that somebody cuts short is a SIGBUS in the middle of a
+ * step, and one of a file that somebody overwrites gives other numbers, a private mapping too. What is read here is
+ * ours, and what is checked of it stays so. */
+static int read_file(bytes *b, int file, const char *path, const char *what, char *error) {
+    uint8_t first;
+    if (read(file, &first, sizeof first) < 0) return fail_system(error, what, path); /* a folder has a size, too */
     off_t size = lseek(file, 0, SEEK_END);
-    if (size < 0) return fail_system(error, what, path);
-    if ((uint64_t)size > SIZE_MAX / 2) return dvx_fail(error, "the %s %.150s is too large", what, path);
-    b->size = (size_t)size;
-    if (b->size == 0) return 0; /* an empty mapping does not exist */
-    void *map = mmap(NULL, b->size, PROT_READ | PROT_WRITE, MAP_PRIVATE, file, 0);
-    if (map == MAP_FAILED) return fail_system(error, what, path);
-    b->data = map;
-    b->mapped = 1;
+    if (size < 0 || lseek(file, 0, SEEK_SET) < 0) return fail_system(error, what, path);
+    if (dvx_memory_take(&b->own, (uint64_t)size, what, error)) return -1;
+    for (size_t done = 0; done < b->own.size;) {
+        ssize_t count = read(file, b->own.data + done, b->own.size - done);
+        if (count < 0 && errno == EINTR) continue;
+        if (count < 0) return fail_system(error, what, path);
+        if (count == 0) return dvx_fail(error, "the %s %.150s was cut short while it was read", what, path);
+        done += (size_t)count;
+    }
+    b->data = b->own.data;
+    b->size = b->own.size;
     return 0;
 }
 
@@ -56,13 +63,14 @@ int dvx_bytes_open(bytes *b, dvx_blob blob, const char *what, char *error) {
     }
     int file = open(blob.path, O_RDONLY | O_CLOEXEC);
     if (file < 0) return fail_system(error, what, blob.path);
-    int result = map_file(b, file, blob.path, what, error);
+    int result = read_file(b, file, blob.path, what, error);
     close(file);
+    if (result) dvx_bytes_close(b);
     return result;
 }
 
 void dvx_bytes_close(bytes *b) {
-    if (b->mapped) munmap((void *)(uintptr_t)b->data, b->size);
+    dvx_memory_free(&b->own);
     memset(b, 0, sizeof *b);
 }
 
@@ -73,18 +81,18 @@ static uint64_t physical_memory(void) {
     return (uint64_t)info.totalram * info.mem_unit;
 }
 
-int dvx_memory_take(memory *m, uint64_t size, char *error) {
+int dvx_memory_take(memory *m, uint64_t size, const char *what, char *error) {
     memset(m, 0, sizeof *m);
     unsigned long long mib = (unsigned long long)(size >> 20) + 1, has = physical_memory() >> 20;
     if (size >= SIZE_MAX / 2 || mib > has)
-        return dvx_fail(error, "the plan needs %llu MiB of memory, this device has %llu", mib, has);
+        return dvx_fail(error, "%llu MiB of memory for the %s are more than this device has (%llu)", mib, what, has);
     m->size = (size_t)size;
     int is_large = m->size >= HUGE_PAGE;
     m->map_size = m->size + (is_large ? HUGE_PAGE : 0) + LINE;
     void *map = mmap(NULL, m->map_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (map == MAP_FAILED) {
         memset(m, 0, sizeof *m);
-        return dvx_fail(error, "%llu MiB of memory are not to be had: %.60s", mib, strerror(errno));
+        return dvx_fail(error, "%llu MiB of memory for the %s are not to be had: %.60s", mib, what, strerror(errno));
     }
     m->map = map;
     m->data = map;
