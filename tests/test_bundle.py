@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from sample_bundle import FILES, make_manifest
 
 from dvexport import bundle as bundle_module
-from dvexport.bundle import GOLDEN, MANIFEST, Bundle, write_bundle
-from dvexport.errors import BundleError, UsageError
+from dvexport.bundle import ALIGNMENT, GOLDEN, MANIFEST, Bundle, write_bundle
+from dvexport.errors import BundleError, DeviceError, UsageError
 from dvexport.files import atomic_write, writable_output
 
 
@@ -107,6 +107,49 @@ def test_altered_content(written):
     rezip(written.path, members.items())
     with pytest.raises(BundleError, match=r"'model.onnx' of the bundle was altered"):
         Bundle.open(written.path)
+
+
+def damage(path, how):
+    """Change a file in place, as another program might."""
+    with path.open("r+b") as file:
+        if how == "cut":
+            file.truncate(0)
+        else:
+            file.write(b"\x3f" * path.stat().st_size)
+
+
+@pytest.mark.parametrize("how", ["cut", "overwrite"])
+def test_what_was_read_stays_whatever_becomes_of_the_file(written, how):
+    array = written.array("model.onnx")
+    assert (array.ctypes.data % ALIGNMENT, array.flags.writeable) == (0, False)
+    part = array[1:5]
+    del array
+    damage(written.path, how)
+    assert bytes(part) == FILES["model.onnx"][1:5]
+    assert bytes(written.array("model.onnx")) == FILES["model.onnx"]  # what `part` keeps
+    del part
+    with pytest.raises(BundleError):
+        written.array("model.onnx")
+
+
+def test_an_array_is_checked_when_it_is_read(written):
+    data = written.path.read_bytes()
+    at = data.index(FILES["model.onnx"])
+    written.path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    with pytest.raises(BundleError):
+        written.array("model.onnx")
+    with pytest.raises(BundleError, match="has no file 'other'"):
+        written.array("other")
+
+
+def test_an_array_that_memory_does_not_hold(written, monkeypatch):
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(np, "empty", full)
+    with pytest.raises(DeviceError, match="too little memory") as caught:
+        written.array("model.onnx")
+    assert caught.value.where == f"{written.path}, model.onnx"
 
 
 def test_altered_after_it_was_opened(written):

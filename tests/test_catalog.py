@@ -71,6 +71,26 @@ def test_host_is_the_entry_that_fits_the_machine(monkeypatch, machine, flags, na
     assert targets.load("host").name == name
 
 
+@pytest.mark.parametrize(("machine", "most"), [(1, 1), (2, 2), (12, 12), (32, 32), (33, 32)])
+def test_a_plan_for_this_machine_is_laid_out_for_its_cores(monkeypatch, machine, most):
+    monkeypatch.setattr(devices.os, "cpu_count", lambda: machine)
+    cpu = targets.load("host").cpu
+    assert (cpu.cores, cpu.all_cores, cpu.most_threads) == (machine, machine, most)
+
+
+def test_a_plan_is_laid_out_for_every_core_of_a_device():
+    """Small ones count; an entry for processors that differ in their cores has the default."""
+    found = {name: targets.load(name).cpu.most_threads for name in targets.names()}
+    four = {"raspberry-pi-4", "raspberry-pi-5", "rv1126"}
+    assert found == {name: 4 if name in four else 8 for name in targets.names()}
+
+
+@pytest.mark.parametrize(("cores", "most"), [("cores = 2", 8), ("cores = 12", 12), ("cores = 2\nall_cores = 6", 6),
+                                             ("cores = 40\nall_cores = 64", 32)])  # fmt: skip
+def test_threads_of_a_target_file(changed, cores, most):
+    assert targets.load(changed("cores = 4\nall_cores = 4", cores)).cpu.most_threads == most
+
+
 def test_a_machine_that_nothing_fits(monkeypatch):
     monkeypatch.setattr(devices.platform, "machine", lambda: "riscv64")
     with pytest.raises(UsageError, match=r"fits this machine \(riscv64\)"):
@@ -118,6 +138,7 @@ ms = 2.5
         ("cores = 4", 'cores = "4"', "cpu.cores", "valid integer"),
         ("cores = 4", "", "cpu.cores", "required"),
         ("cores = 4", "cores = 4\nspeed = 3", "cpu.speed", "not permitted"),
+        ("all_cores = 4", "all_cores = 3", "cpu.all_cores", "are no fewer"),
         ("lanes = 4", "lanes = 3", "cpu.lanes", "1, 2, 4, 8 or 16"),
         ('"aarch64-linux-gnu"', '"aarch64 linux"', "cpu.triple", "match pattern"),
         ('"lazy"', '"never"', "conditional", "'lazy' or 'eager'"),

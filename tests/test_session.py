@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +12,11 @@ import torch
 from bundles import FRAMES, SIZE, logits, noise, small_bundle, small_model, torch_logits
 
 from dvexport import actions, gates
-from dvexport.errors import UsageError
+from dvexport.errors import DeviceError, UsageError
 from dvexport.oracle import Oracle
 from dvexport.session import open_session, read_gate_level
 from dvexport.targets.onnx.runtime import OrtSession
+from dvexport.targets.runtime import MOST_THREADS
 
 DSTEP, TSN = "dstep_resnet18", "tsn_resnet18"
 
@@ -193,6 +196,36 @@ def test_wrong_use_is_explained(stream):
         clip.step(frames[:1])
     with pytest.raises(UsageError, match="of shape"):
         clip.run_clip(frames[:-1])
+
+
+@pytest.mark.parametrize("open_one", [lambda bundle: bundle.session(), lambda bundle: open_session(bundle)])
+def test_a_closed_session_says_so(stream, open_one):
+    with open_one(stream) as session:
+        session.step(noise(1))
+    session.close()
+    for use in (lambda: session.step(noise(1)), session.reset, lambda: session.run_clip(noise(2))):
+        with pytest.raises(DeviceError, match="the session is closed"):
+            use()
+
+
+def test_an_open_profile_leaves_no_files_behind(stream):
+    runtime = OrtSession(stream.read("model.onnx"), stream.manifest.states, profile=True)
+    folder = Path(runtime._profile_folder.name)
+    assert folder.is_dir()
+    runtime.close()
+    assert not folder.exists()
+    with pytest.raises(DeviceError, match="the session is closed"):
+        runtime.end_profile()
+
+
+def test_onnx_runtime_takes_threads_up_to_a_limit(stream):
+    most = max(MOST_THREADS, os.cpu_count() or 1)
+    with stream.session(threads=most) as session:
+        np.testing.assert_allclose(session.step(noise(1)).logits, stream.session().step(noise(1)).logits, atol=1e-5)
+    for wrong in (most + 1, 0, -1, 2**32 + 2, True, 2.0, "2"):
+        with pytest.raises(UsageError, match=f"threads must be a whole number from 1 to {most}, not") as caught:
+            stream.session(threads=wrong)
+        assert caught.value.why == f"this machine has {os.cpu_count()} cores: more threads only wait for them"
 
 
 def test_states_are_never_copied(stream):

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import importlib.util
+import re
 import sys
+import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import dvexport
 from dvexport.bundle import Bundle
+from dvexport.cli import main
 from dvexport.errors import DeviceError, UsageError
 from dvexport.oracle import Oracle
 from dvexport.profile.run import profile
 from dvexport.session import open_session, read_gate_level
 from dvexport.targets import devices
+from dvexport.targets.tvm.session import NativeSession
 from dvexport.verify import verify
+from dvexport.video import write_clip
 
 MODEL = {"width": 0.25, "classes": 5, "size": (64, 64), "frames": 4}
 
@@ -79,6 +88,118 @@ def test_a_model_that_looks_ahead_runs_as_a_clip(tmp_path):
     want = Oracle(read_gate_level(bundle)).run_clip(frames)
     for got, expected in zip(open_session(bundle).run_clip(frames), want, strict=True):
         np.testing.assert_allclose(got.logits, expected.logits, atol=1e-4)
+
+
+# --- threads
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory) -> Bundle:
+    """For a machine like this one with twelve cores, as an error advises who asks for more threads."""
+    folder = tmp_path_factory.mktemp("wide")
+    text = devices.path_of("host").read_text()
+    assert "all_cores" not in text
+    (folder / "wide.toml").write_text(re.sub(r"^cores = .*$", "cores = 4\nall_cores = 12", text, flags=re.MULTILINE))
+    return small(folder, target=str(folder / "wide.toml"))
+
+
+def test_a_bundle_takes_as_many_threads_as_its_target_has_cores(stream, wide):
+    frames = stream.golden()["frames"]
+    with open_session(stream) as session:
+        right = session.run_clip(frames)
+    for bundle, most in ((stream, devices.load("host").cpu.most_threads), (wide, 12)):
+        with open_session(bundle, threads=most) as session:
+            assert session.runtime.max_threads == most
+            for step, expected in zip(session.run_clip(frames), right, strict=True):
+                np.testing.assert_allclose(step.logits, expected.logits, atol=1e-4)
+        with pytest.raises(UsageError, match=f"threads must be a whole number from 1 to {most}, not {most + 1}") as caught:
+            open_session(bundle, threads=most + 1)
+        assert "all_cores" in caught.value.hint
+
+
+@pytest.mark.parametrize("threads", ["0", "-1", "4294967298"])
+@pytest.mark.parametrize("command", ["run", "profile"])
+def test_the_command_line_refuses_other_numbers(wide, command, threads, tmp_path, capsys):
+    clip = tmp_path / "v.mp4"
+    write_clip(clip, np.zeros((16, 64, 64, 3), np.uint8), 8)
+    with pytest.raises(SystemExit) as left:
+        main([command, str(wide.path), "--clip", str(clip), "--threads", threads])
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    assert f"threads must be a whole number from 1 to 12, not {threads}\n" in error
+    assert "Traceback" not in error
+
+
+# --- files that change, and what stays of a session
+
+
+@pytest.mark.parametrize("how", ["cut", "overwrite"])
+@pytest.mark.parametrize("variant", ["gated", "dense"])
+def test_a_bundle_that_changes_under_an_open_session_changes_nothing(stream, how, variant, tmp_path):
+    frames, copy = stream.golden()["frames"], tmp_path / "copy.dvx"
+    copy.write_bytes(stream.path.read_bytes())
+    with open_session(Bundle.open(copy), variant=variant) as session, open_session(stream, variant=variant) as other:
+        with copy.open("r+b") as file:
+            if how == "cut":
+                file.truncate(0)
+            else:
+                file.write(b"\x3f" * stream.path.stat().st_size)
+        for step, right in zip(session.run_clip(frames), other.run_clip(frames), strict=True):
+            np.testing.assert_array_equal(step.logits, right.logits)
+
+
+def libraries() -> int:
+    """How many mappings of networks' libraries this process has."""
+    return sum("network.so" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_sessions_leave_no_library_behind(stream):
+    gc.collect()
+    before = libraries()
+    with open_session(stream) as session:
+        assert libraries() > before
+        one = libraries() - before
+        other = open_session(stream, variant="dense")
+        assert libraries() == before + 2 * one  # each has its own
+    assert libraries() == before + one
+    other.step(stream.golden()["frames"][:1])  # another's end is not its own
+    other.close()
+    for _ in range(20):
+        open_session(stream)  # dropped
+        with pytest.raises(DeviceError):  # refused
+            NativeSession(stream.read("native/libdvx.so"), b"", b"")
+        with pytest.raises(UsageError):
+            open_session(stream, threads=0)
+    assert libraries() == before
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_nobody_keeps_a_session(stream):
+    """Of those who open one for the length of a call."""
+    gc.collect()
+    before = libraries()
+    profile(stream, runs=1, warmup_s=0.0)
+    verify(stream)
+    assert libraries() == before
+
+
+def test_a_session_closed_in_another_thread_finishes_its_step(stream):
+    frames, results = stream.golden()["frames"], []
+    session = open_session(stream)
+
+    def steps() -> None:
+        with contextlib.suppress(DeviceError):  # closed
+            while True:
+                results.append(session.step(frames[:1]))
+
+    thread = threading.Thread(target=steps)
+    thread.start()
+    while len(results) < 3:
+        time.sleep(0.001)
+    session.close()
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def test_lowerings_are_refused(tmp_path):

@@ -281,7 +281,7 @@ DAMAGE = {
     "too many threads": (_set(120, "<I", 33), "it is laid out for 33 threads, which are 1 to 32"),
     "counts": (_set(100, "<I", 4000), "its tables do not fill the file"),
     "huge arena": (_set(40, "<Q", 1 << 60), "needs more memory than there can be"),
-    "large arena": (_set(40, "<Q", 1 << 50), "MiB of memory, this device has"),
+    "large arena": (_set(40, "<Q", 1 << 50), "MiB of memory for the network are more than this device has"),
     "small arena": (_set(40, "<Q", 64), "lies outside its memory space"),
     "weights size": (_set(32, "<Q", 128), "the weights are truncated: 64 of 128 bytes"),
     "first variant for some": (_set(VARIANTS_AT + 12, "<I", 7), "call 0 has no variant for any number of vectors"),

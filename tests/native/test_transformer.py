@@ -67,7 +67,7 @@ def expected(kind: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
 def test_logits(kind, threads):
     with artifact(kind).variant("gated", FRAMES).open(threads=threads) as session:
         for _ in range(2):  # memory that the run before left
