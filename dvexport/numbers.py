@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from contextlib import suppress
 from typing import SupportsIndex, cast
 
 from dvexport.errors import UsageError
@@ -33,10 +34,8 @@ def whole_number(
     """
     number = None
     if not isinstance(value, bool):
-        try:
+        with suppress(TypeError):
             number = operator.index(cast(SupportsIndex, value))
-        except TypeError:
-            pass
     if number is not None and least <= number <= most:
         return number
     raise UsageError(f"{what} must be a whole number from {least} to {most}, not {_shown(value, number)}", why=why,

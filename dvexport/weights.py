@@ -1,8 +1,8 @@
 """Weights apart from graphs: one file of them serves every graph of a bundle, and no graph nears 2 GiB.
 
 A graph refers to its weights as external data (ONNX), by offset and length in `WEIGHTS`. Equal arrays are stored
-once. In memory nothing is copied: graphs hold the arrays of the torch model or of the bundle as it was read, and ONNX Runtime
-is handed the same ones.
+once. In memory nothing is copied: graphs hold the arrays of the torch model or of the bundle as it was read, and ONNX
+Runtime is handed the same ones.
 
 What an artifact holds already is not stored again. A native one keeps the factors of matrix products as its kernels
 read them, in panels; a graph then refers to that file and says how (`Place`), and reading it takes the panels apart.

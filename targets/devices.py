@@ -92,7 +92,7 @@ class Cpu(_Table):
     def most_threads(self) -> int:
         """How many threads a native plan is laid out for: one a core, of every kind.
 
-        A thread on a small core helps where the system puts it there, and is nobody's loss in memory. Where the cores are
+        Whether a thread on a small core helps is for who runs it to say, and its memory is small. Where the cores are
         unknown it is `DEFAULT_THREADS`, or `cores` if they are more; in no case above `MOST_THREADS`.
         """
         return min(self.all_cores or max(self.cores, DEFAULT_THREADS), MOST_THREADS)

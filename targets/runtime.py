@@ -20,7 +20,7 @@ DEFAULT_THREADS = 8
 
 
 def checked_threads(threads: object, most: int, *, why: str, hint: str | None = None) -> int:
-    """Return a number of threads from 1 to `most`; UsageError, which names the limit and `why` it is one, for others."""
+    """Return a number of threads from 1 to `most`; UsageError for others, which names the limit and `why` it is one."""
     return whole_number(threads, "threads", least=1, most=most, why=why, hint=hint)
 
 

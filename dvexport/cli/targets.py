@@ -52,7 +52,10 @@ def _one(target: Target, as_json: bool) -> None:
             ("compiled for", " ".join([cpu.triple, cpu.mcpu, *cpu.features])),
             ("vector", f"{cpu.lanes} float32 lanes"),
             ("cores", str(cpu.cores) + (f" of {cpu.all_cores}" if cpu.all_cores and cpu.all_cores > cpu.cores else "")),
-            ("threads", f"up to {cpu.most_threads} in native bundles" if target.runtimes.tvm else "as the runtime takes"),
+            (
+                "threads",
+                f"up to {cpu.most_threads} in native bundles" if target.runtimes.tvm else "as the runtime takes",
+            ),
             ("caches", caches),
             ("memory", f"{target.memory_mib} MiB"),
             ("peak", _figure(target.peak_gflops_per_core, "GFLOP/s a core")),

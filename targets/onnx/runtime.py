@@ -231,7 +231,9 @@ class OnnxVariant:
 def _checked(threads: int) -> int:
     """Return a number of threads; ONNX Runtime would start any, and take 0 as one a core."""
     most = max(MOST_THREADS, os.cpu_count() or 1)
-    return checked_threads(threads, most, why=f"this machine has {os.cpu_count()} cores: more threads only wait for them")
+    return checked_threads(
+        threads, most, why=f"this machine has {os.cpu_count()} cores: more threads only wait for them"
+    )
 
 
 def _port(port: Any) -> Port:

@@ -118,7 +118,9 @@ def build_artifact(
     tell("select kernels")
     constants = Constants()
     gates = {gate_name(node) for node in models["gated"].graph} - {""}
-    programs = {name: write_program(model, machine, constants, gates, algorithms, threads) for name, model in models.items()}
+    programs = {
+        name: write_program(model, machine, constants, gates, algorithms, threads) for name, model in models.items()
+    }
     plans = {name: program.plan() for name, program in programs.items()}
     kernels = {name: kernel for program in programs.values() for name, kernel in program.kernels.items()}
     objects = compile_kernels(kernels.values(), machine, tell)

@@ -112,7 +112,9 @@ def test_a_bundle_takes_as_many_threads_as_its_target_has_cores(stream, wide):
             assert session.runtime.max_threads == most
             for step, expected in zip(session.run_clip(frames), right, strict=True):
                 np.testing.assert_allclose(step.logits, expected.logits, atol=1e-4)
-        with pytest.raises(UsageError, match=f"threads must be a whole number from 1 to {most}, not {most + 1}") as caught:
+        with pytest.raises(
+            UsageError, match=f"threads must be a whole number from 1 to {most}, not {most + 1}"
+        ) as caught:
             open_session(bundle, threads=most + 1)
         assert "all_cores" in caught.value.hint
 
@@ -157,7 +159,7 @@ def libraries() -> int:
 def test_sessions_leave_no_library_behind(stream):
     gc.collect()
     before = libraries()
-    with open_session(stream) as session:
+    with open_session(stream):
         assert libraries() > before
         one = libraries() - before
         other = open_session(stream, variant="dense")

@@ -113,12 +113,26 @@ def test_a_weaker_processor_is_refused(target, tmp_path):
         (["PLAN", "WEIGHTS", "more"], "what is more?"),
         (["PLAN", "WEIGHTS", "--fast", "1"], "unknown option --fast"),
         (["PLAN", "WEIGHTS", "--steps", "0"], "--steps needs a whole number from 1 to 100000000, not 0"),
-        (["PLAN", "WEIGHTS", "--steps", "100000001"], "--steps needs a whole number from 1 to 100000000, not 100000001"),
+        (
+            ["PLAN", "WEIGHTS", "--steps", "100000001"],
+            "--steps needs a whole number from 1 to 100000000, not 100000001",
+        ),
         (["PLAN", "WEIGHTS", "--warmup", "-1"], "--warmup needs a whole number from 0 to 100000000, not -1"),
         (["PLAN", "WEIGHTS", "--warmup", ""], "--warmup needs a whole number"),
         *[
             (["PLAN", "WEIGHTS", "--threads", text], f"--threads needs a whole number from 1 to 2147483647, not {text}")
-            for text in ("many", "2x", " 2", "+2", "2.0", "0x2", "4294967298", "2147483648", "18446744073709551618", "-2")
+            for text in (
+                "many",
+                "2x",
+                " 2",
+                "+2",
+                "2.0",
+                "0x2",
+                "4294967298",
+                "2147483648",
+                "18446744073709551618",
+                "-2",
+            )
         ],
         *[
             (["PLAN", "WEIGHTS", "--cores", text], f"--cores needs numbers from 0 to 1023, such as 0,1, not {text}")

@@ -1,4 +1,4 @@
-"""As many threads as a plan is laid out for, and one more: in Python, in C and in the runner, with kernels that compute."""
+"""As many threads as a plan is laid out for, and one more: in Python, C and the runner, with kernels that compute."""
 
 from __future__ import annotations
 
