@@ -213,6 +213,10 @@ def test_a_wrong_idle_gate_fails_verify(idle, tmp_path):
 
 
 def test_what_was_seen_of_each_gate_is_told(idle, capsys):
+    with pytest.raises(SystemExit):
+        main(["inspect", str(idle.path)])
+    (row,) = (line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("a  "))
+    assert row[5] == "-"  # nothing was never seen
     (gate,) = idle.manifest.gates
     assert (gate.seen.clip.no_tiles, gate.seen.clip.computed, gate.seen.clip.reused) == (FRAMES, 0, 0)
     assert gate.seen.forced.model_dump() == {
@@ -272,3 +276,11 @@ def test_clips_are_run_as_often_as_it_takes():
     told, compared = verified_runs(session, traced, net, frames, runs)
     assert [run.logits.shape for run in told] == [(FRAMES, Options.classes)] * 2
     assert sum(map(len, compared)) == STEPS
+
+
+def test_what_single_frames_cant_show_is_told(tmp_path):
+    net = net_of("idle")
+    net.preprocess = imagenet_preprocess(SIZE, 1)
+    (gate,) = verify(export(net, output=tmp_path / "x.dvx", mode="clip")).gates
+    assert gate.seen.forced.frames == STEPS
+    assert gate.missing == ["stale", "new_tiles"]
