@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from dvexport.errors import TraceError, UsageError, unknown_name
-from dvexport.graph import whole_clip_of
+from dvexport.graph import depends_on_input, whole_clip_of
 from dvexport.targets.devices import HOST, Target, load, runs_here
 from dvexport.targets.runtime import Variant
 from dvexport.weights import WEIGHTS, WeightFile, external_arrays
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from dvexport.bundle import Bundle
     from dvexport.bundle_manifest import Manifest
     from dvexport.passes.pipeline import Lowered, Plan
+    from dvexport.targets.onnx.runtime import OnnxVariant
 
 __all__ = ["BACKENDS", "Backend", "Built", "backend_of", "onnx_variant"]
 
@@ -34,6 +36,7 @@ class Built:
     Attributes:
         lowered: the gated variant's graph, as it was handed to the backend.
         variant: the gated variant, to be opened on this machine.
+        forced: makes the variant whose decisions are inputs, of the same lowerings, to be opened on this machine.
         files: what the bundle gets, by name.
         memory: bytes on the device by use, where the backend knows them.
         weights: those that the files refer to as `dvexport.weights.WEIGHTS`, empty where each file holds its own; and
@@ -42,6 +45,7 @@ class Built:
 
     lowered: Lowered
     variant: Variant
+    forced: Callable[[], Variant]
     files: Mapping[str, bytes | memoryview | Path]
     memory: Mapping[str, int] = field(default_factory=dict)
     weights: WeightFile = field(default_factory=WeightFile)
@@ -103,22 +107,27 @@ class OnnxBackend:
         tell("lower the gates")
         lowered = lower(traced, plan)
         opset, file = device.runtimes.onnx.opset, WeightFile()
+        again = replace(plan, forced=True, overrides={choice.gate: choice.lowering for choice in lowered.choices})
         if whole_clip_of(traced) is None:
-            artifact = emit(lowered.model, opset=opset)
-            return Built(lowered, OnnxVariant(artifact, states_of(lowered.model)), {ARTIFACT: artifact})
-        artifact, weights = emit_apart(lowered.model, file, opset=opset)
-        return Built(lowered, OnnxVariant(artifact, (), weights), {ARTIFACT: artifact}, weights=file)
+            gated = OnnxVariant(emit(lowered.model, opset=opset), states_of(lowered.model))
+        else:
+            artifact, weights = emit_apart(lowered.model, file, opset=opset)
+            gated = OnnxVariant(artifact, (), weights)
+        forced = partial(_forced_onnx, gated, traced, again)
+        return Built(lowered, gated, forced, {ARTIFACT: gated.model}, weights=file)
 
     def variant(self, bundle: Bundle, variant: str) -> Variant:
-        """What ships is read; the others are made from the gate-level model."""
+        """What ships is read, and forced as it is; `dense` is made from the traced model."""
         from dvexport.session import plan_of, read_level
         from dvexport.targets.onnx.backend import ARTIFACT
         from dvexport.targets.onnx.runtime import OnnxVariant
 
-        if variant == "gated":
-            artifact = bundle.read(ARTIFACT)
-            return OnnxVariant(artifact, bundle.manifest.states, _weights_of(bundle, artifact))
-        return onnx_variant(read_level(bundle, variant), plan_of(bundle.manifest, variant))
+        plan = plan_of(bundle.manifest, variant)
+        if variant == "dense":
+            return onnx_variant(read_level(bundle, variant), plan)
+        artifact = bundle.read(ARTIFACT)
+        gated = OnnxVariant(artifact, bundle.manifest.states, _weights_of(bundle, artifact))
+        return gated if variant == "gated" else _forced_onnx(gated, read_level(bundle, variant), plan)
 
     def runtime(self, manifest: Manifest) -> tuple[str, str]:
         """The package that is installed here."""
@@ -164,7 +173,8 @@ class TvmBackend:
             twin = build_artifact(models, machine_for(load(HOST)), tell, algorithms, threads)
         frames = plan.frames if plan.mode == "clip" else 1
         weights = WeightFile(held=artifact.held)
-        return Built(lowered["gated"], twin.variant("gated", frames), artifact.files(), artifact.memory, weights)
+        gated, files = twin.variant("gated", frames), artifact.files()
+        return Built(lowered["gated"], gated, lambda: twin.variant("forced", frames), files, artifact.memory, weights)
 
     def variant(self, bundle: Bundle, variant: str) -> Variant:
         """All variants are plans over one library and one file of weights, and in the bundle."""
@@ -185,6 +195,24 @@ def _weights_of(bundle: Bundle, artifact: bytes) -> Mapping[str, np.ndarray]:
 
     graph = onnx.load_model_from_string(artifact)
     return external_arrays(graph, bundle.array, where=str(bundle.path))
+
+
+def _forced_onnx(gated: OnnxVariant, gate_level: ir.Model, plan: Plan) -> Variant:
+    """Force an artifact as it is; lower it anew, forced, where what it shows is not all that would have to be.
+
+    So are models that choose tokens: what a selection hands on must follow, and not only who reads its places.
+    """
+    from dvexport.passes.expose_probes import decision_values, forced_alone
+    from dvexport.targets.onnx.force import force_artifact
+
+    decided = decision_values(gate_level)
+    if any(kind == "tokens" for _, kind in decided):
+        return onnx_variant(gate_level, plan)
+    forced, read = force_artifact(gated.model)
+    followed = {value for key, value in decided.items() if key in read or not depends_on_input(value)}
+    if forced_alone(gate_level) and followed >= set(decided.values()):
+        return replace(gated, model=forced)
+    return onnx_variant(gate_level, plan)
 
 
 def onnx_variant(gate_level: ir.Model, plan: Plan) -> Variant:

@@ -31,6 +31,8 @@ __all__ = [
     "ModelEntry",
     "OutputEntry",
     "PassEntry",
+    "Seen",
+    "SeenFrames",
     "StateEntry",
     "TokenEntry",
     "check_member_name",
@@ -94,6 +96,37 @@ class StateEntry(_Entry):
     in_place: bool = False
 
 
+class SeenFrames(_Entry):
+    """In how many of `frames` something was seen of a gate; a clip that is read as one counts as one frame.
+
+    Attributes:
+        computed, reused: any channel was, in an active tile.
+        skipped: any channel was.
+        stale: what was reused the frame before had left out: the channel was not computed, or the tile not active.
+        no_tiles, some_tiles, all_tiles: were active.
+        new_tiles: a tile was active that was not in the frame before.
+        chosen: tokens were chosen.
+    """
+
+    frames: Count
+    computed: Count = 0
+    reused: Count = 0
+    skipped: Count = 0
+    stale: Count = 0
+    no_tiles: Count = 0
+    some_tiles: Count = 0
+    all_tiles: Count = 0
+    new_tiles: Count = 0
+    chosen: Count = 0
+
+
+class Seen(_Entry):
+    """What was seen of a gate while its artifact was compared: on the clip, and in forced steps, None without any."""
+
+    clip: SeenFrames
+    forced: SeenFrames | None = None
+
+
 class GateEntry(_Entry):
     """A gate and what it became.
 
@@ -106,6 +139,7 @@ class GateEntry(_Entry):
         reason: why that lowering was chosen.
         overridden: the user chose it.
         expected_ms: milliseconds a frame that the cost table promised for each lowering.
+        seen: what the comparisons of the export saw of it; None in a bundle of before there were any.
     """
 
     name: str
@@ -117,6 +151,7 @@ class GateEntry(_Entry):
     reason: str = ""
     overridden: bool = False
     expected_ms: dict[str, float] = {}
+    seen: Seen | None = None
 
 
 class TokenEntry(_Entry):

@@ -28,15 +28,18 @@ from dvexport.bundle_manifest import (
     TokenEntry,
 )
 from dvexport.calibrate import gate_rates, gate_statistics
-from dvexport.compare import Row, compare, first_difference
+from dvexport.compare import compare, first_difference
 from dvexport.dialect.flops import flop_table
-from dvexport.errors import CheckFailed, CheckpointError, TraceError, UsageError, unknown_name
+from dvexport.errors import CheckpointError, TraceError, UsageError, unknown_name
 from dvexport.files import writable_output
+from dvexport.forced import draw
+from dvexport.forced_check import not_equal, verified_runs
 from dvexport.golden import moving_texture, pack, sample_clip, torch_steps
 from dvexport.graph import DV, gate_name, static_shape, whole_clip_of
 from dvexport.passes.choose_lowering import Abilities, CostTable
 from dvexport.passes.expose_probes import decision_values
 from dvexport.passes.pipeline import Lowered, Plan
+from dvexport.seen import with_seen
 from dvexport.session import DENSE_LEVEL, GATE_LEVEL, Session, Step
 from dvexport.state import states_of
 from dvexport.targets import devices
@@ -113,6 +116,10 @@ def export(
     lowered = built.lowered
     tell("compare with PyTorch")
     golden = _verified(Session(built.variant.open(), mode=mode), net, golden_frames)
+    runs = draw(traced, golden[0].decisions, len(golden_frames), preprocess.frames if mode == "clip" else None)
+    if runs:
+        tell("compare under forced decisions")
+        runs, compared = verified_runs(Session(built.forced().open(), mode=mode), traced, net, golden_frames, runs)
     tell("write the bundle")
     manifest = Manifest(
         model=ModelEntry(name=source.name, settings=source.settings, assumed=_assumed(net)),
@@ -123,7 +130,7 @@ def export(
         outputs=_outputs(lowered, mode, preprocess),
         labels=list(net.labels),
         states=[StateEntry(**asdict(s)) for s in (states_of(lowered.model) if mode == "stream" else ())],
-        gates=_gates(traced, lowered),
+        gates=with_seen(_gates(traced, lowered), golden, compared if runs else None),
         flops=flop_table(traced, dense).to_dict(),
         checkpoint=source.digest,
         memory=dict(built.memory),
@@ -138,7 +145,7 @@ def export(
             for record in lowered.log
         ],
     )
-    golden_data = pack(golden_frames, golden)
+    golden_data = pack(golden_frames, golden, runs)
     return write_bundle(output, manifest, {**built.files, **_levels(traced, dense, built), GOLDEN: golden_data})
 
 
@@ -330,17 +337,8 @@ def _verified(session: Session, net: Any, frames: np.ndarray) -> list[Step]:
     want = torch_steps(net, frames, follow=got)
     failed = [row for row in compare("artifact against PyTorch", got, want) if not row.ok]
     if failed:
-        raise _not_equal(failed[0], first_difference(got, want))
+        raise not_equal(failed[0], first_difference(got, want))
     return [Step(w.logits, {**g.decisions, **w.decisions}) for g, w in zip(got, want, strict=True)]
-
-
-def _not_equal(row: Row, difference: object) -> CheckFailed:
-    return CheckFailed(
-        "the artifact does not compute what the model does; no bundle was written",
-        where=str(difference) if difference else row.name,
-        why=f"{row.name}: {row.value:.3g}, at most {row.limit:.3g} is allowed",
-        hint="try --lowering '*=masked'; if that passes, please report the lowering that fails",
-    )
 
 
 def _input(mode: str, preprocess: Any) -> InputEntry:

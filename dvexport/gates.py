@@ -10,7 +10,7 @@ of a video transformer are `[B, N, C]`, one row of tokens a clip.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -25,6 +25,7 @@ __all__ = [
     "SKIP",
     "delay",
     "fold_batch_norm",
+    "forced_decisions",
     "frame_mean",
     "frames_per_clip",
     "gated_conv",
@@ -37,6 +38,8 @@ SKIP, REUSE, COMPUTE = 0, 1, 2
 """The actions of an output channel (AdaFuse, section 3; D-STEP, section 3.1)."""
 
 _tokens: ContextVar[tuple[dict[str, Tensor], Mapping[str, Tensor]] | None] = ContextVar("tokens", default=None)
+
+_forced: ContextVar[Callable[[str, str, Tensor], Tensor] | None] = ContextVar("forced", default=None)
 
 _clip_length: ContextVar[int | None] = ContextVar("clip_length", default=None)
 
@@ -66,6 +69,34 @@ def token_decisions(follow: Mapping[str, Tensor] | None = None) -> Iterator[dict
         yield found
     finally:
         _tokens.reset(token)
+
+
+@contextmanager
+def forced_decisions(
+    decisions: Mapping[tuple[str, str], Tensor], told: Callable[[str, str, Tensor], None] | None = None
+) -> Iterator[None]:
+    """Within this context every eager `gated_conv` follows these decisions, and not those it is called with.
+
+    What else a model makes of its own decisions stays its own: `dvexport.forced_eager` lets that follow too.
+
+    Args:
+        decisions: by gate and kind, `action` int64 `[N, C]` or `tiles` bool `[N, gh, gw]`. What is not named, or has
+            another shape than the model's own, is left as it is.
+        told: called with the gate, the kind and the model's own decision at each call that takes one.
+    """
+
+    def taken(gate: str, kind: str, own: Tensor) -> Tensor:
+        if told is not None:
+            told(gate, kind, own)
+        given = decisions.get((gate, kind))
+        one_hot = kind == "action" and own.is_floating_point()
+        return own if given is None or given.shape != (own.shape[:-1] if one_hot else own.shape) else given
+
+    token = _forced.set(taken)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
 
 
 def _by_clip(x: Tensor) -> Tensor:
@@ -188,6 +219,10 @@ def gated_conv(
     """
     if torch.compiler.is_exporting():
         return _traced_gated_conv(x, conv, bn, gate, activation, action, tiles, active_in)
+    forced = _forced.get()
+    if forced is not None:
+        action = None if action is None else forced(gate, "action", action)
+        tiles = None if tiles is None else forced(gate, "tiles", tiles)
     value = conv(x)
     if bn is not None:
         value = bn(value)

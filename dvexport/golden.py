@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dvexport.decision_names import probe_name
+from dvexport.forced import ForcedRun
+from dvexport.forced import pack as forced_arrays
 from dvexport.preprocess import Preprocess
-from dvexport.session import Step
+from dvexport.session import Decisions, Step
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["moving_texture", "pack", "sample_clip", "torch_steps", "unpack"]
+__all__ = ["moving_texture", "pack", "sample_clip", "torch_forced", "torch_steps", "unpack"]
 
-_PROBE = "probe."
 _CELLS = 24
 """Cells of the noise texture along the short side: coarse enough to survive a strided stem."""
 
@@ -80,13 +82,30 @@ def _decision_arrays(decision) -> dict[tuple[str, str], np.ndarray]:
     return found
 
 
-def pack(frames: np.ndarray, steps: Sequence[Step]) -> bytes:
-    """Return the golden data as safetensors: `frames`, `logits`, and `probe.GATE.KIND`."""
+def torch_forced(
+    model: nn.Module, frames: np.ndarray, decisions: Sequence[Decisions]
+) -> tuple[list[Step], frozenset[tuple[str, str]]]:
+    """Run the PyTorch model on a clip under the decisions of each frame.
+
+    Returns:
+        One step a frame, and the decisions that it may not have followed everywhere (`forced_eager.forced_logits`).
+    """
+    import torch
+
+    from dvexport.forced_eager import forced_logits
+
+    given = {key: torch.from_numpy(np.stack([one[key] for one in decisions])) for key in decisions[0]}
+    logits, unseen = forced_logits(model, torch.from_numpy(frames), given)
+    return [Step(row, dict(one)) for row, one in zip(logits.numpy(), decisions, strict=True)], unseen
+
+
+def pack(frames: np.ndarray, steps: Sequence[Step], runs: Sequence[ForcedRun] = ()) -> bytes:
+    """Return the golden data as safetensors: `frames`, `logits`, `probe.GATE.KIND`, and those of forced runs."""
     from safetensors.numpy import save
 
-    arrays = {"frames": frames, "logits": np.stack([step.logits for step in steps])}
+    arrays = {"frames": frames, "logits": np.stack([step.logits for step in steps]), **forced_arrays(runs)}
     for gate, kind in steps[0].decisions:
-        arrays[f"{_PROBE}{gate}.{kind}"] = np.stack([step.decisions[gate, kind] for step in steps])
+        arrays[probe_name(gate, kind)] = np.stack([step.decisions[gate, kind] for step in steps])
     return save({name: np.ascontiguousarray(array) for name, array in sorted(arrays.items())})
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ __all__ = [
     "Builder",
     "array_of",
     "branch",
+    "depends_on_input",
     "fresh_output",
     "gate_name",
     "known_shape",
@@ -181,6 +182,25 @@ def gate_name(node: ir.Node) -> str:
     """Return the gate a dialect node belongs to, or an empty string."""
     attribute = node.attributes.get("gate")
     return "" if attribute is None else attribute.as_string()
+
+
+def depends_on_input(value: ir.Value | None, but: Collection[ir.Value] = ()) -> bool:
+    """Tell whether the numbers of a value depend on an input of the graph, those of `but` left out; shapes don't."""
+    waiting, met = [value], set(but)
+    while waiting:
+        one = waiting.pop()
+        if one is None or one in met:
+            continue
+        met.add(one)
+        node = one.producer()
+        if node is None:
+            if one.is_graph_input():
+                return True
+            continue
+        if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
+            return True  # what its branches read is not among its inputs
+        waiting += [] if node.op_type in ("Shape", "Size") else node.inputs
+    return False
 
 
 def scopes_of(node: ir.Node) -> list[str]:

@@ -1,9 +1,8 @@
 """Run a bundle: one frame a step (stream), or all frames of a clip at once.
 
 Three variants of the same weights can be opened. `gated` is the artifact that ships. `dense` has no
-gates at all: what realisation is measured against. `forced` takes the decisions as inputs, lowered as
-the artifact is: for measuring at chosen rates. The last two are made from the gate-level model in the
-bundle.
+gates at all: what realisation is measured against; it is made from the traced model in the bundle. `forced` is
+the artifact with its decisions as inputs: for checking every gate, and for measuring at chosen rates.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dvexport.backends import backend_of, onnx_variant
+from dvexport.decision_names import FORCE, PROBE, decision_key
 from dvexport.errors import BundleError, UsageError, unknown_name
 from dvexport.targets.runtime import Runtime, Variant
 
@@ -48,8 +48,6 @@ GATE_LEVEL = "gate_level.onnx"
 """Name of the traced model inside a bundle: the oracle, and the source of the other variants."""
 
 VARIANTS = ("gated", "dense", "forced")
-
-_PROBE, _FORCE = "probe.", "force."
 
 Decisions = dict[tuple[str, str], np.ndarray]
 """By gate and kind: `action` int64 `[C]` of 0 skip, 1 reuse, 2 compute; `tiles` bool `[gh, gw]`; `tokens` int64
@@ -91,11 +89,11 @@ class Session:
         rows = int(runtime.outputs["logits"].shape[0])
         self.whole_clip = rows == 1 < self.frames
         self._rows = rows
-        self._forced = {_key(name, _FORCE): name for name in runtime.inputs if name.startswith(_FORCE)}
+        self._forced = {decision_key(name, FORCE): name for name in runtime.inputs if name.startswith(FORCE)}
         self.decisions = {
-            _key(name, _PROBE): tuple(int(size) for size in port.shape[1:])
+            decision_key(name, PROBE): tuple(int(size) for size in port.shape[1:])
             for name, port in runtime.outputs.items()
-            if name.startswith(_PROBE)
+            if name.startswith(PROBE)
         }
 
     def __enter__(self) -> Session:
@@ -289,15 +287,9 @@ def _read_traced(bundle: Bundle, name: str) -> ir.Model:
 def steps_of(outputs: Mapping[str, np.ndarray], seconds: float) -> list[Step]:
     """Cut the outputs of one run into one `Step` a frame."""
     logits = outputs["logits"]
-    probes = {_key(name, _PROBE): value for name, value in outputs.items() if name.startswith(_PROBE)}
+    probes = {decision_key(name, PROBE): value for name, value in outputs.items() if name.startswith(PROBE)}
     share = seconds / len(logits)
     return [Step(logits[i], {key: value[i] for key, value in probes.items()}, share) for i in range(len(logits))]
-
-
-def _key(name: str, prefix: str) -> tuple[str, str]:
-    """Return (gate, kind) of a probe's or a forced decision's name."""
-    gate, _, kind = name.removeprefix(prefix).rpartition(".")
-    return gate, kind
 
 
 def _described(value: object) -> str:

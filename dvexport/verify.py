@@ -16,10 +16,13 @@ import numpy as np
 
 from dvexport.compare import Difference, Row, compare, error_row, first_difference, logits_error
 from dvexport.errors import BundleError, TraceError, UsageError
+from dvexport.forced import unpack as unpack_forced
+from dvexport.forced_check import NOT_FORCED, check_forced, references_of
 from dvexport.golden import torch_steps, unpack
 from dvexport.graph import whole_clip_of
 from dvexport.oracle import Oracle
-from dvexport.session import Session, Step, open_session, plan_of, read_gate_level, session_of
+from dvexport.seen import GateSeen, gates_seen
+from dvexport.session import Decisions, Session, Step, open_session, plan_of, read_gate_level, session_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -38,11 +41,13 @@ class VerifyReport:
         rows: (name, value, limit, ok); `value` may be at most `limit`.
         difference: the first gate and frame that decided otherwise; None if none did.
         notes: what could not be compared, and why.
+        gates: what was seen of each gate.
     """
 
     rows: list[Row]
     difference: Difference | None = None
     notes: tuple[str, ...] = ()
+    gates: tuple[GateSeen, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -56,6 +61,7 @@ class VerifyReport:
             "rows": [row._asdict() for row in self.rows],
             "first_difference": None if self.difference is None else self.difference.to_dict(),
             "notes": list(self.notes),
+            "gates": [gate.to_dict() for gate in self.gates],
         }
 
 
@@ -91,10 +97,13 @@ def verify(bundle: Bundle, *, clip: str | Path | None = None, checkpoint: str | 
         pairs.append(("PyTorch", got, torch_steps(net, frames, follow=got)))
     rows = [row for name, mine, theirs in pairs for row in compare(name, mine, theirs)]
     rows.append(_repeat_row(session, frames, got))
+    forced_rows, compared, no_force = _forced(bundle, gate_level, golden_frames, net)
+    rows += forced_rows
     mode_row, no_mode = _other_mode(gate_level, manifest, frames, got)
     rows += mode_row
     found = (first_difference(mine, theirs) for _, mine, theirs in pairs)
-    return VerifyReport(rows, next((d for d in found if d), None), tuple(filter(None, (why_not, no_mode))))
+    notes = tuple(filter(None, (why_not, no_mode, no_force)))
+    return VerifyReport(rows, next((d for d in found if d), None), notes, gates_seen(manifest.gates, got, compared))
 
 
 def _golden(bundle: Bundle) -> tuple[np.ndarray, list[Step]]:
@@ -114,6 +123,26 @@ def _clip_frames(clip: str | Path, manifest: Manifest) -> np.ndarray:
 def _repeat_row(session: Session, frames: np.ndarray, before: Sequence[Step]) -> Row:
     """After a reset nothing of the run before may be left: the results are equal to the bit."""
     return error_row("again after a reset: logits", logits_error(session.run_clip(frames), before), limit=0.0)
+
+
+def _forced(
+    bundle: Bundle, gate_level: ir.Model, frames: np.ndarray, net: Any
+) -> tuple[list[Row], list[list[Decisions]] | None, str | None]:
+    """Compare under forced decisions: the rows, the decisions compared (None: none were), and what could not be."""
+    runs = unpack_forced(bundle.golden(), where=str(bundle.path))
+    if not runs:
+        forceable = any(gate.kind != "tokens" for gate in bundle.manifest.gates)
+        if any(gate.seen is not None and gate.seen.forced is not None for gate in bundle.manifest.gates):
+            raise BundleError("the golden data is incomplete", where=str(bundle.path), why="it has no forced steps")
+        return [], None, NOT_FORCED if forceable else None
+    session = open_session(bundle, variant="forced")
+    stored = {id(run): run.steps() for run in runs}
+    references = references_of(gate_level, frames, net) | {"golden data": lambda run: stored[id(run)]}
+    try:
+        found = check_forced(session, runs, frames, references)
+    except UsageError as error:  # of the bundle's own decisions
+        raise BundleError("the golden data is damaged", where=str(bundle.path), why=str(error)) from error
+    return list(found.rows.values()), found.decisions, found.note(references)
 
 
 def _other_mode(

@@ -7,24 +7,22 @@ probes, so that their cost is still measured.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+
 import onnx_ir as ir
 
-from dvexport.graph import DV, Builder, fresh_output, gate_name, static_shape
+from dvexport.decision_names import PROBE, forced_name, probe_name
+from dvexport.graph import DV, Builder, depends_on_input, fresh_output, gate_name, static_shape
+from dvexport.passes.propagate_inactive import PropagateInactive
 
-__all__ = ["ExposeProbes", "ForceDecisions", "decision_values", "forced_name", "probe_name"]
+__all__ = [
+    "ExposeProbes", "ForceDecisions", "decision_values", "forced_alone", "forced_name", "probe_name", "used_elsewhere",
+]  # fmt: skip
 
 _KINDS = {"action": 3, "tiles": 4}
 """Decision kind to its position among the inputs of `GatedConv`."""
-
-
-def probe_name(gate: str, kind: str) -> str:
-    """Name of the output that shows a decision; `kind` is `action`, `tiles` or `tokens`."""
-    return f"probe.{gate}.{kind}"
-
-
-def forced_name(gate: str, kind: str) -> str:
-    """Name of the input that replaces a decision."""
-    return f"force.{gate}.{kind}"
+_PROMISE = 5
+"""Position of `active_in` there."""
 
 
 def decision_values(model: ir.Model) -> dict[tuple[str, str], ir.Value]:
@@ -40,6 +38,27 @@ def decision_values(model: ir.Model) -> dict[tuple[str, str], ir.Value]:
             if value is not None:
                 found.setdefault((gate_name(node), kind), value)
     return found
+
+
+def used_elsewhere(model: ir.Model) -> set[tuple[str, str]]:
+    """Return the decisions of a gate-level model that anything but a gated convolution reads, promises included."""
+    found = decision_values(model)
+    return {
+        key for key, value in found.items()
+        if value.is_graph_output() or any((node.domain, node.op_type) != (DV, "GatedConv") for node, _ in value.uses())
+    }  # fmt: skip
+
+
+def forced_alone(model: ir.Model) -> bool:
+    """Tell whether a gate-level model is forced by replacing the decisions that it shows, and those alone.
+
+    It is not where a gate's convolutions read two values of one decision, or where a promise of zero channels
+    follows from what decides and not from the decision.
+    """
+    found = decision_values(model)
+    if any(value is not found[gate, kind] for gate, kind, value in _decisions_read(model, found)):
+        return False
+    return not any(depends_on_input(node.inputs[_PROMISE], but=found.values()) for node in _promising(model))
 
 
 class ExposeProbes(ir.passes.InPlacePass):
@@ -68,13 +87,13 @@ class ForceDecisions(ir.passes.InPlacePass):
 
         Of gates that share a decision each follows its own input; what else reads it follows the first gate's.
         """
-        probes = {v.name for v in model.graph.outputs if (v.name or "").startswith("probe.")}
+        probes = {v.name for v in model.graph.outputs if (v.name or "").startswith(PROBE)}
         found = {key: v for key, v in decision_values(model).items() if key[1] in self.kinds}
         forced: dict[tuple[str, str], ir.Value] = {}
         for key, value in found.items():
             forced[key] = ir.Value(name=forced_name(*key), shape=value.shape, type=value.type)
             model.graph.inputs.append(forced[key])
-        for (gate, kind), value in found.items():
+        for gate, kind, value in [*_decisions_read(model, found), *((*key, value) for key, value in found.items())]:
             if kind == "tokens":
                 _take(value, forced[gate, kind])
             for user, position in list(value.uses()):
@@ -82,7 +101,37 @@ class ForceDecisions(ir.passes.InPlacePass):
                     continue
                 own = (gate_name(user), kind)
                 user.replace_input_with(position, forced.get(own, forced[gate, kind]))
+        if "action" in self.kinds:
+            _keep_promises(model, list(forced.values()))
         return ir.passes.PassResult(model, bool(found))
+
+
+def _decisions_read(model: ir.Model, found: Mapping[tuple[str, str], ir.Value]) -> list[tuple[str, str, ir.Value]]:
+    """Return (gate, kind, value) of each decision of action or tiles, also where a gate's convolutions read copies."""
+    read: dict[ir.Value, tuple[str, str, ir.Value]] = {}
+    for node in model.graph:
+        if node.domain != DV or node.op_type != "GatedConv":
+            continue
+        for kind, position in _KINDS.items():
+            value = node.inputs[position] if position < len(node.inputs) else None
+            decision = found.get((gate_name(node), kind))
+            if value is not None and decision is not None and value.shape == decision.shape:
+                read.setdefault(value, (gate_name(node), kind, value))
+    return list(read.values())
+
+
+def _keep_promises(model: ir.Model, forced: Collection[ir.Value]) -> None:
+    """Drop promises of zero channels that hold under the gates' own decisions only; those of forced ones take over."""
+    for node in _promising(model):
+        if depends_on_input(node.inputs[_PROMISE], but=forced):
+            node.replace_input_with(_PROMISE, None)
+    PropagateInactive()(model)
+
+
+def _promising(model: ir.Model) -> list[ir.Node]:
+    """Return the gated convolutions that are promised zero channels."""
+    gated = [node for node in model.graph if node.domain == DV and node.op_type == "GatedConv"]
+    return [node for node in gated if len(node.inputs) > _PROMISE and node.inputs[_PROMISE] is not None]
 
 
 def _take(index: ir.Value, forced: ir.Value) -> None:

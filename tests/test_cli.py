@@ -194,7 +194,7 @@ def test_inspect(call, bundle):
         "frames float32 1x3x64x64",
         "short side 64, crop 64x64, RGB, 8 frames uniform, 12.5 frames/s",
         "h      float32  1x8    zeros",
-        "layer1.0  channels+tiles        64    7x7  tiles     cheaper",
+        "layer1.0  channels+tiles        64    7x7  tiles     unknown     cheaper",
         "model.onnx          1.0 KiB",
     ):
         assert text in out
@@ -256,7 +256,7 @@ def test_export_leaves_nothing_behind_when_it_fails(call, provide, tmp_path):
 
 def test_verify(call, provide, bundle):
     rows = [("largest difference", 3.0e-7, 1e-5, True), ("decisions", "128 of 128", None, True)]
-    report = SimpleNamespace(rows=rows, ok=True, notes=(), to_dict=lambda: {"ok": True})
+    report = SimpleNamespace(rows=rows, ok=True, notes=(), gates=(), to_dict=lambda: {"ok": True})
     calls = provide("dvexport.verify", "verify", report)
     code, out, err = call("verify", bundle, "--clip", "v.mp4")
     assert code == 0
@@ -270,7 +270,7 @@ def test_verify(call, provide, bundle):
 
 def test_a_failed_verify_exits_with_1(call, provide, bundle):
     rows = [("largest difference", 0.5, 1e-5, False), ("decisions", 3, 3, True)]
-    provide("dvexport.verify", "verify", SimpleNamespace(rows=rows, ok=False, notes=("no stream",)))
+    provide("dvexport.verify", "verify", SimpleNamespace(rows=rows, ok=False, notes=("no stream",), gates=()))
     code, out, err = call("verify", bundle)
     assert code == 1
     assert "FAILED" in out and "note: no stream\n" in out

@@ -12,6 +12,7 @@ from dvexport.bundle import Bundle, write_bundle
 from dvexport.cli import main
 from dvexport.compare import compare, first_difference, logits_error
 from dvexport.errors import BundleError, UsageError
+from dvexport.forced import unpack as unpack_forced
 from dvexport.golden import pack
 from dvexport.run import run
 from dvexport.session import Step
@@ -63,6 +64,8 @@ def test_a_bundle_as_exported_passes(mode):
         "gate-level oracle: logits",
         f"gate-level oracle: decisions that differ, of {decisions}",
         "again after a reset: logits",
+        "forced decisions, gate-level oracle: logits",
+        "forced decisions, golden data: logits",
         f"{mode} against {other}: logits",
     ]
     assert report.notes == ("not compared with PyTorch: give --checkpoint",)
@@ -79,7 +82,10 @@ def test_an_altered_weight_is_found(stream, tmp_path, capsys):
     bundle = _changed(stream, tmp_path / "x.dvx", model__onnx=artifact)
     report = verify(bundle)
     failed = {row.name for row in report.rows if not row.ok}
-    assert failed == {"golden data: logits", "gate-level oracle: logits", "stream against clip: logits"}
+    assert failed == {
+        "golden data: logits", "gate-level oracle: logits", "stream against clip: logits",
+        "forced decisions, golden data: logits", "forced decisions, gate-level oracle: logits",
+    }  # fmt: skip
     assert report.difference is None
     with pytest.raises(SystemExit) as left:
         main(["verify", str(bundle.path)])
@@ -100,13 +106,14 @@ def test_an_altered_gate_level_model_is_found_by_what_it_is_the_witness_of(strea
     gate_level = _with_weight_changed(stream.read("gate_level.onnx"), "fc.weight", 1.5)
     report = verify(_changed(stream, tmp_path / "x.dvx", gate_level__onnx=gate_level))
     failed = {row.name for row in report.rows if not row.ok}
-    assert failed == {"gate-level oracle: logits", "stream against clip: logits"}
+    forced = "forced decisions, gate-level oracle: logits"
+    assert failed == {"gate-level oracle: logits", "stream against clip: logits", forced}
 
 
 def test_a_part_that_is_missing_or_unreadable_is_a_bundle_error(stream, tmp_path):
     with pytest.raises(BundleError, match="gate-level model can't be read"):
         verify(_changed(stream, tmp_path / "x.dvx", gate_level__onnx=b"\xff\xff no model"))
-    other = pack(noise(), [Step(np.zeros(12, np.float32))] * FRAMES)
+    other = pack(noise(), [Step(np.zeros(12, np.float32))] * FRAMES, unpack_forced(stream.golden(), where="here"))
     assert not verify(_changed(stream, tmp_path / "y.dvx", golden__safetensors=other)).ok
     files = {name: stream.read(name) for name in stream.manifest.files if name != "gate_level.onnx"}
     with pytest.raises(BundleError, match=r"no file 'gate_level\.onnx'"):

@@ -45,7 +45,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
         tokens = any(gate.tokens for gate in manifest.gates)
         click.echo()
         print_table(
-            ("gate", "kind", "channels", "tiles", *(("tokens",) if tokens else ()), "lowering", "reason"),
+            ("gate", "kind", "channels", "tiles", *(("tokens",) if tokens else ()), "lowering", "never seen", "reason"),
             [_gate(gate, tokens) for gate in manifest.gates],
             right=("channels", "tiles", *(("tokens",) if tokens else ())),
         )
@@ -87,4 +87,14 @@ def _gate(gate: GateEntry, tokens: bool) -> tuple[str, ...]:
     reason = f"{gate.reason} (overruled)" if gate.overridden else gate.reason
     grid = _shape(gate.grid) if gate.grid else "-"
     kept = f"{gate.tokens[0]} of {gate.tokens[1]}" if gate.tokens else "-"
-    return gate.name, gate.kind, str(gate.channels), grid, *((kept,) if tokens else ()), gate.lowering, reason
+    size = (str(gate.channels), grid, *((kept,) if tokens else ()))
+    return gate.name, gate.kind, *size, gate.lowering, _never_seen(gate), reason
+
+
+def _never_seen(gate: GateEntry) -> str:
+    """Return what the export's comparisons have not seen of a gate."""
+    from dvexport.seen import GateSeen, titles
+
+    if gate.seen is None:
+        return "unknown"
+    return ", ".join(titles(GateSeen(gate.name, gate.kind, gate.seen).missing)) or "-"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from dvexport.cli.options import bundle_argument, json_flag, path_option
 from dvexport.cli.output import checklist, print_json, print_table
+
+if TYPE_CHECKING:
+    from dvexport.seen import GateSeen
 
 __all__ = ["verify"]
 
@@ -21,7 +25,8 @@ __all__ = ["verify"]
 def verify(bundle: Path, clip: Path | None, checkpoint: Path | None, as_json: bool) -> None:
     """Compare a bundle with the PyTorch model.
 
-    Compares numbers and gate decisions, on the golden data in the bundle and on a video.
+    Compares numbers and gate decisions, on the golden data in the bundle and on a video, and numbers under
+    decisions that are forced, so that every gate is exercised. Tells what was seen of each gate.
     Exits with 1 if a comparison does not hold.
     """
     from dvexport.bundle import Bundle
@@ -39,11 +44,35 @@ def verify(bundle: Path, clip: Path | None, checkpoint: Path | None, as_json: bo
     else:
         rows = [(name, _text(value), _text(limit), "ok" if ok else "FAILED") for name, value, limit, ok in report.rows]
         print_table(("check", "value", "limit", ""), rows, right=("value", "limit"))
+        _print_seen(report.gates)
         for note in report.notes:
             click.echo(f"note: {note}")
     if not report.ok:
         failed = [name for name, _, _, ok in report.rows if not ok]
         raise CheckFailed(f"{len(failed)} of {len(report.rows)} checks failed", where=", ".join(failed))
+
+
+def _print_seen(gates: Sequence[GateSeen]) -> None:
+    """Print in how many frames each gate did what, and what no comparison has seen of it."""
+    from dvexport.seen import EVENTS, titles
+
+    if not gates:
+        return
+    shown = [event for kind in EVENTS.values() for event in kind if any(event in gate.events for gate in gates)]
+    rows = [
+        (gate.gate, *(_frames(gate, event) for event in shown), ", ".join(titles(gate.missing)) or "-")
+        for gate in gates
+    ]
+    click.echo()
+    print_table(("gate", *titles(shown), "never seen"), rows, right=titles(shown))
+    click.echo("frames of the clip + forced ones in which a gate did this")
+
+
+def _frames(gate: GateSeen, event: str) -> str:
+    if event not in gate.events:
+        return "-"
+    clip, forced = gate.seen.clip, gate.seen.forced
+    return f"{getattr(clip, event)}+{0 if forced is None else getattr(forced, event)}"
 
 
 def _text(value: Any) -> str:
