@@ -104,7 +104,7 @@ def test_an_altered_gate_level_model_is_found_by_what_it_is_the_witness_of(strea
 
 
 def test_a_part_that_is_missing_or_unreadable_is_a_bundle_error(stream, tmp_path):
-    with pytest.raises(BundleError, match="gate-level model can't be read"):
+    with pytest.raises(BundleError, match="a graph of the bundle can't be read"):
         verify(_changed(stream, tmp_path / "x.dvx", gate_level__onnx=b"\xff\xff no model"))
     other = pack(noise(), [Step(np.zeros(12, np.float32))] * FRAMES)
     assert not verify(_changed(stream, tmp_path / "y.dvx", golden__safetensors=other)).ok
