@@ -17,7 +17,7 @@ import onnx
 from google.protobuf.message import DecodeError, Message
 
 from dvexport.errors import BundleError
-from dvexport.graph import DV
+from dvexport.graph import DOMAINS
 from dvexport.weights import KEYS, LOCATIONS, attach_weights
 
 if TYPE_CHECKING:
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["read_graph", "read_model"]
 
-_STANDARD = ("", "ai.onnx")
-_DOMAINS = (*_STANDARD, DV)
-"""Operators of bundles. Runtimes know others, such as one that loads a compiled graph from a file (EPContext)."""
 _OPTIONS = "ort_config"
 """Metadata that ONNX Runtime can be made to take session options from, the names of files to write among them."""
 
@@ -66,10 +63,10 @@ def read_model(bundle: Bundle, name: str) -> ir.Model:
 
 def _check_operators(graph: onnx.ModelProto, where: str) -> None:
     brought = {function.domain for function in graph.functions}
-    for domain in brought & set(_DOMAINS):
+    for domain in brought & set(DOMAINS):
         raise _refused("it defines an operator of its own that is not its own", where, f"domain '{domain}'")
     for node in _messages(graph, onnx.NodeProto):
-        if node.domain not in _DOMAINS and node.domain not in brought:
+        if node.domain not in DOMAINS and node.domain not in brought:
             raise _refused("it has an operator that no bundle has", where, f"{node.op_type} of domain '{node.domain}'")
     if any(entry.key == _OPTIONS for entry in graph.metadata_props):
         raise _refused("it brings options for the runtime", where, f"metadata '{_OPTIONS}'")

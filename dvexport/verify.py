@@ -111,9 +111,13 @@ def verify(
 
 def _golden(bundle: Bundle) -> tuple[np.ndarray, list[Step]]:
     try:
-        return unpack(bundle.golden())
-    except KeyError as error:
-        raise BundleError("the golden data is incomplete", where=str(bundle.path), why=f"no {error}") from error
+        frames, steps = unpack(bundle.golden())
+    except (KeyError, IndexError, TypeError, ZeroDivisionError) as error:  # an array missing, empty or too short
+        raise BundleError("the golden data is incomplete", where=str(bundle.path), why=repr(error)) from error
+    if frames.ndim != 4 or not steps:
+        why = f"{len(steps)} results of frames of shape {list(frames.shape)}"
+        raise BundleError("the golden data is incomplete", where=str(bundle.path), why=why)
+    return frames, steps
 
 
 def _clip_frames(clip: str | Path, manifest: Manifest) -> np.ndarray:

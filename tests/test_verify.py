@@ -7,6 +7,7 @@ import onnx
 import pytest
 from bundles import FRAMES, noise, small_bundle, small_model
 from onnx import numpy_helper
+from safetensors.numpy import save
 
 from dvexport.bundle import Bundle, write_bundle
 from dvexport.cli import main
@@ -111,6 +112,22 @@ def test_a_part_that_is_missing_or_unreadable_is_a_bundle_error(stream, tmp_path
     files = {name: stream.read(name) for name in stream.manifest.files if name != "gate_level.onnx"}
     with pytest.raises(BundleError, match=r"no file 'gate_level\.onnx'"):
         verify(write_bundle(tmp_path / "z.dvx", stream.manifest, files))
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"frames": noise()},
+        {"frames": noise(), "logits": np.zeros((0, 12), np.float32)},
+        {"frames": noise(), "logits": np.float32(1)},
+        {"frames": noise()[0], "logits": np.zeros((FRAMES, 12), np.float32)},
+        {"frames": noise(), "logits": np.zeros((2, 12), np.float32), "probe.g.tiles": np.zeros((1, 2), bool)},
+    ],
+)
+def test_golden_data_that_is_none_is_a_bundle_error(stream, tmp_path, arrays):
+    golden = save({name: np.asarray(array) for name, array in arrays.items()})
+    with pytest.raises(BundleError, match="golden data is incomplete"):
+        verify(_changed(stream, tmp_path / "x.dvx", golden__safetensors=golden))
 
 
 def test_another_checkpoint_is_refused(stream, tmp_path):
