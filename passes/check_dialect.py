@@ -18,9 +18,8 @@ __all__ = ["CheckDialect", "problems"]
 def problems(model: ir.Model) -> list[str]:
     """Return what is illegal about a model, one sentence each."""
     found: list[str] = []
-    brought = {domain for domain, _, _ in model.functions}
     for node in model.graph.all_nodes():
-        if node.domain not in DOMAINS and node.domain not in brought:
+        if node.domain not in DOMAINS:
             found.append(f"{source_of(node)} is of domain {node.domain}, and bundles hold standard operators")
         operator = operator_of(node)
         if node.domain == DV and operator is None:

@@ -143,7 +143,7 @@ def lure(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_a_tensor_in_another_file_is_refused(lure, graph, kind):
     bundle = changed(lure, bundle_of(graph), graph, lambda model: kind(model, outside("secret.bin")))
-    with pytest.raises(BundleError, match=r"refers to a file|a weight can't be read"):
+    with pytest.raises(BundleError, match=r"refers to a file|a weight can't be read|brings an operator along"):
         read_graph(bundle, graph)
 
 
@@ -244,6 +244,7 @@ def _options(model: onnx.ModelProto) -> None:
         (_options, "metadata 'ort_config'"),
         (lambda m: m.functions.append(_function(TensorProto(data_type=1, dims=[0]), "dv")), "domain 'dv'"),
         (lambda m: m.functions.append(_function(TensorProto(data_type=1, dims=[0]), "")), "domain ''"),
+        (lambda m: (m.functions.append(_function(TensorProto(), "com.microsoft")), _context(m)), "Stolen of domain"),
     ],
 )
 def test_what_else_a_runtime_might_load_is_refused(tmp_path, graph, change, why):

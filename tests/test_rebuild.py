@@ -15,6 +15,7 @@ from dvexport.cli import main
 from dvexport.errors import BundleError, DvexportError, UsageError
 from dvexport.export import build_model
 from dvexport.models.config import ResNetConfig, parse_settings
+from dvexport.preprocess import MAX_SIDE, Preprocess
 from dvexport.rebuild import rebuild
 from dvexport.verify import verify
 
@@ -210,3 +211,10 @@ def test_a_large_model_of_the_zoo_needs_a_bundle_as_large():
 def test_a_number_beyond_all_floats_is_a_usage_error():
     with pytest.raises(UsageError, match="option width can't be"):
         parse_settings(ResNetConfig, {"width": 10**400})
+
+
+@pytest.mark.parametrize("sizes", [{"resize": 10**9}, {"size": (64, 10**9)}, {"resize": MAX_SIDE + 1}])
+def test_frames_of_any_size_are_not_asked_for(sizes):
+    with pytest.raises(UsageError, match="the preprocessing is not usable"):
+        Preprocess(**sizes)
+    assert Preprocess(resize=MAX_SIDE).resize == MAX_SIDE
