@@ -56,12 +56,14 @@ def rebuild(
             anything.
 
     Raises:
-        UsageError: `checkpoint` is not the bundle's, or `settings` are not.
+        UsageError: `checkpoint`, `settings` or the model are not those of the bundle.
         BundleError: the manifest's options are out of bounds, or contradict the bundle's shapes.
         CheckpointError: weights that can't be read.
     """
     if model is not None and not isinstance(model, str):
-        return _given(model, manifest, checkpoint, settings)
+        net, notes = _given(model, manifest, checkpoint, settings)
+        _check_shapes(net, size, classes)
+        return net, notes
     from dvexport.models import zoo
 
     name = manifest.model.name if model is None else model
@@ -85,7 +87,9 @@ def rebuild(
         options = _same_settings(manifest, settings or {}, name)
     else:
         options = _bounded(manifest, name, {"size": size, "frames": manifest.preprocess.frames, "classes": classes})
-    return _built(name, checkpoint, options, manifest), _other_name(name, manifest)
+    net = _built(name, checkpoint, options, manifest)
+    _check_shapes(net, size, classes)
+    return net, _other_name(name, manifest)
 
 
 def _unnamed(name: str) -> str:
@@ -103,6 +107,17 @@ def _given(
 
     source = build_model(model, checkpoint, settings or {})
     return source.model, _other_name(source.name, manifest)
+
+
+def _check_shapes(net: Any, size: tuple[int, int], classes: int) -> None:
+    """Raise UsageError where a model can't have made the bundle's results."""
+    for what, found, wanted in (("frames of", net.preprocess.size, size), ("classes:", len(net.labels), classes)):
+        if found != wanted:
+            raise UsageError(
+                "this is not the model that the bundle was made from",
+                where=net.name,
+                why=f"it has {what} {_text(found)}, and the bundle's results {_text(wanted)}",
+            )
 
 
 def _other_name(name: str, manifest: Manifest) -> tuple[str, ...]:

@@ -208,6 +208,14 @@ def test_a_large_model_of_the_zoo_needs_a_bundle_as_large():
     assert "more than" in error.value.why
 
 
+def test_a_model_of_other_shapes_is_not_the_one(own):
+    options = {name: value for name, value in OPTIONS.items() if name != "classes"}
+    with pytest.raises(UsageError, match="it has classes: 174, and the bundle's results 12"):
+        build(named(DSTEP, options))
+    with pytest.raises(UsageError, match="it has classes: 3, and the bundle's results 12"):
+        build(named(DSTEP), model=build_model("my_rebuilt:tiny", None, {"classes": 3}).model)
+
+
 def test_a_number_beyond_all_floats_is_a_usage_error():
     with pytest.raises(UsageError, match="option width can't be"):
         parse_settings(ResNetConfig, {"width": 10**400})

@@ -147,6 +147,13 @@ def test_errors_are_relative_to_the_largest_logit():
     assert logits_error(got, want) == pytest.approx(0.1 / 200)
 
 
+def test_results_of_another_shape_fail():
+    want = _steps([[1.0, 2.0]] * 2, [[0, 0]] * 2)
+    assert logits_error(_steps([[1.0]] * 2, [[0, 0]] * 2), want) == np.inf
+    assert not compare("x", _steps([[1.0, 2.0]], [[0, 0]]), want)[0].ok
+    assert first_difference(_steps([[1.0, 2.0]] * 2, [[0]] * 2), want).count == 1
+
+
 def test_an_error_that_is_no_number_fails():
     want = _steps([[1.0]], [[0]])
     assert not compare("x", _steps([[np.nan]], [[0]]), want)[0].ok
