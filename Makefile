@@ -23,6 +23,11 @@ export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test test-fast bench lint clean
 
+# Where a home can't be written, what this checkout exports is remembered in it.
+ifneq ($(shell test -w "$$HOME" && echo yes),yes)
+export DVEXPORT_STATE ?= $(CURDIR)/$(VENV)/state
+endif
+
 demo: $(READY)
 	mkdir -p $(OUT)
 	$(BIN)/dvexport export $(MODEL) --target host --backend $(BACKEND) --mode stream --calibrate $(CLIP) -o $(OUT)/$(MODEL).dvx

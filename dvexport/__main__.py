@@ -1,8 +1,22 @@
 """`python -m dvexport`: the command line, where the script is not on the path."""
 
+import os
+import sys
+
 from dvexport.cli import main
 
-__all__: list[str] = []
+__all__ = ["start"]
+
+
+def start() -> None:
+    """Run the command line without the working folder on the path, where Python's `-m` puts it first.
+
+    It may be a stranger's folder: none of its modules is to stand in for one of ours.
+    """
+    if not sys.flags.safe_path and sys.path[0] in ("", os.getcwd()):
+        del sys.path[0]
+    main()
+
 
 if __name__ == "__main__":
-    main()
+    start()

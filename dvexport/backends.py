@@ -13,10 +13,9 @@ from dvexport.errors import TraceError, UsageError, unknown_name
 from dvexport.graph import depends_on_input, whole_clip_of
 from dvexport.targets.devices import HOST, Target, load, runs_here
 from dvexport.targets.runtime import Variant
-from dvexport.weights import WEIGHTS, WeightFile, external_arrays
+from dvexport.weights import WeightFile, external_arrays
 
 if TYPE_CHECKING:
-    import numpy as np
     import onnx_ir as ir
 
     from dvexport.bundle import Bundle
@@ -118,6 +117,7 @@ class OnnxBackend:
 
     def variant(self, bundle: Bundle, variant: str) -> Variant:
         """What ships is read, and forced as it is; `dense` is made from the traced model."""
+        from dvexport.bundle_graphs import read_graph
         from dvexport.session import plan_of, read_level
         from dvexport.targets.onnx.backend import ARTIFACT
         from dvexport.targets.onnx.runtime import OnnxVariant
@@ -125,8 +125,10 @@ class OnnxBackend:
         plan = plan_of(bundle.manifest, variant)
         if variant == "dense":
             return onnx_variant(read_level(bundle, variant), plan)
-        artifact = bundle.read(ARTIFACT)
-        gated = OnnxVariant(artifact, bundle.manifest.states, _weights_of(bundle, artifact))
+        graph = read_graph(bundle, ARTIFACT)
+        weights = external_arrays(graph, bundle.array, where=str(bundle.path))
+        # Written anew: the runtime gets what was checked, and not what another reader may see in the same bytes.
+        gated = OnnxVariant(graph.SerializeToString(deterministic=True), bundle.manifest.states, weights)
         return gated if variant == "gated" else _forced_onnx(gated, read_level(bundle, variant), plan)
 
     def runtime(self, manifest: Manifest) -> tuple[str, str]:
@@ -185,16 +187,6 @@ class TvmBackend:
     def runtime(self, manifest: Manifest) -> tuple[str, str]:
         """Our C runtime of the release that exported: it is inside the artifact."""
         return "dvexport native", manifest.tools["dvexport"]
-
-
-def _weights_of(bundle: Bundle, artifact: bytes) -> Mapping[str, np.ndarray]:
-    """Return the weights that an artifact refers to; none where it holds its own."""
-    if WEIGHTS not in bundle.manifest.files:
-        return {}
-    import onnx
-
-    graph = onnx.load_model_from_string(artifact)
-    return external_arrays(graph, bundle.array, where=str(bundle.path))
 
 
 def _forced_onnx(gated: OnnxVariant, gate_level: ir.Model, plan: Plan) -> Variant:

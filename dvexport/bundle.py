@@ -68,15 +68,24 @@ _DAMAGE = (
 
 @dataclass(frozen=True)
 class Bundle:
-    """A verified bundle. Files are read on demand and checked against their digest each time."""
+    """A verified bundle. Files are read on demand and checked against their digest each time.
+
+    Attributes:
+        trust: its native code may be loaded though this user did not make it here (`dvexport.trust`).
+    """
 
     path: Path
     manifest: Manifest
+    trust: bool = False
     _spaces: MutableMapping[str, np.ndarray] = field(default_factory=WeakValueDictionary, repr=False, compare=False)
 
     @classmethod
-    def open(cls, path: str | Path) -> Bundle:
-        """Verify every byte of the bundle at `path` and return it.
+    def open(cls, path: str | Path, *, trust: bool = False) -> Bundle:
+        """Verify every byte of the bundle at `path` and return it. Nothing of it runs.
+
+        Args:
+            trust: allow what is done with it to load its native code, wherever that was made. The code is a program:
+                say this of bundles whose maker you trust.
 
         Raises:
             BundleError: it is missing, no zip, truncated, altered, has unlisted or missing files,
@@ -91,7 +100,7 @@ class Bundle:
                 with archive.open(members[name]) as stream:
                     for _ in _verified(stream, name, entry, path):
                         pass
-        return cls(path, manifest)
+        return cls(path, manifest, trust)
 
     def read(self, name: str) -> bytes:
         """Return the content of the file `name`; BundleError if there is none or it changed meanwhile."""

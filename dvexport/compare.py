@@ -79,8 +79,10 @@ def error_row(name: str, error: float, limit: float = LOGITS_LIMIT) -> Row:
 
 
 def logits_error(got: Sequence[Step], want: Sequence[Step]) -> float:
-    """Return the largest absolute difference over the largest absolute logit of `want`."""
+    """Return the largest absolute difference over the largest absolute logit of `want`; infinite for other shapes."""
     mine, theirs = (np.stack([step.logits for step in steps]).astype(np.float64) for steps in (got, want))
+    if mine.shape != theirs.shape:
+        return float("inf")
     scale = float(np.abs(theirs).max())
     difference = float(np.abs(mine - theirs).max())
     return difference / scale if scale > 0 else difference
@@ -110,8 +112,9 @@ def first_difference(got: Sequence[Step], want: Sequence[Step]) -> Difference | 
 
 def _differences(got: Sequence[Step], want: Sequence[Step]):
     """Yield (frame, gate, kind, differing, total) for every decision that both sides show."""
-    for frame, (mine, theirs) in enumerate(zip(got, want, strict=True)):
+    for frame, (mine, theirs) in enumerate(zip(got, want, strict=False)):  # of other lengths: failed by their logits
         for (gate, kind), value in mine.decisions.items():
             other = theirs.decisions.get((gate, kind))
             if other is not None:
-                yield frame, gate, kind, int(np.count_nonzero(value != other)), value.size
+                differing = np.count_nonzero(value != other) if value.shape == other.shape else value.size
+                yield frame, gate, kind, int(differing), value.size

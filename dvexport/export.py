@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +45,7 @@ from dvexport.state import states_of
 from dvexport.targets import devices
 from dvexport.targets.onnx.backend import model_apart, model_bytes
 from dvexport.trace import trace
+from dvexport.trust import has_code, remember
 from dvexport.weights import WEIGHTS, share_weights
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ def export(
     Args:
         model: a name of the zoo, `package.module:factory`, a directory that Hugging Face's library saved,
             or a `VideoModel`.
-        output: written whole or not at all; the same export gives the same bytes.
+        output: written whole or not at all; the same export gives the same bytes. Native code is remembered as made
+            here (`dvexport.trust`), if the user's list of exports can be written.
         checkpoint, settings: weights and options, see `dvexport.models.zoo.create`.
         target: name in the device catalogue, `host`, or a TOML file.
         backend: `onnx`.
@@ -146,7 +148,12 @@ def export(
         ],
     )
     golden_data = pack(golden_frames, golden, runs)
-    return write_bundle(output, manifest, {**built.files, **_levels(traced, dense, built), GOLDEN: golden_data})
+    files = {**built.files, **_levels(traced, dense, built), GOLDEN: golden_data}
+    bundle = write_bundle(output, manifest, files)
+    if not has_code(bundle.manifest):
+        return bundle
+    remember(bundle.manifest)
+    return replace(bundle, trust=True)
 
 
 def _levels(traced: ir.Model, dense: ir.Model | None, built: Built) -> dict[str, Content]:

@@ -12,6 +12,7 @@ from dvexport.errors import PassError
 
 __all__ = [
     "DECIDES",
+    "DOMAINS",
     "DV",
     "FRAMES",
     "OPSET",
@@ -34,6 +35,8 @@ __all__ = [
 
 DV = "dv"
 """The custom operator domain."""
+DOMAINS = ("", "ai.onnx", DV)
+"""Domains of all operators: the standard one by both its names, and ours. Those of others may do anything."""
 DECIDES = "dv.decides"
 """Metadata of a node that is there for decisions: of which kind (`passes/mark_decisions.py`)."""
 TOKENS = "tokens"

@@ -11,10 +11,12 @@ from typing import Any
 
 from dvexport.errors import UsageError
 
-__all__ = ["COLOUR_ORDERS", "SAMPLINGS", "Preprocess"]
+__all__ = ["COLOUR_ORDERS", "MAX_SIDE", "SAMPLINGS", "Preprocess"]
 
 COLOUR_ORDERS = ("RGB", "BGR")
 SAMPLINGS = ("uniform",)
+MAX_SIDE = 1 << 14
+"""The longest side of a frame, in pixels: a bundle that says more asks for all memory."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Preprocess:
     def __post_init__(self) -> None:
         self._check_types()
         _require(min(self.size) > 0, "size", "must be positive")
+        _require(max(*self.size, self.resize) <= MAX_SIDE, "size", f"has a side of more than {MAX_SIDE} pixels")
         _require(self.resize >= min(self.size), "resize", f"is smaller than the crop {self.size}")
         _require(min(self.std) > 0, "std", "must be positive")
         _require(self.colour_order in COLOUR_ORDERS, "colour_order", f"is none of {COLOUR_ORDERS}")

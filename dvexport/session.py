@@ -15,7 +15,7 @@ import numpy as np
 
 from dvexport.backends import backend_of, onnx_variant
 from dvexport.decision_names import FORCE, PROBE, decision_key
-from dvexport.errors import BundleError, UsageError, unknown_name
+from dvexport.errors import UsageError, unknown_name
 from dvexport.targets.runtime import Runtime, Variant
 
 if TYPE_CHECKING:
@@ -257,31 +257,17 @@ def plan_of(manifest: Manifest, variant: str) -> Plan:
 
 def read_level(bundle: Bundle, variant: str) -> ir.Model:
     """Return the traced model that a variant is made from; BundleError as `read_gate_level`."""
+    from dvexport.bundle_graphs import read_model
+
     apart = variant == "dense" and DENSE_LEVEL in bundle.manifest.files
-    return _read_traced(bundle, DENSE_LEVEL if apart else GATE_LEVEL)
+    return read_model(bundle, DENSE_LEVEL if apart else GATE_LEVEL)
 
 
 def read_gate_level(bundle: Bundle) -> ir.Model:
     """Return the traced model of a bundle; BundleError if there is none or it can't be read."""
-    return _read_traced(bundle, GATE_LEVEL)
+    from dvexport.bundle_graphs import read_model
 
-
-def _read_traced(bundle: Bundle, name: str) -> ir.Model:
-    import onnx
-    import onnx_ir as ir
-    from google.protobuf.message import DecodeError
-
-    from dvexport.weights import WEIGHTS, attach_weights
-
-    data = bundle.read(name)
-    try:
-        proto = onnx.load_model_from_string(data)
-        if WEIGHTS in bundle.manifest.files:
-            return attach_weights(proto, bundle.array, where=str(bundle.path))
-        return ir.from_proto(proto)
-    except (DecodeError, ValueError) as error:
-        raise BundleError("the gate-level model can't be read", where=f"{bundle.path}, {name}",
-                          why=str(error)) from error  # fmt: skip
+    return read_model(bundle, GATE_LEVEL)
 
 
 def steps_of(outputs: Mapping[str, np.ndarray], seconds: float) -> list[Step]:

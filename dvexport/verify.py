@@ -7,7 +7,7 @@ end where the clip ends), and PyTorch itself where the model can be built again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,16 +16,19 @@ import numpy as np
 
 from dvexport.compare import Difference, Row, compare, error_row, first_difference, logits_error
 from dvexport.errors import BundleError, TraceError, UsageError
+from dvexport.forced import ForcedRun
 from dvexport.forced import unpack as unpack_forced
 from dvexport.forced_check import NOT_FORCED, check_forced, references_of
 from dvexport.golden import torch_steps, unpack
 from dvexport.graph import whole_clip_of
 from dvexport.oracle import Oracle
+from dvexport.rebuild import rebuild
 from dvexport.seen import GateSeen, gates_seen
 from dvexport.session import Decisions, Session, Step, open_session, plan_of, read_gate_level, session_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    from torch import nn
 
     from dvexport.bundle import Bundle
     from dvexport.bundle_manifest import Manifest
@@ -65,52 +68,67 @@ class VerifyReport:
         }
 
 
-def verify(bundle: Bundle, *, clip: str | Path | None = None, checkpoint: str | Path | None = None) -> VerifyReport:
+def verify(
+    bundle: Bundle,
+    *,
+    clip: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    model: str | nn.Module | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> VerifyReport:
     """Compare a bundle's artifact with its golden data, its oracle, its other mode and PyTorch.
 
     Args:
         clip: a video to compare on, beside the golden data; by default the golden frames.
         checkpoint: the weights that the bundle was exported from, to build the PyTorch model again.
             Models that ship with weights, or were exported without any, need none.
+        model: what the bundle was made from, where that is no model of the zoo: `package.module:factory`, a directory
+            or a `VideoModel`. A bundle's own word for it is neither imported nor opened.
+        settings: options for that factory, the same as at export.
 
     Raises:
-        UsageError: `checkpoint` is not the one that the bundle was made from.
+        UsageError: `checkpoint` or `settings` are not those that the bundle was made from.
         CheckpointError, ClipError: a file that can't be read.
         BundleError: golden data or the gate-level model is missing or unreadable.
         DeviceError: ONNX Runtime is missing or fails.
     """
     manifest = bundle.manifest
-    if checkpoint is not None:
-        _check_digest(manifest, checkpoint)
-    session = open_session(bundle)
+    # What may be refused is read first: compiled code of a bundle runs as soon as it is loaded.
     golden_frames, golden_steps = _golden(bundle)
+    size, classes = golden_frames.shape[2:], golden_steps[0].logits.size
+    net, said = rebuild(manifest, model=model, checkpoint=checkpoint, settings=settings, size=size, classes=classes)
+    gate_level = read_gate_level(bundle)
+    runs = _forced_runs(bundle)
+    session = open_session(bundle)
     on_golden = session.run_clip(golden_frames)
     pairs = [("golden data", on_golden, golden_steps)]
     frames, got = golden_frames, on_golden
     if clip is not None:
         frames = _clip_frames(clip, manifest)
         got = session.run_clip(frames)
-    gate_level = read_gate_level(bundle)
     pairs.append(("gate-level oracle", got, Oracle(gate_level).run_clip(frames, follow=got)))
-    net, why_not = _rebuilt(manifest, checkpoint)
     if net is not None:
         pairs.append(("PyTorch", got, torch_steps(net, frames, follow=got)))
     rows = [row for name, mine, theirs in pairs for row in compare(name, mine, theirs)]
     rows.append(_repeat_row(session, frames, got))
-    forced_rows, compared, no_force = _forced(bundle, gate_level, golden_frames, net)
+    forced_rows, compared, no_force = _forced(bundle, runs, gate_level, golden_frames, net)
     rows += forced_rows
     mode_row, no_mode = _other_mode(gate_level, manifest, frames, got)
     rows += mode_row
     found = (first_difference(mine, theirs) for _, mine, theirs in pairs)
-    notes = tuple(filter(None, (why_not, no_mode, no_force)))
+    notes = (*said, *filter(None, (no_mode, no_force)))
     return VerifyReport(rows, next((d for d in found if d), None), notes, gates_seen(manifest.gates, got, compared))
 
 
 def _golden(bundle: Bundle) -> tuple[np.ndarray, list[Step]]:
     try:
-        return unpack(bundle.golden())
-    except KeyError as error:
-        raise BundleError("the golden data is incomplete", where=str(bundle.path), why=f"no {error}") from error
+        frames, steps = unpack(bundle.golden())
+    except (KeyError, IndexError, TypeError, ZeroDivisionError) as error:  # an array missing, empty or too short
+        raise BundleError("the golden data is incomplete", where=str(bundle.path), why=repr(error)) from error
+    if frames.ndim != 4 or not steps:
+        why = f"{len(steps)} results of frames of shape {list(frames.shape)}"
+        raise BundleError("the golden data is incomplete", where=str(bundle.path), why=why)
+    return frames, steps
 
 
 def _clip_frames(clip: str | Path, manifest: Manifest) -> np.ndarray:
@@ -125,15 +143,20 @@ def _repeat_row(session: Session, frames: np.ndarray, before: Sequence[Step]) ->
     return error_row("again after a reset: logits", logits_error(session.run_clip(frames), before), limit=0.0)
 
 
+def _forced_runs(bundle: Bundle) -> list[ForcedRun]:
+    """Return the forced steps of the golden data; BundleError if there should be some and are none."""
+    runs = unpack_forced(bundle.golden(), where=str(bundle.path))
+    if not runs and any(gate.seen is not None and gate.seen.forced is not None for gate in bundle.manifest.gates):
+        raise BundleError("the golden data is incomplete", where=str(bundle.path), why="it has no forced steps")
+    return runs
+
+
 def _forced(
-    bundle: Bundle, gate_level: ir.Model, frames: np.ndarray, net: Any
+    bundle: Bundle, runs: Sequence[ForcedRun], gate_level: ir.Model, frames: np.ndarray, net: Any
 ) -> tuple[list[Row], list[list[Decisions]] | None, str | None]:
     """Compare under forced decisions: the rows, the decisions compared (None: none were), and what could not be."""
-    runs = unpack_forced(bundle.golden(), where=str(bundle.path))
     if not runs:
         forceable = any(gate.kind != "tokens" for gate in bundle.manifest.gates)
-        if any(gate.seen is not None and gate.seen.forced is not None for gate in bundle.manifest.gates):
-            raise BundleError("the golden data is incomplete", where=str(bundle.path), why="it has no forced steps")
         return [], None, NOT_FORCED if forceable else None
     session = open_session(bundle, variant="forced")
     stored = {id(run): run.steps() for run in runs}
@@ -161,27 +184,3 @@ def _other_mode(
     except TraceError as error:
         return [], f"no stream to compare with: {error.what}"
     return [error_row(f"{manifest.mode} against {mode}: logits", logits_error(got, other))], None
-
-
-def _check_digest(manifest: Manifest, checkpoint: str | Path) -> None:
-    from dvexport.export import file_digest
-
-    if manifest.checkpoint is None:
-        raise UsageError("the bundle was not made from a checkpoint", hint="leave out --checkpoint")
-    if file_digest(checkpoint) != manifest.checkpoint:
-        raise UsageError(
-            "this is not the checkpoint that the bundle was made from",
-            where=str(checkpoint),
-            why="its SHA-256 is not the one in the manifest",
-        )
-
-
-def _rebuilt(manifest: Manifest, checkpoint: str | Path | None) -> tuple[Any, str | None]:
-    """Return the PyTorch model, or None and the reason why it can't be built."""
-    if manifest.checkpoint is not None and checkpoint is None:
-        return None, "not compared with PyTorch: give --checkpoint"
-    try:
-        from dvexport.export import build_model
-    except ImportError as error:  # a device that only runs bundles has no torch
-        return None, f"not compared with PyTorch: {error}"
-    return build_model(manifest.model.name, checkpoint, manifest.model.settings).model, None

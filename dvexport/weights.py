@@ -24,6 +24,7 @@ from dvexport.errors import BundleError
 
 __all__ = [
     "ALIGNMENT",
+    "KEYS",
     "LOCATIONS",
     "SMALLEST",
     "WEIGHTS",
@@ -45,6 +46,9 @@ SMALLEST = 1024
 
 _PANEL, _TURNED = "dvexport.panel", "dvexport.turned"
 """Keys of external data beside ONNX's own, see `Place`."""
+
+KEYS = frozenset({"location", "offset", "length", _PANEL, _TURNED})
+"""What a graph may say of a weight's place."""
 
 Read = Callable[[str], np.ndarray]
 

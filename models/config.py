@@ -348,7 +348,7 @@ def _parse_value(name: str, value: Any, kind: Any) -> Any:
         if type(None) in arguments:
             return None if value in (None, "none", "") else _parse_value(name, value, arguments[0])
         return kind(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         wanted = getattr(kind, "__name__", str(kind)) if origin is None else str(kind)
         raise UsageError(f"option {name} can't be '{value}'", hint=f"give it as {wanted}") from None
 

@@ -26,7 +26,17 @@ from dvexport.preprocess import Preprocess
 if TYPE_CHECKING:
     from dvexport.models.base import VideoModel
 
-__all__ = ["DIRECTORY", "ModelInfo", "create", "describe", "names", "saved_directory", "weights_folder"]
+__all__ = [
+    "DIRECTORY",
+    "ModelInfo",
+    "create",
+    "describe",
+    "names",
+    "parsed_settings",
+    "saved_directory",
+    "weight_bytes",
+    "weights_folder",
+]
 
 DIRECTORY = "huggingface"
 """How bundles call a model that came from a directory; its checkpoint is the directory."""
@@ -173,6 +183,36 @@ def describe(name: str) -> ModelInfo:
     options = dataclasses.asdict(config(**parse_settings(config, about.get("settings", {}))))
     summary = f"trained {architecture}, {options['classes']} classes"
     return ModelInfo(name, summary, family, options, path, architecture, about.get("accuracy"), about.get("labels", []))
+
+
+def parsed_settings(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a model of `names()`, or of a saved directory, as values of their types; nothing is built.
+
+    Raises:
+        UsageError: an unknown name or option, or a value that does not fit.
+    """
+    family = "vit" if name == DIRECTORY else describe(name).family
+    return parse_settings(_FAMILIES[family][0], settings)
+
+
+def weight_bytes(name: str, settings: Mapping[str, Any]) -> int:
+    """Return the bytes of parameters and tables of a model of `names()`; no memory is taken for them.
+
+    Raises:
+        UsageError: an option that is unknown or unfit, or sizes that no model can have.
+    """
+    import torch
+
+    info = describe(name)
+    parsed = parse_settings(_FAMILIES[info.family][0], settings)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            model = _build(info, name, {**info.options, **parsed})
+    except (RuntimeError, ValueError, TypeError, OverflowError, MemoryError) as error:
+        raise UsageError(f"no {name} can be built with these options", why=str(error).splitlines()[0]) from error
+    return sum(
+        value.numel() * value.element_size() for values in (model.parameters(), model.buffers()) for value in values
+    )
 
 
 def create(

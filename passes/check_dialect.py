@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from dvexport.dialect.spec import operator_of
 from dvexport.errors import PassError
-from dvexport.graph import DV, source_of
+from dvexport.graph import DOMAINS, DV, source_of
 from dvexport.state import states_of
 
 __all__ = ["CheckDialect", "problems"]
@@ -19,6 +19,8 @@ def problems(model: ir.Model) -> list[str]:
     """Return what is illegal about a model, one sentence each."""
     found: list[str] = []
     for node in model.graph.all_nodes():
+        if node.domain not in DOMAINS:
+            found.append(f"{source_of(node)} is of domain {node.domain}, and bundles hold standard operators")
         operator = operator_of(node)
         if node.domain == DV and operator is None:
             found.append(f"{source_of(node)}: dv.{node.op_type} is not in the dialect")

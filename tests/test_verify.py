@@ -7,6 +7,7 @@ import onnx
 import pytest
 from bundles import FRAMES, noise, small_bundle, small_model
 from onnx import numpy_helper
+from safetensors.numpy import save
 
 from dvexport.bundle import Bundle, write_bundle
 from dvexport.cli import main
@@ -111,13 +112,29 @@ def test_an_altered_gate_level_model_is_found_by_what_it_is_the_witness_of(strea
 
 
 def test_a_part_that_is_missing_or_unreadable_is_a_bundle_error(stream, tmp_path):
-    with pytest.raises(BundleError, match="gate-level model can't be read"):
+    with pytest.raises(BundleError, match="a graph of the bundle can't be read"):
         verify(_changed(stream, tmp_path / "x.dvx", gate_level__onnx=b"\xff\xff no model"))
     other = pack(noise(), [Step(np.zeros(12, np.float32))] * FRAMES, unpack_forced(stream.golden(), where="here"))
     assert not verify(_changed(stream, tmp_path / "y.dvx", golden__safetensors=other)).ok
     files = {name: stream.read(name) for name in stream.manifest.files if name != "gate_level.onnx"}
     with pytest.raises(BundleError, match=r"no file 'gate_level\.onnx'"):
         verify(write_bundle(tmp_path / "z.dvx", stream.manifest, files))
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"frames": noise()},
+        {"frames": noise(), "logits": np.zeros((0, 12), np.float32)},
+        {"frames": noise(), "logits": np.float32(1)},
+        {"frames": noise()[0], "logits": np.zeros((FRAMES, 12), np.float32)},
+        {"frames": noise(), "logits": np.zeros((2, 12), np.float32), "probe.g.tiles": np.zeros((1, 2), bool)},
+    ],
+)
+def test_golden_data_that_is_none_is_a_bundle_error(stream, tmp_path, arrays):
+    golden = save({name: np.asarray(array) for name, array in arrays.items()})
+    with pytest.raises(BundleError, match="golden data is incomplete"):
+        verify(_changed(stream, tmp_path / "x.dvx", golden__safetensors=golden))
 
 
 def test_another_checkpoint_is_refused(stream, tmp_path):
@@ -135,6 +152,13 @@ def test_errors_are_relative_to_the_largest_logit():
     want = _steps([[1.0, -200.0], [3.0, 4.0]], [[0], [0]])
     got = _steps([[1.0, -200.0], [3.1, 4.0]], [[0], [0]])
     assert logits_error(got, want) == pytest.approx(0.1 / 200)
+
+
+def test_results_of_another_shape_fail():
+    want = _steps([[1.0, 2.0]] * 2, [[0, 0]] * 2)
+    assert logits_error(_steps([[1.0]] * 2, [[0, 0]] * 2), want) == np.inf
+    assert not compare("x", _steps([[1.0, 2.0]], [[0, 0]]), want)[0].ok
+    assert first_difference(_steps([[1.0, 2.0]] * 2, [[0]] * 2), want).count == 1
 
 
 def test_an_error_that_is_no_number_fails():

@@ -55,7 +55,7 @@ def seeded(**settings) -> Toy:
 
 
 def test_numbers_and_decisions_are_pytorchs(bundle, frames):
-    report = verify(bundle)
+    report = verify(bundle, model="toy_transformer:toy")
     assert report.ok, report
     assert {row.name.split(":")[0] for row in report.rows} >= {"golden data", "gate-level oracle", "PyTorch"}
     assert sum("tokens that differ, of 30" in row.name for row in report.rows) == 3

@@ -1,8 +1,8 @@
 """`python -m dvexport.cli`: the same as `python -m dvexport`."""
 
-from dvexport.cli import main
+from dvexport.__main__ import start
 
 __all__: list[str] = []
 
 if __name__ == "__main__":
-    main()
+    start()

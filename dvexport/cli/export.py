@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from dvexport.cli.options import BACKENDS, MODES, parse_choice, parse_pairs, path_option
 from dvexport.cli.output import checklist, file_size, print_lines
 
-__all__ = ["assumed_line", "export"]
+if TYPE_CHECKING:
+    from dvexport.bundle_manifest import Manifest
+
+__all__ = ["assumed_line", "export", "memory_line", "trust_line"]
 
 
 @click.command()
@@ -70,8 +73,19 @@ def export(
         f"gates: {gates}",
         *memory_line(manifest.memory),
         *assumed_line(manifest.model.assumed),
+        *trust_line(manifest),
         f"next: dvexport verify {output}",
     )
+
+
+def trust_line(manifest: Manifest) -> list[str]:
+    """Return the line that says that this export could not be remembered, none if it was, or needs not be."""
+    from dvexport.trust import exports_folder, has_code, made_here
+
+    if not has_code(manifest) or made_here(manifest):
+        return []
+    where = exports_folder() or "there is no folder for it"
+    return [f"this export can't be remembered as yours ({where}): running it needs --trust here too"]
 
 
 def memory_line(memory: Mapping[str, int]) -> list[str]:

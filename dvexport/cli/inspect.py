@@ -23,13 +23,13 @@ __all__ = ["inspect"]
 def inspect(bundle: Path, as_json: bool) -> None:
     """Show what is in a bundle: model, inputs, states, gates, files.
 
-    Every byte of it is checked against its digest first.
+    Every byte of it is checked against its digest first. None of its code runs.
     """
     from dvexport.bundle import Bundle
 
     manifest = Bundle.open(bundle).manifest
     if as_json:
-        print_json(manifest.model_dump(mode="json"))
+        print_json({**manifest.model_dump(mode="json"), "code": _code(manifest)})
         return
     _summary(manifest)
     if manifest.states:
@@ -73,10 +73,20 @@ def _summary(manifest: Manifest) -> None:
             ),
             *(("memory", line.removeprefix("memory: ")) for line in memory_line(manifest.memory)),
             ("labels", str(len(manifest.labels))),
+            ("code", _code(manifest)),
             ("checkpoint", manifest.checkpoint or "none given"),
             ("made with", " ".join(f"{name} {version}" for name, version in sorted(manifest.tools.items()))),
         ]
     )
+
+
+def _code(manifest: Manifest) -> str:
+    """Say whether a bundle's native code would be run here."""
+    from dvexport.trust import has_code, made_here
+
+    if not has_code(manifest):
+        return "none"
+    return "made here by you: runs" if made_here(manifest) else "not made here by you: runs only with --trust"
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -22,6 +22,7 @@ __all__ = [
     "path_option",
     "plain_path",
     "threads_option",
+    "trust_flag",
 ]
 
 BACKENDS = ("onnx", "tvm", "tflite")
@@ -34,6 +35,11 @@ plain_path = click.Path(path_type=Path)
 """A path; whether it exists is for the command to say, in dvexport's own words."""
 
 bundle_argument = click.argument("bundle", metavar="BUNDLE.dvx", type=plain_path)
+trust_flag = click.option(
+    "--trust",
+    is_flag=True,
+    help="Run the bundle's native code though you did not make it here. It is a program: only if you trust its maker.",
+)
 json_flag = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 threads_option = click.option(
     "--threads", default=1, show_default=True, type=int, help="Threads of the runtime, as many as the bundle takes."

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from dvexport.cli.options import bundle_argument, parse_force, path_option, threads_option
+from dvexport.cli.options import bundle_argument, parse_force, path_option, threads_option, trust_flag
 from dvexport.cli.output import checklist, print_lines
 from dvexport.errors import DeviceError
 
@@ -32,6 +32,7 @@ LOCAL = "local"
 @path_option("--json", "json_file", help="Write the result as JSON.")
 @path_option("--html", "html_file", help="Write the result as one self-contained page.")
 @path_option("--trace", "trace_file", help="Write a trace for chrome://tracing or Perfetto.")
+@trust_flag
 def profile(
     bundle: Path,
     clip: Path | None,
@@ -43,10 +44,12 @@ def profile(
     json_file: Path | None,
     html_file: Path | None,
     trace_file: Path | None,
+    trust: bool,
 ) -> None:
     """Measure what the gates save.
 
     The bundle and the dense artifact of its model run interleaved, so both meet the same machine.
+    A bundle of backend tvm is a program. It runs if you exported it on this machine, any other with --trust.
     """
     rates = parse_force(force) if force is not None else {}
     _check_device(device)
@@ -57,7 +60,7 @@ def profile(
         writable_output(path)
     with checklist() as progress:
         progress("check the bundle's files")
-        opened = Bundle.open(bundle)
+        opened = Bundle.open(bundle, trust=trust)
         from dvexport.profile import profile as run_profile
 
         result = run_profile(

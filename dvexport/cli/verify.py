@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dvexport.cli.options import bundle_argument, json_flag, path_option
+from dvexport.cli.options import bundle_argument, json_flag, parse_pairs, path_option, trust_flag
 from dvexport.cli.output import checklist, print_json, print_table
 
 if TYPE_CHECKING:
@@ -21,24 +21,39 @@ __all__ = ["verify"]
 @bundle_argument
 @path_option("--clip", help="Compare on this video too.")
 @path_option("--checkpoint", help="Rebuild the model from these weights and compare with PyTorch.")
+@click.option("--model", help="What it was made from, if not of the zoo: package.module:factory or a directory.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Option for that factory; repeatable.")
+@trust_flag
 @json_flag
-def verify(bundle: Path, clip: Path | None, checkpoint: Path | None, as_json: bool) -> None:
+def verify(
+    bundle: Path,
+    clip: Path | None,
+    checkpoint: Path | None,
+    model: str | None,
+    settings: tuple[str, ...],
+    trust: bool,
+    as_json: bool,
+) -> None:
     """Compare a bundle with the PyTorch model.
+
+    A bundle is compared with models of the zoo by its own word. Code of yours is imported only if you name it.
+    A bundle of backend tvm is a program. It runs if you exported it on this machine, any other with --trust.
 
     Compares numbers and gate decisions, on the golden data in the bundle and on a video, and numbers under
     decisions that are forced, so that every gate is exercised. Tells what was seen of each gate.
     Exits with 1 if a comparison does not hold.
     """
+    options = parse_pairs("--set", settings)
     from dvexport.bundle import Bundle
     from dvexport.errors import CheckFailed
 
     with checklist() as progress:
         progress("check the bundle's files")
-        opened = Bundle.open(bundle)
+        opened = Bundle.open(bundle, trust=trust)
         progress("run the artifact and compare")
         from dvexport.verify import verify as run_verify
 
-        report = run_verify(opened, clip=clip, checkpoint=checkpoint)
+        report = run_verify(opened, clip=clip, checkpoint=checkpoint, model=model, settings=options)
     if as_json:
         print_json(report.to_dict())
     else:

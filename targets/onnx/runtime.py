@@ -183,6 +183,8 @@ class OrtSession:
         # most of them run. After a step threads must not spin: they would take the cores of whoever is next.
         for key in ("session.intra_op.allow_spinning", "session.force_spinning_stop"):
             options.add_session_config_entry(key, "1")
+        # It would look at the bytes, and read its own format too, which nobody has checked.
+        options.add_session_config_entry("session.load_model_format", "ONNX")
         if self._profile_folder is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(self._profile_folder.name) / "nodes")

@@ -23,6 +23,7 @@ from dvexport.targets.tvm.memory import Constants
 from dvexport.targets.tvm.plan import plan_bytes
 from dvexport.targets.tvm.program import ALGORITHMS
 from dvexport.targets.tvm.session import NativeSession
+from dvexport.trust import check_trust
 from dvexport.weights import Place
 
 if TYPE_CHECKING:
@@ -146,7 +147,8 @@ def build_artifact(
 
 
 def read_variant(bundle: Bundle, name: str) -> NativeVariant:
-    """Return a variant of a bundle; BundleError if it lacks a file."""
+    """Return a variant of a bundle; BundleError if it lacks a file, or its code may not be loaded here."""
+    check_trust(bundle)
     read = {file: bundle.read(f"{FOLDER}/{file}") for file in (LIBRARY, _plan_name(name))}
     weights, frames = bundle.array(NATIVE_WEIGHTS), bundle.manifest.inputs[0].shape[0]
     return NativeVariant(read[LIBRARY], read[_plan_name(name)], weights.data, frames)

@@ -16,7 +16,7 @@ import pytest
 import dvexport
 from dvexport.bundle import Bundle
 from dvexport.cli import main
-from dvexport.errors import DeviceError, UsageError
+from dvexport.errors import BundleError, DeviceError, UsageError
 from dvexport.oracle import Oracle
 from dvexport.profile.run import profile
 from dvexport.session import open_session, read_gate_level
@@ -221,3 +221,16 @@ def test_it_is_told_whether_code_runs_here():
     assert devices.runs_here(here)
     assert not devices.runs_here(other)
     assert "tvm" in sys.modules or importlib.util.find_spec("tvm")
+
+
+@pytest.mark.slow
+def test_an_export_is_trusted_here_and_nowhere_else(stream, tmp_path, monkeypatch):
+    frames = stream.golden()["frames"]
+    want = stream.session().run_clip(frames)[-1].logits
+    again = Bundle.open(stream.path)
+    np.testing.assert_array_equal(again.session().run_clip(frames)[-1].logits, want)
+    monkeypatch.setenv("DVEXPORT_STATE", str(tmp_path / "another"))
+    with pytest.raises(BundleError, match="not made on this machine by you"):
+        open_session(again)
+    for trusting in (stream, Bundle.open(stream.path, trust=True)):
+        np.testing.assert_array_equal(trusting.session().run_clip(frames)[-1].logits, want)

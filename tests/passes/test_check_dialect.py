@@ -29,6 +29,13 @@ def test_unknown_operator():
         check(model)
 
 
+def test_an_operator_of_a_runtimes_own():
+    model = graph("g (float[2] x) => (float[2] y) { y = Relu(x) }")
+    node_of(model, "Relu").domain = "com.microsoft"
+    with pytest.raises(PassError, match=r"is of domain com\.microsoft, and bundles hold standard operators"):
+        check(model)
+
+
 def test_rules_of_the_operator_and_how_many_more():
     model = gated()
     node = node_of(model, "GatedConv")
