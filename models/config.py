@@ -40,8 +40,9 @@ class ResNetConfig:
         size: height and width of the input.
         shift: temporal shift, see `Shift`.
         shift_div: the shift moves 1/`shift_div` of the channels in each direction.
-        shift_place: `conv1` shifts the input of conv1 only (official TSM); `block` shifts what conv1,
-            policy and downsample see, not the identity skip (`--shift` of AdaFuse and D-STEP).
+        shift_place: `conv1` shifts the input of conv1 only (official TSM, `--shift_place=blockres`); `block`
+            shifts what conv1, policy and downsample see, not the identity skip (`--shift` of AdaFuse and
+            D-STEP); `in_place` shifts the identity skip too (official TSM, `--shift_place=block`).
         channel_gates: AdaFuse's channel policy.
         tile_gates: D-STEP's tile mask.
         enabled_stages: stages with gates, 0-based (`--enabled_stages`).
@@ -51,6 +52,8 @@ class ResNetConfig:
         hidden_quota: if above 0, hidden units are `hidden_quota // channels` (`--hidden_quota`).
         gate_bn: batch norm between the policy's linear layers (`--gbn`).
         gate_relu: ReLU between them (`--grelu`).
+        gate_pool: what a policy sees of each channel of the block's input, its `mean` over the plane or its
+            `max` (`--gate_reduce_type`).
         shared_policies: blocks of equal shape share the linear layers (`--shared_policy_net`).
         semantics: D-STEP as its `code` (the policy sees x, and training leaves conv1's output unmasked)
             or its `paper` (the policy sees x under the tile mask, which applies in training too).
@@ -67,7 +70,7 @@ class ResNetConfig:
     size: tuple[int, int] = (224, 224)
     shift: Shift = "none"
     shift_div: int = 8
-    shift_place: Literal["conv1", "block"] = "conv1"
+    shift_place: Literal["conv1", "block", "in_place"] = "conv1"
     channel_gates: bool = False
     tile_gates: bool = False
     enabled_stages: tuple[int, ...] = (0, 1, 2, 3)
@@ -77,6 +80,7 @@ class ResNetConfig:
     hidden_quota: int = 0
     gate_bn: bool = True
     gate_relu: bool = True
+    gate_pool: Literal["mean", "max"] = "mean"
     shared_policies: bool = False
     semantics: Literal["code", "paper"] = "code"
     sampling: Literal["argmax", "official"] = "argmax"
