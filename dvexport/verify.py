@@ -155,4 +155,13 @@ def _rebuilt(manifest: Manifest, checkpoint: str | Path | None) -> tuple[Any, st
         from dvexport.export import build_model
     except ImportError as error:  # a device that only runs bundles has no torch
         return None, f"not compared with PyTorch: {error}"
-    return build_model(manifest.model.name, checkpoint, manifest.model.settings).model, None
+    return build_model(manifest.model.name, checkpoint, _settings(manifest), assume_defaults=True).model, None
+
+
+def _settings(manifest: Manifest) -> dict[str, Any]:
+    """Return the options of the export, those that it assumed too: another version may have other defaults."""
+    from dvexport.models import zoo
+
+    entry = manifest.model
+    known = zoo.options(entry.name)
+    return {**{key: value for key, value in entry.assumed.items() if key in known}, **entry.settings}
