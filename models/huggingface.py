@@ -221,8 +221,12 @@ def _weights(folder: Path) -> tuple[dict[str, Any], Path]:
     files = _weight_files(folder)
     state: dict[str, Any] = {}
     for path in files:
-        if path.suffix != ".json":
-            state.update(read_checkpoint(path).state)
+        if path.suffix == ".json":
+            continue
+        shard = read_checkpoint(path).state
+        if again := sorted(set(shard) & set(state)):
+            raise CheckpointError("a weight stands in two files", where=str(path), why=", ".join(again[:3]))
+        state.update(shard)
     return state, files[0]
 
 

@@ -15,7 +15,16 @@ from typing import Any
 from dvexport.errors import CheckpointError
 from dvexport.models.shift_marks import shift_place
 
-__all__ = ["Layout", "check_colours", "guess_foreign", "infer_mobilenet", "infer_resnet", "recognise", "renamed"]
+__all__ = [
+    "Layout",
+    "check_colours",
+    "guess_foreign",
+    "infer_mobilenet",
+    "infer_resnet",
+    "recognise",
+    "renamed",
+    "shape_of",
+]
 
 _DEPTHS: dict[tuple[tuple[int, ...], bool], int] = {
     ((2, 2, 2, 2), False): 18,
@@ -164,8 +173,8 @@ def _check_shared_tables(tables: Mapping[str, Any], renamed: Mapping[str, Any], 
         if not tables or match is None:
             continue
         block, layer, kind = match.groups()
-        inputs = renamed[f"{block}.gates.policy.fc0.weight"].shape[1]
-        outputs = renamed[f"{block}.gates.policy.fc1.weight"].shape[0]
+        inputs = shape_of(renamed, f"{block}.gates.policy.fc0.weight", 2, where)[1]
+        outputs = shape_of(renamed, f"{block}.gates.policy.fc1.weight", 2, where)[0]
         table_key = f"gate_{layer}s.{inputs}_{outputs}.{kind}"
         if table_key not in tables or not torch.equal(tables[table_key], value):
             raise CheckpointError(
@@ -203,12 +212,9 @@ def infer_resnet(layout: Layout, where: str) -> dict[str, Any]:
     """Return the options of `ResNetConfig` that names and shapes of the weights tell."""
     state = layout.state
     facts: dict[str, Any] = {"depth": _depth(state, where)}
-    for option, key, axis in (("width", "conv1.weight", 0), ("classes", "fc.weight", 0)):
-        if key not in state:
-            raise CheckpointError("the checkpoint lacks a layer", where=f"{where}: {key}")
-        facts[option] = int(state[key].shape[axis])
-    check_colours(state["conv1.weight"], f"{where}: conv1.weight")
-    facts["width"] /= 64
+    facts["width"] = shape_of(state, "conv1.weight", 4, where)[0] / 64
+    facts["classes"] = shape_of(state, "fc.weight", 2, where)[0]
+    check_colours(state, "conv1.weight", where)
     policies = _blocks_with(state, "gates.policy.fc0.weight")
     masks = _blocks_with(state, "gates.mask.conv.weight")
     facts["channel_gates"], facts["tile_gates"] = bool(policies), bool(masks)
@@ -240,14 +246,26 @@ def _shift_facts(layout: Layout) -> dict[str, Any]:
 _FLOWS = {10: "optical flow (2 channels of 5 frames)", 15: "differences of RGB frames (3 channels of 5)"}
 
 
-def check_colours(weight: Any, where: str) -> None:
-    """Raise CheckpointError unless the first convolution reads the three channels of an image."""
-    channels = int(weight.shape[1])
+def shape_of(state: Mapping[str, Any], key: str, axes: int, where: str) -> tuple[int, ...]:
+    """Return the shape of a weight; CheckpointError if it is missing, empty or has not `axes` axes."""
+    if key not in state:
+        raise CheckpointError("the checkpoint lacks a layer", where=f"{where}: {key}")
+    shape = tuple(int(size) for size in state[key].shape)
+    if len(shape) != axes or 0 in shape:
+        raise CheckpointError(
+            "a layer of the checkpoint has another form", where=f"{where}: {key}", why=f"{shape} instead of {axes} axes"
+        )
+    return shape
+
+
+def check_colours(state: Mapping[str, Any], key: str, where: str) -> None:
+    """Raise CheckpointError unless the first layer, `key`, reads the three channels of an image."""
+    channels = int(state[key].shape[1])
     if channels != 3:
         known = _FLOWS.get(channels)
         raise CheckpointError(
             "the checkpoint is of a model that does not read RGB frames",
-            where=where,
+            where=f"{where}: {key}",
             why=f"its first layer reads {channels} channels" + (f", as for {known}" if known else ""),
         )
 
@@ -270,23 +288,24 @@ def _depth(state: Mapping[str, Any], where: str) -> int:
 
 
 def _blocks_with(state: Mapping[str, Any], suffix: str) -> list[str]:
-    return [key.removesuffix("." + suffix) for key in state if key.endswith("." + suffix)]
+    matches = (re.fullmatch(rf"(layer[1-4]\.\d+)\.{re.escape(suffix)}", key) for key in state)
+    return [match[1] for match in matches if match]
 
 
 def _policy_facts(state: Mapping[str, Any], blocks: list[str], where: str) -> dict[str, Any]:
     """Return history, actions, hidden units and batch norm of the policies of `blocks`."""
     hidden, facts = {}, []
     for block in blocks:
-        outputs, inputs = state[f"{block}.conv1.weight"].shape[:2]
-        fc0 = state[f"{block}.gates.policy.fc0.weight"]
-        fc1 = state.get(f"{block}.gates.policy.fc1.weight")
-        if fc1 is None:
+        outputs, inputs, _, _ = shape_of(state, f"{block}.conv1.weight", 4, where)
+        fc0 = shape_of(state, f"{block}.gates.policy.fc0.weight", 2, where)
+        if f"{block}.gates.policy.fc1.weight" not in state:
             raise CheckpointError(
                 "a policy net lacks its second layer",
                 where=f"{where}: {block}",
                 why="AdaFuse's --single_linear has none",
             )
-        history, actions = fc0.shape[1] / inputs, fc1.shape[0] / outputs
+        fc1 = shape_of(state, f"{block}.gates.policy.fc1.weight", 2, where)
+        history, actions = fc0[1] / inputs, fc1[0] / outputs
         if (history, actions) not in ((1, 2), (2, 2), (2, 3)):
             raise CheckpointError(
                 "a policy net has a shape that no option gives",
@@ -294,7 +313,7 @@ def _policy_facts(state: Mapping[str, Any], blocks: list[str], where: str) -> di
                 why=f"it reads {history:g} frames and has {actions:g} outputs per channel",
                 hint="granularity above 1 and gated channel ranges are not supported",
             )
-        hidden[outputs] = fc0.shape[0]
+        hidden[outputs] = fc0[0]
         facts.append((history == 2, actions == 3 or history == 1, f"{block}.gates.policy.bn.weight" in state))
     if len(set(facts)) != 1:
         raise CheckpointError("the policy nets of the checkpoint differ in their options", where=where)
@@ -326,11 +345,12 @@ def infer_mobilenet(layout: Layout, where: str) -> dict[str, Any]:
             where=where,
             why=f"it has no {missing}",
         )
-    facts: dict[str, Any] = {"classes": int(state["classifier.weight"].shape[0])}
+    facts: dict[str, Any] = {"classes": shape_of(state, "classifier.weight", 2, where)[0]}
     widths = [w for w in (0.25, 0.5, 0.75, 1.0, 1.3, 1.4) if _mobile_widths(w) == _seen_widths(state)]
     if widths:
         facts["width"] = widths[0]
-    check_colours(state["features.0.0.weight"], f"{where}: features.0.0.weight")
+    shape_of(state, "features.0.0.weight", 4, where)
+    check_colours(state, "features.0.0.weight", where)
     return facts | _shift_facts(layout)
 
 
@@ -340,4 +360,4 @@ def _mobile_widths(width: float) -> tuple[int, ...]:
 
 def _seen_widths(state: Mapping[str, Any]) -> tuple[int, ...]:
     last = [state.get(f"features.{i}.conv.6.weight") for i in (2, 4, 7, 11, 14, 17)]
-    return tuple(0 if weight is None else int(weight.shape[0]) for weight in last)
+    return tuple(len(weight) if weight is not None and weight.ndim else 0 for weight in last)

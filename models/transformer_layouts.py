@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dvexport.errors import CheckpointError
-from dvexport.models.layouts import Layout, check_colours, renamed
+from dvexport.models.layouts import Layout, check_colours, renamed, shape_of
 
 __all__ = ["VIT_HEADS", "VIT_SIZES", "infer_video_swin", "infer_vit", "recognise_transformer", "swin_name", "vit_name"]
 
@@ -107,9 +107,9 @@ def _window_of(table: Any) -> tuple[int, int, int] | None:
 
     from dvexport.models.video_swin import relative_positions
 
-    places = len(table)
-    if tuple(table.shape) != (places, places):
+    if table.ndim != 2 or len(table) != table.shape[1] or not len(table):
         return None
+    places = len(table)
     sides = [side for side in range(1, places + 1) if places % side == 0]
     for window in ((d, h, places // d // h) for d in sides for h in sides if places % (d * h) == 0):
         # The first and the last place are as far apart as places are, which gives the number of the last row.
@@ -119,25 +119,14 @@ def _window_of(table: Any) -> tuple[int, int, int] | None:
     return None
 
 
-def _shape(state: Mapping[str, Any], key: str, axes: int, where: str) -> tuple[int, ...]:
-    if key not in state:
-        raise CheckpointError("the checkpoint lacks a layer", where=f"{where}: {key}")
-    shape = tuple(int(size) for size in state[key].shape)
-    if len(shape) != axes:
-        raise CheckpointError(
-            "a layer of the checkpoint has another form", where=f"{where}: {key}", why=f"{shape} instead of {axes} axes"
-        )
-    return shape
-
-
 def infer_vit(layout: Layout, where: str) -> dict[str, Any]:
     """Return the options of `ViTConfig` that names and shapes of the weights tell.
 
     Heads are among them only for widths at which everybody uses the same number.
     """
     state = layout.state
-    dim, _, tubelet, patch, across = _shape(state, "patch_embed.proj.weight", 5, where)
-    check_colours(state["patch_embed.proj.weight"], f"{where}: patch_embed.proj.weight")
+    dim, _, tubelet, patch, across = shape_of(state, "patch_embed.proj.weight", 5, where)
+    check_colours(state, "patch_embed.proj.weight", where)
     if patch != across:
         raise CheckpointError("the checkpoint has patches that are not square", where=where, why=f"{patch}x{across}")
     facts: dict[str, Any] = {
@@ -145,8 +134,8 @@ def infer_vit(layout: Layout, where: str) -> dict[str, Any]:
         "embed_dim": dim,
         "patch": patch,
         "tubelet": tubelet,
-        "mlp_ratio": _shape(state, "blocks.0.mlp.fc1.weight", 2, where)[0] / dim,
-        "classes": _shape(state, "head.weight", 2, where)[0],
+        "mlp_ratio": shape_of(state, "blocks.0.mlp.fc1.weight", 2, where)[0] / dim,
+        "classes": shape_of(state, "head.weight", 2, where)[0],
         "mean_pooling": "fc_norm.weight" in state,
     }
     if dim in VIT_HEADS:
@@ -157,19 +146,21 @@ def infer_vit(layout: Layout, where: str) -> dict[str, Any]:
 def infer_video_swin(layout: Layout, where: str) -> dict[str, Any]:
     """Return the options of `VideoSwinConfig` that names and shapes of the weights tell."""
     state = layout.state
-    dim, _, *patch = _shape(state, "patch_embed.proj.weight", 5, where)
+    dim, _, *patch = shape_of(state, "patch_embed.proj.weight", 5, where)
     stages = _count(state, r"layers\.(\d+)\.")
     depths = tuple(_count(state, rf"layers\.{stage}\.blocks\.(\d+)\.") for stage in range(stages))
-    tables = [_shape(state, f"layers.{s}.blocks.0.attn.relative_position_bias_table", 2, where) for s in range(stages)]
+    tables = [
+        shape_of(state, f"layers.{s}.blocks.0.attn.relative_position_bias_table", 2, where) for s in range(stages)
+    ]
     facts: dict[str, Any] = {
         "embed_dim": dim,
         "depths": depths,
         "heads": tuple(heads for _, heads in tables),
         "patch": tuple(patch),
-        "mlp_ratio": _shape(state, "layers.0.blocks.0.mlp.fc1.weight", 2, where)[0] / dim,
-        "classes": _shape(state, "head.weight", 2, where)[0],
+        "mlp_ratio": shape_of(state, "layers.0.blocks.0.mlp.fc1.weight", 2, where)[0] / dim,
+        "classes": shape_of(state, "head.weight", 2, where)[0],
     }
-    check_colours(state["patch_embed.proj.weight"], f"{where}: patch_embed.proj.weight")
+    check_colours(state, "patch_embed.proj.weight", where)
     if layout.window is not None:
         facts["window"] = layout.window
     return facts

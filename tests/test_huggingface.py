@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from sample_transformers import BIAS, edit_config, edit_weights, save_videomae
 
 from dvexport.errors import CheckpointError, UntoldError, UsageError
@@ -178,6 +179,15 @@ def test_shards_that_are_not_there(tmp_path, damage):
     else:
         index.write_text(json.dumps({"weight_map": {"x": "../model.safetensors"} if damage == "elsewhere" else {}}))
     with pytest.raises(CheckpointError, match=r"can't read the checkpoint|names no files beside it"):
+        zoo.create(str(tmp_path))
+
+
+def test_a_weight_in_two_shards(tmp_path):
+    save_videomae(tmp_path, shards="20KB")
+    first, second, *_ = sorted(tmp_path.glob("model-*.safetensors"))
+    keys = {**load_file(second), **{key: value + 1 for key, value in load_file(first).items()}}
+    save_file(keys, second)
+    with pytest.raises(CheckpointError, match="a weight stands in two files"):
         zoo.create(str(tmp_path))
 
 

@@ -246,7 +246,7 @@ def test_adafuse_with_fewer_layers_in_its_policies(tmp_path, left_out, what):
 def assumed(tmp_path_factory):
     """An export that assumes what nothing tells: its checkpoint, its bundle and what the command printed."""
     folder = tmp_path_factory.mktemp("assumed")
-    path = saved(folder, official.adafuse_keys(source("dstep_resnet18", hidden=24)))
+    path = saved(folder, official.adafuse_keys(source("dstep_resnet18", hidden=24, enabled_stages=(3,))))
     call = ["export", "dstep_resnet18", "--checkpoint", path, "--set", "size=64", "-o", folder / "x.dvx"]
     result = CliRunner().invoke(cli, [*map(str, call), "--assume-defaults"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
@@ -356,3 +356,43 @@ def test_transformers_that_do_not_read_three_channels(tmp_path):
     keys["backbone.patch_embed.proj.weight"] = F.pad(keys["backbone.patch_embed.proj.weight"], (0,) * 7 + (1,))
     with pytest.raises(CheckpointError, match="reads 4 channels"):
         zoo.create("video_swin_tiny", official.save(tmp_path / "s.pth", keys), embed_dim=8, depths="1,2,2,1")
+
+
+DAMAGE = {
+    "left out": lambda keys, key: keys.pop(key),
+    "renamed": lambda keys, key: keys.update({key + "x": keys.pop(key)}),
+    "one more": lambda keys, key: keys.update({key.rpartition(".")[0] + ".more.weight": torch.zeros(3)}),
+    "a number": lambda keys, key: keys.update({key: torch.tensor(1.0)}),
+    "empty": lambda keys, key: keys.update({key: keys[key][:0]}),
+    "shorter": lambda keys, key: keys.update({key: keys[key][:-1]}),
+}
+LAYOUTS = {
+    "tsm_resnet18": (lambda: official.tsm_keys(source("tsm_resnet18")), {}),
+    "dstep_resnet18": (
+        lambda: official.adafuse_keys(source("dstep_resnet18", hidden=24, shared_policies=False)),
+        {},
+    ),
+    "tsm_mobilenetv2": (lambda: official.mobilenet_offline_keys(source("tsm_mobilenetv2", width=0.25)), {}),
+    "vit_small": (
+        lambda: dict(zoo.create("vit_small", depth=2, embed_dim=24, heads=3, size=32, frames=4).state_dict()),
+        {"heads": 3, "depth": 2, "embed_dim": 24, "size": 32, "frames": 4},
+    ),
+    "video_swin_tiny": (
+        lambda: official.swin_keys(small_swin().float()),
+        {"embed_dim": 8, "depths": "1,2,2,1", "frames": 8, "size": 64},
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_no_key_is_lost_without_a_word(tmp_path, name, damage):
+    make, settings = LAYOUTS[name]
+    keys = make()
+    weights = [key for key in keys if not key.endswith(("num_batches_tracked", "relative_position_index"))]
+    # The first and the last layers, and one of each kind between.
+    for key in {*weights[:2], *weights[-2:], *{key.rpartition(".")[2]: key for key in weights}.values()}:
+        damaged = dict(keys)
+        DAMAGE[damage](damaged, key)
+        with pytest.raises(CheckpointError):
+            zoo.create(name, official.save(tmp_path / "c.pth", damaged), assume_defaults=True, **settings)
