@@ -128,14 +128,14 @@ def measure(
     scores: dict[tuple[str, int], tuple[float, int, int]] = {}
     sessions: dict[str, Session] = {}
     gmacs: dict[tuple[str, int], float] = {}
-    plain = zoo.create(model, checkpoint)
+    plain = zoo.create(model, checkpoint, assume_defaults=True)
     frames, labels = _validation(plain, clips)
     with tempfile.TemporaryDirectory() as folder:
         for method, r in cells:
             settings = {"sta_r": r, "sta_method": method}
-            net = zoo.create(model, checkpoint, **settings)
+            net = zoo.create(model, checkpoint, assume_defaults=True, **settings)
             bundle = dvexport.export(
-                model, checkpoint=checkpoint, settings=settings, backend=backend, mode="clip",
+                model, checkpoint=checkpoint, settings=settings, assume_defaults=True, backend=backend, mode="clip",
                 output=Path(folder) / f"{method}_{r}.dvx",
             )  # fmt: skip
             session = sessions[f"{method} {r}"] = bundle.session(threads=threads)
@@ -144,7 +144,10 @@ def measure(
             expected = _predictions(net, frames)
             found = torch.tensor([int(session.run_clip(clip.numpy())[-1].logits.argmax()) for clip in frames])
             others = range(1, seeds) if method == "random" else ()
-            more = [_predictions(zoo.create(model, checkpoint, **settings, sta_seed=seed), frames) for seed in others]
+            more = [
+                _predictions(zoo.create(model, checkpoint, assume_defaults=True, **settings, sta_seed=seed), frames)
+                for seed in others
+            ]
             accuracy = float(torch.stack([p == labels for p in (expected, *more)]).float().mean())
             with torch.no_grad():
                 tokens = net.tokens(frames[0]).shape[1]

@@ -1,6 +1,9 @@
 """Export trained dynamic video models so that the work their gates skip is really skipped.
 
-    bundle = dvexport.export("dstep_resnet18", checkpoint="best.pth", output="model.dvx")
+    settings = {"shift": "none", "frames": 8}
+    bundle = dvexport.export(
+        "dstep_resnet18", checkpoint="best.pth", settings=settings, assume_defaults=True, output="model.dvx"
+    )
     session = dvexport.Bundle.open("model.dvx").session()
 
 Everything is imported on first use: importing dvexport costs nothing, and running a bundle needs no torch.

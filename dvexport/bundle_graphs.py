@@ -1,9 +1,9 @@
 """The one reader of graphs in bundles: a graph refers to the manifest's weights and to nothing else.
 
 ONNX lets every tensor be a reference to a file: initializers, dense and sparse, of the graph, of branches, of training;
-constants in attributes. Readers resolve such a path in the working folder. ONNX Runtime has its own notions beside: another file format under the same name, session options in the
-metadata, operators that load a compiled graph, a location that is an address in memory. All of it is refused here,
-before onnx-ir or a runtime sees the graph.
+constants in attributes. Readers resolve such a path in the working folder. ONNX Runtime has its own notions beside:
+another file format under the same name, session options in the metadata, operators that load a compiled graph, a
+location that is an address in memory. All of it is refused here, before onnx-ir or a runtime sees the graph.
 """
 
 from __future__ import annotations

@@ -170,10 +170,18 @@ class TokenEntry(_Entry):
 
 
 class ModelEntry(_Entry):
-    """The model, the options given for it, and those that neither they nor its weights told."""
+    """The model and where its options come from.
+
+    Attributes:
+        name: as it was asked for.
+        settings: options given by name.
+        inferred: options that the weights told, and the model's name.
+        assumed: options that nothing told, at their defaults.
+    """
 
     name: str
     settings: dict[str, Any] = {}
+    inferred: dict[str, Any] = {}
     assumed: dict[str, Any] = {}
 
 

@@ -14,6 +14,7 @@ __all__ = [
     "DvexportError",
     "PassError",
     "TraceError",
+    "UntoldError",
     "UsageError",
     "unknown_name",
 ]
@@ -49,6 +50,18 @@ class UsageError(DvexportError):
 
 class CheckpointError(DvexportError):
     """A checkpoint that is missing, damaged, unsafe or made for another model."""
+
+
+class UntoldError(CheckpointError):
+    """A checkpoint that leaves options open which change its numbers.
+
+    Attributes:
+        settings: one `KEY=VALUE` for each, at the default that `assume_defaults` takes.
+    """
+
+    def __init__(self, what: str, *, where: str, why: str, hint: str, settings: list[str]) -> None:
+        super().__init__(what, where=where, why=why, hint=hint)
+        self.settings = settings
 
 
 class ClipError(DvexportError):

@@ -66,6 +66,7 @@ def export(
     output: str | Path,
     checkpoint: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
+    assume_defaults: bool = False,
     target: str = devices.HOST,
     backend: str = "onnx",
     mode: str | None = None,
@@ -80,7 +81,7 @@ def export(
             or a `VideoModel`.
         output: written whole or not at all; the same export gives the same bytes. Native code is remembered as made
             here (`dvexport.trust`), if the user's list of exports can be written.
-        checkpoint, settings: weights and options, see `dvexport.models.zoo.create`.
+        checkpoint, settings, assume_defaults: weights and options, see `dvexport.models.zoo.create`.
         target: name in the device catalogue, `host`, or a TOML file.
         backend: `onnx`.
         mode: `stream` (a frame a step, explicit state) or `clip` (all frames at once); by default `stream`, and `clip`
@@ -93,6 +94,7 @@ def export(
     Raises:
         UsageError: an unknown name, an option that does not fit, an output that can't be written.
         CheckpointError: weights that are damaged, unsafe or not finite.
+        UntoldError: weights that leave options open which change their numbers.
         ClipError: a calibration video that can't be read.
         TraceError: a model that can't be traced, or mixes frames in stream mode.
         CheckFailed: the artifact does not compute what PyTorch does. Nothing is written.
@@ -103,7 +105,7 @@ def export(
     maker = backend_of(backend)
     writable_output(output)
     tell("load the model")
-    source = build_model(model, checkpoint, settings or {})
+    source = build_model(model, checkpoint, settings or {}, assume_defaults)
     net = source.model
     mode = _mode_of(net, mode)
     preprocess = net.preprocess
@@ -124,7 +126,7 @@ def export(
         runs, compared = verified_runs(Session(built.forced().open(), mode=mode), traced, net, golden_frames, runs)
     tell("write the bundle")
     manifest = Manifest(
-        model=ModelEntry(name=source.name, settings=source.settings, assumed=_assumed(net)),
+        model=_model_entry(source),
         target=device.name,
         backend=backend,
         mode="clip" if mode == "clip" else "stream",
@@ -180,7 +182,12 @@ class Source:
     digest: str | None
 
 
-def build_model(model: str | nn.Module, checkpoint: str | Path | None, settings: Mapping[str, Any]) -> Source:
+def build_model(
+    model: str | nn.Module,
+    checkpoint: str | Path | None,
+    settings: Mapping[str, Any],
+    assume_defaults: bool = False,
+) -> Source:
     """Return the model to export, in evaluation mode.
 
     Without a checkpoint an architecture of the zoo gets random weights, the same every time.
@@ -199,7 +206,7 @@ def build_model(model: str | nn.Module, checkpoint: str | Path | None, settings:
         model, checkpoint = zoo.saved_directory(model, checkpoint)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            net = zoo.create(model, checkpoint, **settings)
+            net = zoo.create(model, checkpoint, assume_defaults=assume_defaults, **settings)
         digest = None if checkpoint is None else file_digest(checkpoint)
         source = Source(net, model, _json_values(settings), digest)
     _check_weights(source.model)
@@ -248,9 +255,13 @@ def _check_weights(model: nn.Module) -> None:
             raise CheckpointError("the model has NaN or infinite weights", where=name)
 
 
-def _assumed(net: Any) -> dict[str, Any]:
-    """Return the options that neither the checkpoint nor the user told (`models.importers`)."""
-    return {} if net.import_report is None else _json_values(net.import_report.assumed)
+def _model_entry(source: Source) -> ModelEntry:
+    """Return how the model was made: what was given, what an import inferred and assumed (`models.importers`)."""
+    report = source.model.import_report
+    told = {} if report is None else {"inferred": report.inferred, "assumed": report.assumed}
+    return ModelEntry(
+        name=source.name, settings=source.settings, **{key: _json_values(options) for key, options in told.items()}
+    )
 
 
 def _json_values(settings: Mapping[str, Any]) -> dict[str, Any]:

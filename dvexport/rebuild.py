@@ -170,7 +170,10 @@ def _bounded(manifest: Manifest, name: str, shapes: Mapping[str, Any]) -> dict[s
     """
     from dvexport.models import zoo
 
-    parsed = zoo.parsed_settings(name, {k: v for k, v in manifest.model.settings.items() if k != _LABELS})
+    entry, known = manifest.model, zoo.options(name)
+    # What the export assumed is given too: another version may have other defaults.
+    given = {**{key: value for key, value in entry.assumed.items() if key in known}, **entry.settings}
+    parsed = zoo.parsed_settings(name, {key: value for key, value in given.items() if key != _LABELS})
     for option, value in parsed.items():
         for number in value if isinstance(value, tuple) else (value,):
             _check_number(option, number)
@@ -209,4 +212,4 @@ def _built(name: str, checkpoint: str | Path | None, options: Mapping[str, Any],
         most = 2 * sum(entry.size for entry in manifest.files.values()) + _SLACK
         if (size := zoo.weight_bytes(name, options)) > most:
             raise _unfit("*", f"its weights and tables take {size} bytes, more than {most} for a bundle of its size")
-    return build_model(name, checkpoint, options).model
+    return build_model(name, checkpoint, options, assume_defaults=True).model

@@ -186,6 +186,7 @@ def _unwrap(path: Path, content: Any) -> dict[str, Any]:
     """Return the mapping of keys to tensors inside what training code saved around it."""
     for key in _WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
+            _check_alone(path, key, content)
             content = content[key]
     if not isinstance(content, dict) or not content:
         raise CheckpointError(
@@ -194,6 +195,22 @@ def _unwrap(path: Path, content: Any) -> dict[str, Any]:
             why=f"it holds a {type(content).__name__}, not a state_dict",
         )
     return content
+
+
+def _check_alone(path: Path, key: str, content: dict[str, Any]) -> None:
+    """Raise CheckpointError if a second set of the same weights lies beside `content[key]`, such as an average."""
+    names = {name.removeprefix("module.") for name in content[key] if isinstance(name, str)}
+    for other, value in content.items():
+        if other == key or not isinstance(value, dict):
+            continue
+        shared = [name for name in value if isinstance(name, str) and name.removeprefix("module.") in names]
+        if 2 * len(shared) > len(names):
+            raise CheckpointError(
+                "the checkpoint holds two sets of weights, and nothing tells which is meant",
+                where=str(path),
+                why=f"{key} and {other} have the same keys",
+                hint=f"save one of them to a file of its own: torch.save(torch.load(FILE)['{other}'], NEW)",
+            )
 
 
 def _checked(path: Path, state: dict[str, Any]) -> dict[str, Any]:

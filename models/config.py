@@ -13,6 +13,7 @@ from dvexport.errors import UsageError, unknown_name
 from dvexport.preprocess import Preprocess
 
 __all__ = [
+    "CONFIGS",
     "MobileNetConfig",
     "Preprocess",
     "ResNetConfig",
@@ -40,8 +41,9 @@ class ResNetConfig:
         size: height and width of the input.
         shift: temporal shift, see `Shift`.
         shift_div: the shift moves 1/`shift_div` of the channels in each direction.
-        shift_place: `conv1` shifts the input of conv1 only (official TSM); `block` shifts what conv1,
-            policy and downsample see, not the identity skip (`--shift` of AdaFuse and D-STEP).
+        shift_place: `conv1` shifts the input of conv1 only (official TSM, `--shift_place=blockres`); `block`
+            shifts what conv1, policy and downsample see, not the identity skip (`--shift` of AdaFuse and
+            D-STEP); `in_place` shifts the identity skip too (official TSM, `--shift_place=block`).
         channel_gates: AdaFuse's channel policy.
         tile_gates: D-STEP's tile mask.
         enabled_stages: stages with gates, 0-based (`--enabled_stages`).
@@ -51,6 +53,8 @@ class ResNetConfig:
         hidden_quota: if above 0, hidden units are `hidden_quota // channels` (`--hidden_quota`).
         gate_bn: batch norm between the policy's linear layers (`--gbn`).
         gate_relu: ReLU between them (`--grelu`).
+        gate_pool: what a policy sees of each channel of the block's input, its `mean` over the plane or its
+            `max` (`--gate_reduce_type`).
         shared_policies: blocks of equal shape share the linear layers (`--shared_policy_net`).
         semantics: D-STEP as its `code` (the policy sees x, and training leaves conv1's output unmasked)
             or its `paper` (the policy sees x under the tile mask, which applies in training too).
@@ -67,7 +71,7 @@ class ResNetConfig:
     size: tuple[int, int] = (224, 224)
     shift: Shift = "none"
     shift_div: int = 8
-    shift_place: Literal["conv1", "block"] = "conv1"
+    shift_place: Literal["conv1", "block", "in_place"] = "conv1"
     channel_gates: bool = False
     tile_gates: bool = False
     enabled_stages: tuple[int, ...] = (0, 1, 2, 3)
@@ -77,6 +81,7 @@ class ResNetConfig:
     hidden_quota: int = 0
     gate_bn: bool = True
     gate_relu: bool = True
+    gate_pool: Literal["mean", "max"] = "mean"
     shared_policies: bool = False
     semantics: Literal["code", "paper"] = "code"
     sampling: Literal["argmax", "official"] = "argmax"
@@ -294,6 +299,15 @@ class VideoSwinConfig:
         """Return the tokens of a stage (0-based) in time, height and width."""
         height, width = (-(-side // patch) for side, patch in zip(self.size, self.patch[1:], strict=True))
         return self.frames // self.patch[0], -(-height // 2**stage), -(-width // 2**stage)
+
+
+CONFIGS: dict[str, type] = {
+    "resnet": ResNetConfig,
+    "mobilenet": MobileNetConfig,
+    "vit": ViTConfig,
+    "video_swin": VideoSwinConfig,
+}
+"""The options of each family."""
 
 
 def _check_common(classes: int, frames: int, size: tuple[int, ...], shift_div: int = 8, width: float = 1.0) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dvexport.errors import CheckpointError, UsageError
+from dvexport.errors import CheckpointError, UntoldError, UsageError
 from dvexport.models.checkpoint import read_checkpoint
 from dvexport.models.config import ViTConfig, parse_settings
 from dvexport.preprocess import Preprocess
@@ -44,6 +44,21 @@ _CONFIG = {
 """The library's defaults, for keys that a config leaves out."""
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _PREPROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json")
+_BILINEAR = 2
+"""The library's number of the interpolation."""
+_PREPROCESSING = {
+    "do_resize": True,
+    "size": {"shortest_edge": 224},
+    "resample": _BILINEAR,
+    "do_center_crop": True,
+    "crop_size": {"height": 224, "width": 224},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": (0.5, 0.5, 0.5),
+    "image_std": (0.5, 0.5, 0.5),
+}
+"""The library's defaults of `VideoMAEImageProcessor`, for keys that a file leaves out."""
 
 _ENDS = {
     "patch_embed.proj": "videomae.embeddings.patch_embeddings.projection",
@@ -60,18 +75,20 @@ _LAYER = {
 }
 
 
-def load_directory(folder: str | Path, settings: Mapping[str, Any]) -> Any:
+def load_directory(folder: str | Path, settings: Mapping[str, Any], *, assume_defaults: bool = False) -> Any:
     """Return the model of a directory, with its weights, labels and preprocessing, in evaluation mode.
 
     Args:
         folder: what `save_pretrained` wrote.
         settings: options that the config leaves open, such as `sta.r`; one it contradicts is an error.
+        assume_defaults: without a `preprocessor_config.json`, take ImageNet's mean and deviation.
 
     Raises:
+        UntoldError: nothing tells how frames are normalised.
         CheckpointError: no config, another architecture, weights missing, left over or of another size.
         UsageError: an option that is unknown or contradicts the config.
     """
-    from dvexport.models.importers import ImportReport, load_weights
+    from dvexport.models.importers import ImportReport, contradiction, load_weights
     from dvexport.models.vit import VisionTransformer
 
     folder = Path(folder)
@@ -80,20 +97,17 @@ def load_directory(folder: str | Path, settings: Mapping[str, Any]) -> Any:
     parsed = parse_settings(ViTConfig, settings)
     for option, value in parsed.items():
         if option in options and options[option] != value:
-            raise UsageError(
-                f"{option}={value} contradicts the directory",
-                where=str(folder / "config.json"),
-                why=f"its config says {option}={options[option]}",
-                hint=f"leave {option} out",
-            )
+            said = {option: options[option]}
+            raise contradiction({option: value}, said, "directory", str(folder / "config.json"), "its config says")
     state, source = _weights(folder)
-    renamed = _renamed(state, options, about, str(source))
+    weights = _own_names(state, options, about, str(source))
     model = VisionTransformer(ViTConfig(**{**options, **parsed}), "huggingface")
-    load_weights(model, renamed, where=str(source))
+    load_weights(model, weights, where=str(source))
     if labels := _labels(about, options["classes"], folder):
         model.set_labels(labels)
-    model.preprocess, assumed = _preprocess(folder, model.preprocess)
-    model.import_report = ImportReport(str(folder), f"Hugging Face {_ARCHITECTURE}", options, assumed)
+    model.preprocess, assumed = _preprocess(folder, model.preprocess, assume_defaults)
+    given = {option: value for option, value in parsed.items() if option not in options}
+    model.import_report = ImportReport(str(folder), f"Hugging Face {_ARCHITECTURE}", options, given, assumed)
     return model.eval()
 
 
@@ -207,18 +221,24 @@ def _weights(folder: Path) -> tuple[dict[str, Any], Path]:
     files = _weight_files(folder)
     state: dict[str, Any] = {}
     for path in files:
-        if path.suffix != ".json":
-            state.update(read_checkpoint(path).state)
+        if path.suffix == ".json":
+            continue
+        shard = read_checkpoint(path).state
+        if again := sorted(set(shard) & set(state)):
+            raise CheckpointError("a weight stands in two files", where=str(path), why=", ".join(again[:3]))
+        state.update(shard)
     return state, files[0]
 
 
-def _renamed(
+def _own_names(
     state: Mapping[str, Any], options: Mapping[str, Any], about: Mapping[str, Any], where: str
 ) -> dict[str, Any]:
     """Return the weights under dvexport's names; CheckpointError for those missing or left over."""
     import torch
 
-    state = {re.sub(r"attention\.(query|value)\.bias$", _old_bias, key): value for key, value in state.items()}
+    from dvexport.models.layouts import renamed
+
+    state = renamed(state, lambda key: re.sub(r"attention\.(query|value)\.bias$", _old_bias, key), where)
     sources = _sources(options, bool(about["qv_bias"]))
     wanted = {key for keys in sources.values() for key in keys}
     missing, extra = sorted(wanted - set(state)), sorted(set(state) - wanted)
@@ -231,12 +251,12 @@ def _renamed(
             why="; ".join(found),
             hint="save the model and its config together, with save_pretrained",
         )
-    renamed = {own: torch.cat([state[key] for key in keys]) for own, keys in sources.items()}
+    weights = {own: torch.cat([state[key] for key in keys]) for own, keys in sources.items()}
     if not about["qv_bias"]:
         for layer in range(options["depth"]):
             for name in ("q_bias", "v_bias"):
-                renamed[f"blocks.{layer}.attn.{name}"] = torch.zeros(options["embed_dim"])
-    return renamed
+                weights[f"blocks.{layer}.attn.{name}"] = torch.zeros(options["embed_dim"])
+    return weights
 
 
 def _old_bias(match: re.Match[str]) -> str:
@@ -258,26 +278,51 @@ def _sources(options: Mapping[str, Any], biased: bool) -> dict[str, list[str]]:
     return sources
 
 
-def _preprocess(folder: Path, built: Preprocess) -> tuple[Preprocess, dict[str, Any]]:
+def _preprocess(folder: Path, built: Preprocess, assume_defaults: bool) -> tuple[Preprocess, dict[str, Any]]:
     """Return the preprocessing, and what of it had to be assumed."""
     path = next((folder / name for name in _PREPROCESSORS if (folder / name).is_file()), None)
     if path is None:
+        if not assume_defaults:
+            raise UntoldError(
+                "nothing in the directory tells how frames are normalised, and the numbers depend on it",
+                where=str(folder),
+                why=f"it has no {_PREPROCESSORS[0]}",
+                hint=f"put the {_PREPROCESSORS[0]} of the training beside config.json, or --assume-defaults "
+                "(assume_defaults=True) for ImageNet's mean and deviation",
+                settings=[],
+            )
         return built, {"mean": built.mean, "std": built.std}
-    about = _json(path)
+    about = {**_PREPROCESSING, **{key: value for key, value in _json(path).items() if value is not None}}
     try:
-        normalised = about.get("do_normalize", True)
-        mean = tuple(about.get("image_mean", built.mean)) if normalised else (0.0, 0.0, 0.0)
-        std = tuple(about.get("image_std", built.std)) if normalised else (1.0, 1.0, 1.0)
-        resize = max(_short_side(about.get("size", built.resize)), min(built.size))
-        return dataclasses.replace(built, mean=mean, std=std, resize=resize), {}
+        _check_processing(about, built.size, str(path))
+        normalised = about["do_normalize"]
+        mean = tuple(about["image_mean"]) if normalised else (0.0, 0.0, 0.0)
+        std = tuple(about["image_std"]) if normalised else (1.0, 1.0, 1.0)
+        return dataclasses.replace(built, mean=mean, std=std, resize=_short_side(about["size"])), {}
     except (TypeError, KeyError, ValueError, UsageError) as error:
         raise CheckpointError(
             "can't read the preprocessing", where=str(path), why=str(error).splitlines()[0] or type(error).__name__
         ) from None
 
 
+def _check_processing(about: Mapping[str, Any], crop: tuple[int, int], where: str) -> None:
+    """Raise CheckpointError for steps other than resize, centre crop, 0..1 and mean: the numbers would be others."""
+    wanted: dict[str, Any] = {
+        **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale"), True),
+        "resample": _BILINEAR,
+        "crop_size": crop,
+    }
+    given = about["crop_size"]
+    sides = (given, given) if isinstance(given, int) else (int(given["height"]), int(given["width"]))
+    said = {**about, "crop_size": sides, "rescale_factor": round(float(about["rescale_factor"]), 8)}
+    for key, value in {**wanted, "rescale_factor": round(1 / 255, 8)}.items():
+        if said[key] != value:
+            raise CheckpointError(
+                f"the preprocessing has {key}={said[key]}, which dvexport does not do", where=where,
+                why=f"{value} is done",
+            )  # fmt: skip
+
+
 def _short_side(size: Any) -> int:
-    """Return what the short side is resized to: a number, or a mapping of one or two sides."""
-    if isinstance(size, int):
-        return size
-    return int(size["shortest_edge"]) if "shortest_edge" in size else min(int(size["height"]), int(size["width"]))
+    """Return what the short side is resized to; sides of their own would change the picture's proportions."""
+    return int(size) if isinstance(size, int) else int(size["shortest_edge"])

@@ -1,8 +1,8 @@
-"""Turns a checkpoint into a model: recognise the layout, infer the options, check, load.
+"""Turns a checkpoint into a model: recognise the layout, infer the options, ask for the others, check, load.
 
-Shapes tell depth, gated stages, history, actions, hidden sizes, sharing and classes. They don't tell
-the number of frames, the shift of AdaFuse and D-STEP, or the input size: those come from
-`--set frames=8 --set shift=...`, else from the official defaults, and are reported as assumed.
+Keys and shapes tell depth, gated stages, history, actions, hidden sizes, sharing and classes, and whether and
+where TSM shifts. They don't tell the number of frames, the input size, or the shift of AdaFuse and D-STEP: those
+are asked for. `dvexport.models.untold` has the rule for every option.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dvexport.errors import CheckpointError, UsageError
 from dvexport.models.checkpoint import Checkpoint, read_checkpoint
+from dvexport.models.config import CONFIGS, ViTConfig, parse_settings
 from dvexport.models.layouts import Layout, infer_mobilenet, infer_resnet, recognise
 from dvexport.models.transformer_layouts import (
     infer_video_swin,
@@ -24,16 +25,12 @@ from dvexport.models.transformer_layouts import (
     swin_name,
     vit_name,
 )
+from dvexport.models.untold import ROLES, as_settings, questions, refusal
 
-__all__ = ["ImportPlan", "ImportReport", "load_weights", "plan_import"]
+__all__ = ["ImportPlan", "ImportReport", "contradiction", "load_weights", "plan_import"]
 
-_UNTOLD = {
-    "resnet": ("frames", "shift", "shift_div", "size", "gate_relu", "semantics"),
-    "mobilenet": ("frames", "shift", "shift_div", "size"),
-    "vit": ("frames", "size"),
-    "video_swin": ("frames", "size", "window"),
-}
-"""Options that no shape tells, by family."""
+_FREE = ("frames", "size")
+"""Asked of a foreign file; of one that tells them, the same weights may be run with others."""
 _IDENTITY = {
     "resnet": ("depth", "channel_gates", "tile_gates"),
     "vit": ("embed_dim", "depth"),
@@ -49,31 +46,31 @@ class ImportReport:
     Attributes:
         path: the checkpoint.
         layout: name of the layout.
-        inferred: options that the weights tell.
+        inferred: options that the weights tell, and that the name of the model tells.
+        given: options set by name that the weights do not tell.
         assumed: options that nothing told, at the official defaults; set them by name to overrule.
     """
 
     path: str
     layout: str
     inferred: dict[str, Any] = field(default_factory=dict)
+    given: dict[str, Any] = field(default_factory=dict)
     assumed: dict[str, Any] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """Return the report for a person."""
         lines = [f"{self.path}: {self.layout} layout"]
         if self.inferred:
-            lines.append("  inferred: " + _as_settings(self.inferred))
+            lines.append("  inferred: " + _joined(self.inferred))
+        if self.given:
+            lines.append("  given:    " + _joined(self.given))
         if self.assumed:
-            lines.append("  assumed:  " + _as_settings(self.assumed) + "  (overrule with --set)")
+            lines.append("  assumed:  " + _joined(self.assumed) + "  (overrule with --set)")
         return lines
 
 
-def _as_settings(options: Mapping[str, Any]) -> str:
-    return " ".join(f"{key}={_plain(value)}" for key, value in options.items())
-
-
-def _plain(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def _joined(options: Mapping[str, Any]) -> str:
+    return " ".join(as_settings(options))
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,13 @@ class ImportPlan:
 
 
 def plan_import(
-    path: str | Path, name: str, family: str, defaults: Mapping[str, Any], settings: Mapping[str, Any]
+    path: str | Path,
+    name: str,
+    family: str,
+    defaults: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    *,
+    assume_defaults: bool = False,
 ) -> ImportPlan:
     """Read a checkpoint for the zoo model `name` and settle every option.
 
@@ -100,58 +103,88 @@ def plan_import(
         path: the file.
         name, family, defaults: the zoo model, its family and its options.
         settings: options given by name, which outrank what is assumed.
+        assume_defaults: take the defaults of what nothing tells instead of asking.
 
     Raises:
+        UntoldError: if nothing tells an option that changes the numbers.
         CheckpointError: if the file can't be read safely or is of another model.
         UsageError: if a setting contradicts the weights.
     """
     checkpoint = read_checkpoint(path)
     if checkpoint.metadata is not None:
-        return _plan_own(checkpoint, name, settings)
+        return _plan_own(checkpoint, name, family, settings)
     layout = _recognise(checkpoint.state, str(path))
     facts = _infer(layout, str(path))
-    likely = likely_name(layout.family, facts)
-    # A transformer's size may be given by name; a ResNet's is its zoo name.
-    asked = {**defaults, **settings} if family in _TRANSFORMERS else defaults
-    mismatch = _mismatch(family, asked, layout, facts)
+    # A transformer's size and the direction of a shift may be given by name; a ResNet's depth is its zoo name.
+    free = settings if family in _TRANSFORMERS else {k: v for k, v in settings.items() if k == "shift"}
+    mismatch = _mismatch(family, {**defaults, **free}, layout, facts)
     if mismatch:
         raise CheckpointError(
             f"the checkpoint is of another model than {name}",
             where=str(path),
             why=mismatch,
-            hint=f"use {likely}, the most likely model" if likely else "give its size with --set, see the options",
+            hint=_other_model(layout.family, facts),
         )
-    if defaults.get("shift") == "online" and facts.get("shift") == "bidirectional":
-        # The official layout marks a shifted convolution, not the direction of its shift.
-        facts["shift"] = "online"
+    told = {**_named(defaults), **facts}
+    if facts.get("shift") == "bidirectional":
+        # The official layout marks that a block is shifted, not the direction: that is for the name to say.
+        told["shift"] = facts["shift"] = settings.get("shift", defaults["shift"])
     for option, value in facts.items():
         if option in settings and settings[option] != value:
-            raise UsageError(
-                f"{option}={_plain(settings[option])} contradicts the checkpoint",
-                where=str(path),
-                why=f"its weights say {option}={_plain(value)}",
-                hint=f"leave {option} out",
-            )
-    if family == "vit" and "heads" not in facts and "heads" not in settings:
-        raise _unclear_heads(str(path), facts["embed_dim"])
-    options = {**defaults, **facts, **settings}
-    untold = [o for o in _UNTOLD[family] if o not in facts and o not in settings]
-    report = ImportReport(str(path), layout.kind, facts, {option: options[option] for option in untold})
-    return ImportPlan(options, layout.state, report)
+            raise contradiction({option: settings[option]}, {option: value}, "checkpoint", str(path), "its weights say")
+    options = {**defaults, **told, **settings}
+    asked = questions(family, options, told, settings)
+    if asked and not assume_defaults:
+        raise refusal(asked, f"{path} ({layout.kind} layout)")
+    _check_tokens(layout, options, str(path))
+    given = {option: value for option, value in settings.items() if option not in facts}
+    inferred = {option: value for option, value in told.items() if option not in given}
+    assumed = {question.option: question.default for question in asked}
+    return ImportPlan(options, layout.state, ImportReport(str(path), layout.kind, inferred, given, assumed))
 
 
-def _unclear_heads(where: str, dim: int) -> CheckpointError:
-    return CheckpointError(
-        f"nothing in the checkpoint tells how many attention heads a width of {dim} has",
+def _named(defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that the zoo has names for: the shift of models without gates, D-STEP's two versions."""
+    named = {}
+    if "shift" in defaults and not defaults.get("channel_gates"):
+        named["shift"] = defaults["shift"]
+    if defaults.get("tile_gates"):
+        named["semantics"] = defaults["semantics"]
+    return named
+
+
+def contradiction(given: Mapping[str, Any], found: Mapping[str, Any], source: str, where: str, says: str) -> UsageError:
+    """Return the error for a setting that a file contradicts; `says` begins the reason, such as `its config says`."""
+    return UsageError(
+        f"{_joined(given)} contradicts the {source}",
         where=where,
-        why="official files of width 384 have 6 heads, converted ones 16: both load, one computes nonsense"
-        if dim == 384
-        else "the width is not one of VideoMAE's",
-        hint="--set heads=6" if dim == 384 else "--set heads=...",
+        why=f"{says} {_joined(found)}",
+        hint=f"leave {' and '.join(given)} out",
     )
 
 
-def _plan_own(checkpoint: Checkpoint, name: str, settings: Mapping[str, Any]) -> ImportPlan:
+def _check_tokens(layout: Layout, options: Mapping[str, Any], where: str) -> None:
+    """Raise UsageError if a stored table of positions is that of another number of tokens."""
+    if layout.positions is None:
+        return
+    config, tokens = ViTConfig(**options), layout.positions.shape[1]
+    if config.tokens != tokens:
+        raise UsageError(
+            f"{_joined({'frames': config.frames, 'size': config.size})} contradict the checkpoint",
+            where=f"{where}: pos_embed",
+            why=f"it has positions for {tokens} tokens, and these are {config.tokens}",
+            hint="set frames and size as they were in training",
+        )
+
+
+def _other_model(family: str, facts: Mapping[str, Any]) -> str:
+    likely = likely_name(family, facts)
+    if likely:
+        return f"use {likely}, the most likely model"
+    return "--set shift=none" if family == "mobilenet" else "give its size with --set, see the options"
+
+
+def _plan_own(checkpoint: Checkpoint, name: str, family: str, settings: Mapping[str, Any]) -> ImportPlan:
     """Plan a checkpoint that `save_checkpoint` wrote: it says everything itself."""
     about = checkpoint.metadata
     assert about is not None
@@ -162,8 +195,14 @@ def _plan_own(checkpoint: Checkpoint, name: str, settings: Mapping[str, Any]) ->
             why=f"it was saved as {about.get('architecture')}",
             hint=f"use {about.get('architecture')}",
         )
+    known = parse_settings(CONFIGS[family], about.get("settings", {}))
+    for option, value in settings.items():
+        free = option in _FREE or ROLES[family][option] in ("chosen", "training")
+        if not free and known.get(option, value) != value:
+            said = {option: known[option]}
+            raise contradiction({option: value}, said, "checkpoint", str(checkpoint.path), "it was trained with")
     report = ImportReport(str(checkpoint.path), "dvexport")
-    return ImportPlan({**about.get("settings", {}), **settings}, checkpoint.state, report)
+    return ImportPlan({**known, **settings}, checkpoint.state, report)
 
 
 _INFER = {
@@ -188,7 +227,8 @@ def likely_name(family: str, facts: Mapping[str, Any]) -> str | None:
     if family in _TRANSFORMERS:
         return vit_name(facts) if family == "vit" else swin_name(facts)
     if family == "mobilenet":
-        return "tsm_mobilenetv2" if facts.get("shift") == "bidirectional" else "tsm_online_mobilenetv2"
+        by_shift = {"bidirectional": "tsm_mobilenetv2", "none": None, None: "tsm_online_mobilenetv2"}
+        return by_shift[facts.get("shift")]
     suffix = f"resnet{facts['depth']}"
     if facts["tile_gates"]:
         return f"dstep_{suffix}"
@@ -203,9 +243,9 @@ def _mismatch(family: str, defaults: Mapping[str, Any], layout: Layout, facts: M
     if layout.family != family:
         return f"its layers are those of a {layout.family}"
     differing = [o for o in _IDENTITY.get(family, ()) if o in facts and facts[o] != defaults[o]]
-    if family == "resnet" and "shift" in facts and _shifts(facts) != _shifts(defaults):
+    if "shift" in facts and _shifts(facts) != _shifts(defaults):
         differing.append("shift")
-    return "its weights say " + _as_settings({o: facts[o] for o in differing}) if differing else ""
+    return "its weights say " + _joined({o: facts[o] for o in differing}) if differing else ""
 
 
 def _shifts(options: Mapping[str, Any]) -> bool:
@@ -230,6 +270,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, where: str) -
             complete[key] = state[source]
         elif key.endswith("num_batches_tracked"):
             complete[key] = value
+    present = [key for key in own if key in complete]
     problems = [
         ("missing", [key for key in own if key not in complete]),
         ("unexpected", [key for key in state if key not in own]),
@@ -237,8 +278,16 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, where: str) -
             "of another shape",
             [
                 f"{key} {tuple(complete[key].shape)} instead of {tuple(own[key].shape)}"
-                for key in own
-                if key in complete and complete[key].shape != own[key].shape
+                for key in present
+                if complete[key].shape != own[key].shape
+            ],
+        ),
+        (
+            "of another type",
+            [
+                f"{key} {complete[key].dtype} instead of {own[key].dtype}"
+                for key in present
+                if complete[key].is_floating_point() != own[key].is_floating_point()
             ],
         ),
     ]

@@ -1,28 +1,62 @@
 """Key names and shapes of known checkpoints: what they are called, what they tell about the model.
 
 A layout is recognised by its keys and renamed to dvexport's own names (torchvision's for the
-backbone). Sources of the official names: AdaFuse 91c3a5d, D-STEP d466c2b, TSM 1f6a834.
+backbone). Sources of the official names: AdaFuse 91c3a5d, D-STEP d466c2b, TSM 1f6a834. No key is lost on
+the way but counters of batches: two that get one name, or tables without a reader, are refused.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from dvexport.errors import CheckpointError
+from dvexport.models.shift_marks import shift_place
 
-__all__ = ["Layout", "guess_foreign", "infer_mobilenet", "infer_resnet", "recognise"]
+__all__ = [
+    "Layout",
+    "check_colours",
+    "guess_foreign",
+    "infer_mobilenet",
+    "infer_resnet",
+    "recognise",
+    "renamed",
+    "shape_of",
+]
 
-_BLOCK_COUNTS: dict[tuple[int, ...], int] = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50}
+_DEPTHS: dict[tuple[tuple[int, ...], bool], int] = {
+    ((2, 2, 2, 2), False): 18,
+    ((3, 4, 6, 3), False): 34,
+    ((3, 4, 6, 3), True): 50,
+    ((3, 4, 23, 3), True): 101,
+    ((3, 8, 36, 3), True): 152,
+}
+"""Depth by blocks of each stage and whether they are bottlenecks."""
+_SUPPORTED_DEPTHS = (18, 50)
 
 _RENAMES = (
     (r"\.downsample([01])\.", r".downsample.\1."),
     (r"\.policy_net\.gate_(fc0|fc1|bn)\.", r".gates.policy.\1."),
     (r"\.mask_s\.atten_s\.", r".gates.mask.conv."),
-    (r"\.net\.", "."),
+    (r"^new_fc\.", "fc."),
 )
+
+_VARIANTS = (
+    (r"^layer\d\.net\.\d", "TSM with temporal pooling (--temporal_pool)"),
+    (r"^layer\d\.\d+\.(block|nl)\.", "TSM with non-local blocks (--non_local)"),
+    (r"\.policy_net2\.", "AdaFuse with a second gate in each block (--dense_in_block)"),
+    (r"\.policy_net\.gate_fc2\.", "AdaFuse with policies of three layers (--triple_linear)"),
+    (r"\.policy_net\.gate_conv_embed", "AdaFuse with policies that convolve (--gate_conv_embed_type)"),
+    (r"\.gate_hist_", "AdaFuse with a convolution on what it reuses (--gate_history_conv_type)"),
+    (r"^attention_(fc|bn)", "AdaFuse with attention over frames (--policy_attention)"),
+    (r"\.mask_c\d?\.atten_c\.", "DGNet"),
+    (r"\.masker\.", "DynConv"),
+    (r"\.conv\d\.(mask|threshold)$", "CGNet"),
+    (r"^exit_selector\.", "FrameExit"),
+)
+"""Models that look like a known one but for some keys: what those keys are, by pattern."""
 
 _FOREIGN = (
     (r"^blocks\.\d+\.attn\.|^encoder\.blocks\.|^videomae\.", "VideoMAE or STA"),
@@ -39,51 +73,88 @@ class Layout:
 
     Attributes:
         kind: name of the layout, for reports.
-        family: `resnet` or `mobilenet`.
+        family: `resnet`, `mobilenet`, `vit` or `video_swin`.
         state: tensors by dvexport's names, shared layers under every block that has them.
-        shifted: the file marks shifted convolutions (`.net.`).
-        marks_shift: the layout would mark shifted convolutions if there were any.
+        shifted: whether blocks are shifted, as the file marks it (`.net.`); None where the layout has no such mark.
+        shift_place: where blocks are shifted if they are (`ResNetConfig`); None where the layout leaves it open.
         shared: policies were stored as shared layers.
+        window: tokens of a window in time, height and width, where tables tell it (Video-Swin).
+        positions: a stored table of positions `[1, tokens, channels]`, None if there is none (VideoMAE).
     """
 
     kind: str
     family: str
     state: dict[str, Any]
-    shifted: bool
-    marks_shift: bool
-    shared: bool
+    shifted: bool | None = None
+    shift_place: str | None = None
+    shared: bool = False
+    window: tuple[int, int, int] | None = None
+    positions: Any = None
 
 
 def recognise(state: Mapping[str, Any], where: str) -> Layout:
-    """Rename the keys of a state_dict; CheckpointError if no known layout fits."""
-    keys = {key.removeprefix("module."): value for key, value in state.items()}
-    keys = {key: value for key, value in keys.items() if not key.endswith("num_batches_tracked")}
+    """Rename the keys of a state_dict.
+
+    Raises:
+        CheckpointError: no known layout fits, or one that dvexport does not support does, by its name.
+    """
+    keys = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    keys = renamed(keys, lambda key: key.removeprefix("module."), where)
     official = any(key.startswith("base_model.") for key in keys)
-    keys = {key.removeprefix("base_model."): value for key, value in keys.items()}
-    shifted = any(".net." in key for key in keys)
-    ada = any(".policy_net." in key or ".downsample0." in key for key in keys)
+    keys = renamed(keys, lambda key: key.removeprefix("base_model."), where)
+    _refuse_variants(keys, where)
     mobile = any(key.startswith("features.") for key in keys)
     if not mobile and not any(key.startswith("layer1.") for key in keys):
         raise _unknown_layout(state, where)
-    tables, keys = _split_shared_tables(keys)
-    classifier = "classifier." if mobile else "fc."
-    renamed = {_rename(key, classifier): value for key, value in keys.items()}
-    _check_shared_tables(tables, renamed, where)
-    static = "official TSM / TSN" if official or shifted else "plain"
+    if any(".policy_net." in key or ".downsample0." in key for key in keys):
+        tables, keys = _split_shared_tables(keys)
+        keys = renamed(keys, _rename, where)
+        _check_shared_tables(tables, keys, where)
+        return Layout("official AdaFuse / D-STEP", "resnet", keys, None, "block", bool(tables))
+    unmarked = renamed(keys, lambda key: key.replace(".net.", "."), where)
+    if not mobile:
+        _depth(unmarked, where)  # ResNet-101 is shifted in every second block
+    place = shift_place(keys, mobile, where)
+    keys = unmarked
+    if mobile:
+        keys = renamed(keys, lambda key: re.sub(r"^new_fc\.", "classifier.", key), where)
+    keys = renamed(keys, _rename, where)
+    marked = official or place is not None
     return Layout(
-        kind="official AdaFuse / D-STEP" if ada else static,
+        kind="official TSM / TSN" if marked else "plain",
         family="mobilenet" if mobile else "resnet",
-        state=renamed,
-        shifted=shifted,
-        marks_shift=official and not ada,
-        shared=bool(tables),
+        state=keys,
+        shifted=place is not None if marked else None,
+        shift_place=place,
     )
 
 
-def _rename(key: str, classifier: str) -> str:
+def renamed(state: Mapping[str, Any], rename: Callable[[str], str], where: str) -> dict[str, Any]:
+    """Return `state` under other names; CheckpointError if two keys would get the same one."""
+    found: dict[str, str] = {}
+    for key in state:
+        other = found.setdefault(rename(key), key)
+        if other != key:
+            raise CheckpointError(
+                "the checkpoint holds one weight twice, under two names", where=where, why=f"{other} and {key}"
+            )
+    return {name: state[key] for name, key in found.items()}
+
+
+def _rename(key: str) -> str:
     for pattern, replacement in _RENAMES:
         key = re.sub(pattern, replacement, key)
-    return classifier + key.removeprefix("new_fc.") if key.startswith("new_fc.") else key
+    return key
+
+
+def _refuse_variants(keys: Mapping[str, Any], where: str) -> None:
+    for pattern, name in _VARIANTS:
+        found = next((key for key in keys if re.search(pattern, key)), None)
+        if found is not None:
+            raise CheckpointError(
+                "the checkpoint is of a model that dvexport has not", where=f"{where}: {found}", why=f"it is {name}",
+                hint="write a factory for your own model: docs/adding-a-model.md",
+            )  # fmt: skip
 
 
 def _split_shared_tables(keys: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -93,22 +164,29 @@ def _split_shared_tables(keys: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
 
 
 def _check_shared_tables(tables: Mapping[str, Any], renamed: Mapping[str, Any], where: str) -> None:
-    """Check that the blocks hold the same layers as the shared table."""
+    """Check that the blocks hold the same layers as the shared table, and all of them."""
     import torch
 
+    read = set()
     for key, value in renamed.items():
         match = re.fullmatch(r"(.*)\.gates\.policy\.(fc[01])\.(weight|bias)", key)
         if not tables or match is None:
             continue
         block, layer, kind = match.groups()
-        inputs = renamed[f"{block}.gates.policy.fc0.weight"].shape[1]
-        outputs = renamed[f"{block}.gates.policy.fc1.weight"].shape[0]
+        inputs = shape_of(renamed, f"{block}.gates.policy.fc0.weight", 2, where)[1]
+        outputs = shape_of(renamed, f"{block}.gates.policy.fc1.weight", 2, where)[0]
         table_key = f"gate_{layer}s.{inputs}_{outputs}.{kind}"
         if table_key not in tables or not torch.equal(tables[table_key], value):
             raise CheckpointError(
                 "the checkpoint contradicts itself: a shared policy net differs from its copy in a block",
                 where=f"{where}: {table_key} and {key}",
             )
+        read.add(table_key)
+    unread = sorted(set(tables) - read)
+    if unread:
+        raise CheckpointError(
+            "no block of the checkpoint reads a shared policy net", where=where, why=", ".join(unread[:3])
+        )
 
 
 def _unknown_layout(state: Mapping[str, Any], where: str) -> CheckpointError:
@@ -134,11 +212,9 @@ def infer_resnet(layout: Layout, where: str) -> dict[str, Any]:
     """Return the options of `ResNetConfig` that names and shapes of the weights tell."""
     state = layout.state
     facts: dict[str, Any] = {"depth": _depth(state, where)}
-    for option, key, axis in (("width", "conv1.weight", 0), ("classes", "fc.weight", 0)):
-        if key not in state:
-            raise CheckpointError("the checkpoint lacks a layer", where=f"{where}: {key}")
-        facts[option] = int(state[key].shape[axis])
-    facts["width"] /= 64
+    facts["width"] = shape_of(state, "conv1.weight", 4, where)[0] / 64
+    facts["classes"] = shape_of(state, "fc.weight", 2, where)[0]
+    check_colours(state, "conv1.weight", where)
     policies = _blocks_with(state, "gates.policy.fc0.weight")
     masks = _blocks_with(state, "gates.mask.conv.weight")
     facts["channel_gates"], facts["tile_gates"] = bool(policies), bool(masks)
@@ -147,41 +223,89 @@ def infer_resnet(layout: Layout, where: str) -> dict[str, Any]:
     if policies:
         facts |= _policy_facts(state, policies, where)
         facts["shared_policies"] = layout.shared
-    if layout.shifted or layout.marks_shift:
+    if layout.shift_place == "block" and not policies:
+        raise CheckpointError(
+            "the checkpoint comes from AdaFuse's code, and has no policies",
+            where=where,
+            why="its blocks were gated by a fixed rule (--gate_threshold, --gate_random_hard_policy and others)",
+            hint="dvexport has no such gates: write a factory for your own model, see docs/adding-a-model.md",
+        )
+    return facts | _shift_facts(layout)
+
+
+def _shift_facts(layout: Layout) -> dict[str, Any]:
+    """Return whether and where blocks are shifted, as far as the layout tells; not in which direction."""
+    facts = {}
+    if layout.shifted is not None:
         facts["shift"] = "bidirectional" if layout.shifted else "none"
+    if layout.shift_place is not None and layout.family == "resnet":
+        facts["shift_place"] = layout.shift_place
     return facts
+
+
+_FLOWS = {10: "optical flow (2 channels of 5 frames)", 15: "differences of RGB frames (3 channels of 5)"}
+
+
+def shape_of(state: Mapping[str, Any], key: str, axes: int, where: str) -> tuple[int, ...]:
+    """Return the shape of a weight; CheckpointError if it is missing, empty or has not `axes` axes."""
+    if key not in state:
+        raise CheckpointError("the checkpoint lacks a layer", where=f"{where}: {key}")
+    shape = tuple(int(size) for size in state[key].shape)
+    if len(shape) != axes or 0 in shape:
+        raise CheckpointError(
+            "a layer of the checkpoint has another form", where=f"{where}: {key}", why=f"{shape} instead of {axes} axes"
+        )
+    return shape
+
+
+def check_colours(state: Mapping[str, Any], key: str, where: str) -> None:
+    """Raise CheckpointError unless the first layer, `key`, reads the three channels of an image."""
+    channels = int(state[key].shape[1])
+    if channels != 3:
+        known = _FLOWS.get(channels)
+        raise CheckpointError(
+            "the checkpoint is of a model that does not read RGB frames",
+            where=f"{where}: {key}",
+            why=f"its first layer reads {channels} channels" + (f", as for {known}" if known else ""),
+        )
 
 
 def _depth(state: Mapping[str, Any], where: str) -> int:
     counts = tuple(
         len({key.split(".")[1] for key in state if key.startswith(f"layer{stage}.")}) for stage in range(1, 5)
     )
-    depth = _BLOCK_COUNTS.get(counts)
     bottleneck = "layer1.0.conv3.weight" in state
-    if depth is None or bottleneck != (depth == 50):
+    depth = _DEPTHS.get((counts, bottleneck))
+    if depth is None or depth not in _SUPPORTED_DEPTHS:
+        kind = f"it has {counts} {'bottleneck' if bottleneck else 'basic'} blocks"
         raise CheckpointError(
             "the checkpoint is of a ResNet that dvexport has not",
             where=where,
-            why=f"it has {counts} {'bottleneck' if bottleneck else 'basic'} blocks",
+            why=f"{kind}, as a ResNet-{depth}" if depth else kind,
             hint="ResNet-18 and ResNet-50 are supported",
         )
     return depth
 
 
 def _blocks_with(state: Mapping[str, Any], suffix: str) -> list[str]:
-    return [key.removesuffix("." + suffix) for key in state if key.endswith("." + suffix)]
+    matches = (re.fullmatch(rf"(layer[1-4]\.\d+)\.{re.escape(suffix)}", key) for key in state)
+    return [match[1] for match in matches if match]
 
 
 def _policy_facts(state: Mapping[str, Any], blocks: list[str], where: str) -> dict[str, Any]:
     """Return history, actions, hidden units and batch norm of the policies of `blocks`."""
     hidden, facts = {}, []
     for block in blocks:
-        outputs, inputs = state[f"{block}.conv1.weight"].shape[:2]
-        fc0 = state[f"{block}.gates.policy.fc0.weight"]
-        fc1 = state.get(f"{block}.gates.policy.fc1.weight")
-        if fc1 is None:
-            raise CheckpointError("a policy net lacks its second layer", where=f"{where}: {block}")
-        history, actions = fc0.shape[1] / inputs, fc1.shape[0] / outputs
+        outputs, inputs, _, _ = shape_of(state, f"{block}.conv1.weight", 4, where)
+        fc0 = shape_of(state, f"{block}.gates.policy.fc0.weight", 2, where)
+        if f"{block}.gates.policy.fc1.weight" not in state:
+            raise CheckpointError(
+                "a policy net lacks its second layer",
+                where=f"{where}: {block}",
+                why="AdaFuse's --single_linear has none",
+            )
+        fc1 = shape_of(state, f"{block}.gates.policy.fc1.weight", 2, where)
+        history, actions = fc0[1] / inputs, fc1[0] / outputs
         if (history, actions) not in ((1, 2), (2, 2), (2, 3)):
             raise CheckpointError(
                 "a policy net has a shape that no option gives",
@@ -189,7 +313,7 @@ def _policy_facts(state: Mapping[str, Any], blocks: list[str], where: str) -> di
                 why=f"it reads {history:g} frames and has {actions:g} outputs per channel",
                 hint="granularity above 1 and gated channel ranges are not supported",
             )
-        hidden[outputs] = fc0.shape[0]
+        hidden[outputs] = fc0[0]
         facts.append((history == 2, actions == 3 or history == 1, f"{block}.gates.policy.bn.weight" in state))
     if len(set(facts)) != 1:
         raise CheckpointError("the policy nets of the checkpoint differ in their options", where=where)
@@ -208,24 +332,26 @@ def _hidden_facts(hidden: Mapping[int, int], where: str) -> dict[str, int]:
     raise CheckpointError("the hidden sizes of the policy nets follow no rule", where=where, why=sizes)
 
 
+_MOBILE_LAYERS = ("features.0.0.weight", "features.2.conv.6.weight", "classifier.weight")
+
+
 def infer_mobilenet(layout: Layout, where: str) -> dict[str, Any]:
     """Return the options of `MobileNetConfig` that names and shapes of the weights tell."""
     state = layout.state
-    key = "features.2.conv.6.weight"
-    if key not in state or "classifier.weight" not in state:
-        missing = key if key not in state else "classifier.weight"
+    missing = next((key for key in _MOBILE_LAYERS if key not in state), None)
+    if missing is not None:
         raise CheckpointError(
             "the checkpoint is no MobileNetV2 of the official TSM layout",
             where=where,
             why=f"it has no {missing}",
         )
-    facts: dict[str, Any] = {"classes": int(state["classifier.weight"].shape[0])}
+    facts: dict[str, Any] = {"classes": shape_of(state, "classifier.weight", 2, where)[0]}
     widths = [w for w in (0.25, 0.5, 0.75, 1.0, 1.3, 1.4) if _mobile_widths(w) == _seen_widths(state)]
     if widths:
         facts["width"] = widths[0]
-    if layout.shifted or layout.marks_shift:
-        facts["shift"] = "bidirectional" if layout.shifted else "none"
-    return facts
+    shape_of(state, "features.0.0.weight", 4, where)
+    check_colours(state, "features.0.0.weight", where)
+    return facts | _shift_facts(layout)
 
 
 def _mobile_widths(width: float) -> tuple[int, ...]:
@@ -234,4 +360,4 @@ def _mobile_widths(width: float) -> tuple[int, ...]:
 
 def _seen_widths(state: Mapping[str, Any]) -> tuple[int, ...]:
     last = [state.get(f"features.{i}.conv.6.weight") for i in (2, 4, 7, 11, 14, 17)]
-    return tuple(0 if weight is None else int(weight.shape[0]) for weight in last)
+    return tuple(len(weight) if weight is not None and weight.ndim else 0 for weight in last)

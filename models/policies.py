@@ -122,7 +122,7 @@ class ChannelPolicy(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Return `[N, C, A]` for the block input `[N, Cin, H, W]`; the action is the fastest index."""
-        v = x.mean((2, 3))
+        v = x.mean((2, 3)) if self.config.gate_pool == "mean" else x.amax((2, 3))
         if self.config.history:
             v = torch.cat([gates.delay(v, name=f"{self.gate}.policy"), v], dim=1)
         v = self.fc0(v)

@@ -47,8 +47,9 @@ class _Block(nn.Module):
         self.name, self.stride = name, stride
         outputs = channels * self.expansion
         shift = temporal_shift(config.shift, name, config.shift_div)
-        self.block_shift = shift if config.shift_place == "block" else nn.Identity()
+        self.block_shift = shift if config.shift_place != "conv1" else nn.Identity()
         self.conv1_shift = shift if config.shift_place == "conv1" else nn.Identity()
+        self.shifts_identity = config.shift_place == "in_place"
         self.downsample: nn.Module | None = None
         if stride != 1 or inputs != outputs:
             self.downsample = nn.Sequential(_conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
@@ -73,8 +74,9 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y `[N, outputs, H', W']` for x `[N, inputs, H, W]`."""
-        identity = x
-        x = self.block_shift(x)
+        shifted = self.block_shift(x)
+        identity = shifted if self.shifts_identity else x
+        x = shifted
         if self.downsample is not None:
             identity = self.downsample(x)
         hidden_input = self.conv1_shift(x)

@@ -33,7 +33,7 @@ from dvexport.models.config import VideoSwinConfig
 from dvexport.models.random_drop import drop_at_random, random_scores
 from dvexport.models.vit import DropPath, Mlp, drop_rates
 
-__all__ = ["PatchMerging", "SwinBlock", "VideoSwin", "WindowAttention"]
+__all__ = ["PatchMerging", "SwinBlock", "VideoSwin", "WindowAttention", "relative_positions"]
 
 _MASKED = -50.0
 """What is added to the logit of a token that must not be attended to. The official code has -100, with which weights
@@ -143,7 +143,7 @@ class WindowAttention(nn.Module):
         self.num_heads, self.scale = heads, (dim // heads) ** -0.5
         rows = (2 * window[0] - 1) * (2 * window[1] - 1) * (2 * window[2] - 1)
         self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, heads))
-        self.register_buffer("relative_position_index", _relative_positions(window), persistent=False)
+        self.register_buffer("relative_position_index", relative_positions(window), persistent=False)
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, table: WindowTable, survivors: Survivors | None = None) -> Tensor:
@@ -180,7 +180,7 @@ class WindowAttention(nn.Module):
         return self.proj(_take(found, inverse))
 
 
-def _relative_positions(window: Size) -> Tensor:
+def relative_positions(window: Size) -> Tensor:
     """Return the row of the bias table for each pair of places in a window, `[places, places]`."""
     place = torch.stack(torch.meshgrid(*(torch.arange(side) for side in window), indexing="ij")).flatten(1)
     apart = place[:, :, None] - place[:, None, :]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from dvexport.errors import DvexportError, UsageError, unknown_name
 from dvexport.models.checkpoint import read_metadata
-from dvexport.models.config import MobileNetConfig, ResNetConfig, VideoSwinConfig, ViTConfig, parse_settings
+from dvexport.models.config import CONFIGS, option_names, parse_settings
 from dvexport.preprocess import Preprocess
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ __all__ = [
     "create",
     "describe",
     "names",
+    "options",
     "parsed_settings",
     "saved_directory",
     "weight_bytes",
@@ -67,12 +68,13 @@ class ModelInfo:
     labels: list[str] = field(default_factory=list)
 
 
-_FAMILIES: dict[str, tuple[type, str]] = {
-    "resnet": (ResNetConfig, "dvexport.models.resnet:ResNet"),
-    "mobilenet": (MobileNetConfig, "dvexport.models.mobilenet:MobileNetV2"),
-    "vit": (ViTConfig, "dvexport.models.vit:VisionTransformer"),
-    "video_swin": (VideoSwinConfig, "dvexport.models.video_swin:VideoSwin"),
+_FAMILIES: dict[str, str] = {
+    "resnet": "dvexport.models.resnet:ResNet",
+    "mobilenet": "dvexport.models.mobilenet:MobileNetV2",
+    "vit": "dvexport.models.vit:VisionTransformer",
+    "video_swin": "dvexport.models.video_swin:VideoSwin",
 }
+"""The module of each family."""
 
 _ADAFUSE18 = {"channel_gates": True, "hidden": 512, "shared_policies": True, "shift_place": "block"}
 _ADAFUSE50 = {
@@ -169,7 +171,7 @@ def describe(name: str) -> ModelInfo:
     """Return what there is to say about a model; UsageError for an unknown name (needs no torch)."""
     if name in _ZOO:
         family, summary, defaults = _ZOO[name]
-        options = dataclasses.asdict(_FAMILIES[family][0](**defaults))
+        options = dataclasses.asdict(CONFIGS[family](**defaults))
         return ModelInfo(name, summary, family, options, architecture=name)
     path = _shipped().get(name)
     if path is None:
@@ -179,7 +181,7 @@ def describe(name: str) -> ModelInfo:
     if architecture not in _ZOO:
         raise UsageError(f"'{name}' ships no known architecture", where=str(path), why=f"'{architecture}'")
     family = _ZOO[architecture][0]
-    config = _FAMILIES[family][0]
+    config = CONFIGS[family]
     options = dataclasses.asdict(config(**parse_settings(config, about.get("settings", {}))))
     summary = f"trained {architecture}, {options['classes']} classes"
     return ModelInfo(name, summary, family, options, path, architecture, about.get("accuracy"), about.get("labels", []))
@@ -192,7 +194,7 @@ def parsed_settings(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         UsageError: an unknown name or option, or a value that does not fit.
     """
     family = "vit" if name == DIRECTORY else describe(name).family
-    return parse_settings(_FAMILIES[family][0], settings)
+    return parse_settings(CONFIGS[family], settings)
 
 
 def weight_bytes(name: str, settings: Mapping[str, Any]) -> int:
@@ -204,7 +206,7 @@ def weight_bytes(name: str, settings: Mapping[str, Any]) -> int:
     import torch
 
     info = describe(name)
-    parsed = parse_settings(_FAMILIES[info.family][0], settings)
+    parsed = parse_settings(CONFIGS[info.family], settings)
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             model = _build(info, name, {**info.options, **parsed})
@@ -215,11 +217,19 @@ def weight_bytes(name: str, settings: Mapping[str, Any]) -> int:
     )
 
 
+def options(name: str) -> list[str]:
+    """Return the names of a model's options, none for a factory of the user's (needs no torch)."""
+    if name == DIRECTORY:
+        return option_names(CONFIGS["vit"])
+    return list(describe(name).options) if name in names() else []
+
+
 def create(
     name: str,
     checkpoint: str | Path | None = None,
     *,
     labels: str | Path | Sequence[str] | None = None,
+    assume_defaults: bool = False,
     **settings: Any,
 ) -> VideoModel:
     """Make a model, in evaluation mode.
@@ -231,19 +241,22 @@ def create(
             architecture has random weights, a shipped model its own. What an import inferred and
             assumed is then in the model's `import_report`.
         labels: class names, or a text file with one a line.
+        assume_defaults: where nothing tells an option that changes the numbers, take the official default
+            instead of raising UntoldError (`dvexport.models.untold`).
         settings: options as in `describe(name).options`; strings are parsed as in `--set key=value`.
 
     Raises:
         UsageError: for an unknown model, an unknown or unfit option, labels that don't fit.
         CheckpointError: for a checkpoint that is damaged, unsafe or of another model.
+        UntoldError: for a checkpoint that leaves options open.
     """
     name, checkpoint = saved_directory(name, checkpoint)
     if name == DIRECTORY:
-        model = _from_directory(checkpoint, settings)
+        model = _from_directory(checkpoint, settings, assume_defaults)
     elif ":" in name:
         model = _from_factory(name, checkpoint, settings)
     else:
-        model = _from_zoo(describe(name), checkpoint, settings)
+        model = _from_zoo(describe(name), checkpoint, settings, assume_defaults)
     if labels is not None:
         model.set_labels(_read_labels(labels) if isinstance(labels, (str, Path)) else list(labels))
     return model.eval()
@@ -266,12 +279,12 @@ def saved_directory(name: str, checkpoint: str | Path | None) -> tuple[str, str 
     return name, checkpoint
 
 
-def _from_directory(folder: str | Path | None, settings: Mapping[str, Any]) -> VideoModel:
+def _from_directory(folder: str | Path | None, settings: Mapping[str, Any], assume_defaults: bool) -> VideoModel:
     from dvexport.models.huggingface import load_directory
 
     if folder is None:
         raise UsageError("a saved model needs its directory", hint="give the directory as the model")
-    return load_directory(folder, settings)
+    return load_directory(folder, settings, assume_defaults=assume_defaults)
 
 
 def _read_labels(path: str | Path) -> list[str]:
@@ -282,31 +295,33 @@ def _read_labels(path: str | Path) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def _from_zoo(info: ModelInfo, checkpoint: str | Path | None, settings: Mapping[str, Any]) -> VideoModel:
+def _from_zoo(
+    info: ModelInfo, checkpoint: str | Path | None, settings: Mapping[str, Any], assume_defaults: bool
+) -> VideoModel:
     if info.weights is not None and checkpoint is not None:
         raise UsageError(
             f"'{info.name}' has weights of its own",
             hint=f"give --checkpoint to its architecture, {info.architecture}",
         )
-    parsed = parse_settings(_FAMILIES[info.family][0], settings)
+    parsed = parse_settings(CONFIGS[info.family], settings)
     path = info.weights or checkpoint
     if path is not None:
-        return _from_file(info, Path(path), parsed)
+        return _from_file(info, Path(path), parsed, assume_defaults)
     return _build(info, info.name, {**info.options, **parsed})
 
 
 def _build(info: ModelInfo, name: str, options: Mapping[str, Any]) -> VideoModel:
-    config_class, target = _FAMILIES[info.family]
-    module, _, attribute = target.partition(":")
+    config_class = CONFIGS[info.family]
+    module, _, attribute = _FAMILIES[info.family].partition(":")
     config = config_class(**parse_settings(config_class, options))
     return getattr(importlib.import_module(module), attribute)(config, name)
 
 
-def _from_file(info: ModelInfo, path: Path, settings: Mapping[str, Any]) -> VideoModel:
+def _from_file(info: ModelInfo, path: Path, settings: Mapping[str, Any], assume_defaults: bool) -> VideoModel:
     """Make a model and load its weights; what dvexport's own files say of input and labels holds."""
     from dvexport.models.importers import load_weights, plan_import
 
-    plan = plan_import(path, info.architecture, info.family, info.options, settings)
+    plan = plan_import(path, info.architecture, info.family, info.options, settings, assume_defaults=assume_defaults)
     model = _build(info, info.name, plan.options)
     load_weights(model, plan.state, where=str(path))
     model.import_report = plan.report

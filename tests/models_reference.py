@@ -85,8 +85,10 @@ def actions(state, block, pooled, previous, config):
 def residual_block(state, block, xs, stage, stride, config):
     identities = xs
     moved = shifted(xs, config.shift, config.shift_div)
-    if config.shift_place == "block":
+    if config.shift_place != "conv1":
         xs = moved
+    if config.shift_place == "in_place":
+        identities = moved
     if f"{block}.downsample.0.weight" in state:
         reduced = [conv(state, f"{block}.downsample.0", x, stride) for x in xs]
         identities = [norm(state, f"{block}.downsample.1", x) for x in reduced]
@@ -101,7 +103,7 @@ def residual_block(state, block, xs, stage, stride, config):
         u = v
         if f"{block}.gates.policy.fc0.weight" in state:
             seen = x * spread(mask, x.shape[2:]) if mask is not None and config.semantics == "paper" else x
-            pooled = seen.mean((2, 3))
+            pooled = seen.mean((2, 3)) if config.gate_pool == "mean" else seen.flatten(2).max(2).values
             before = torch.zeros_like(pooled) if pooled_before is None else pooled_before
             chosen = actions(state, block, pooled, before, config)
             pooled_before = pooled

@@ -6,7 +6,6 @@ Names follow the save code of AdaFuse (ops/batenet.py), D-STEP (ops/res_dynstc_n
 and mmcv's for Video-Swin.
 """
 
-import math
 import re
 
 import torch
@@ -35,11 +34,12 @@ def adafuse_keys(model):
 
 
 def tsm_keys(model):
-    """state_dict of the official TSM / TSN on ResNet; a shifted conv1 is wrapped as `.net`."""
+    """state_dict of the official TSM / TSN on ResNet; what is shifted is wrapped as `.net`: conv1 or the block."""
     keys = {}
     for name, value in model.state_dict().items():
         if model.config.shift != "none":
-            name = re.sub(r"(layer\d\.\d+\.conv1)\.", r"\1.net.", name)
+            wrapped = r"(layer\d\.\d+\.conv1)\." if model.config.shift_place == "conv1" else r"(layer\d\.\d+)\."
+            name = re.sub(wrapped, r"\1.net.", name)
         official = "new_fc." + name.removeprefix("fc.") if name.startswith("fc.") else "base_model." + name
         keys["module." + official] = value
     return keys
@@ -64,9 +64,8 @@ def swin_keys(model):
     for name, value in model.state_dict().items():
         keys[name.replace("head.", "cls_head.fc_cls.") if name.startswith("head.") else f"backbone.{name}"] = value
         if name.endswith("relative_position_bias_table"):
-            places = math.prod(model.config.window)
             index = name.replace("bias_table", "index")
-            keys[f"backbone.{index}"] = torch.zeros(places, places, dtype=torch.int64)
+            keys[f"backbone.{index}"] = model.get_buffer(index)
     return keys
 
 

@@ -27,14 +27,16 @@ def save_videomae(folder, *, shards=None, mean=None, **options):
         for parameter in model.parameters():
             parameter.normal_(std=0.3)
     model.save_pretrained(folder, **({"max_shard_size": shards} if shards else {}))
+    side = model.config.image_size
+    about = {"crop_size": {"height": side, "width": side}, "size": {"shortest_edge": side}}
     if mean is not None:
-        about = {"image_mean": mean, "image_std": [0.5, 0.25, 0.125], "size": {"shortest_edge": 40}}
-        (folder / "preprocessor_config.json").write_text(json.dumps({"do_normalize": True, **about}))
+        about |= {"image_mean": mean, "image_std": [0.5, 0.25, 0.125], "size": {"shortest_edge": 40}}
+    (folder / "preprocessor_config.json").write_text(json.dumps({"do_normalize": True, **about}))
     return model
 
 
-def edit_config(folder, **changes):
-    path = folder / "config.json"
+def edit_config(folder, name="config.json", **changes):
+    path = folder / name
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 

@@ -12,8 +12,9 @@ import pytest
 from sample_bundle import FILES, make_manifest
 
 from dvexport.bundle import write_bundle
+from dvexport.bundle_manifest import ModelEntry
 from dvexport.cli import main
-from dvexport.cli.export import assumed_line
+from dvexport.cli.export import origin_lines
 from dvexport.cli.options import parse_force, parse_pairs
 from dvexport.cli.output import checklist, file_size, print_table
 from dvexport.errors import CheckpointError, UsageError
@@ -218,7 +219,7 @@ def test_export_hands_on_its_options(call, provide, bundle, tmp_path):
     code, out, _ = call(
         *("export", "dstep_resnet18", "--checkpoint", "w.pt", "--set", "frames=16", "--set", "shift=none"),
         *("--target", "rk3588", "--mode", "clip", "--lowering", "layer1.0=tiles", "-o", tmp_path / "o.dvx"),
-        *("--calibrate", "v.mp4"),
+        *("--calibrate", "v.mp4", "--assume-defaults"),
     )
     assert code == 0
     ((args, kwargs),) = calls
@@ -229,6 +230,7 @@ def test_export_hands_on_its_options(call, provide, bundle, tmp_path):
     } == {
         "checkpoint": "w.pt",
         "settings": {"frames": "16", "shift": "none"},
+        "assume_defaults": True,
         "target": "rk3588",
         "backend": "onnx",
         "mode": "clip",
@@ -240,10 +242,14 @@ def test_export_hands_on_its_options(call, provide, bundle, tmp_path):
     assert f"next: dvexport verify {tmp_path / 'o.dvx'}" in out
 
 
-def test_assumed_options_are_told():
-    assert assumed_line({}) == []
-    (line,) = assumed_line({"frames": 8, "size": [224, 224]})
-    assert line == "assumed, as no weights tell it: frames=8 size=224,224  (overrule with --set)"
+def test_where_options_come_from_is_told():
+    assert origin_lines(ModelEntry(name="m", settings={"shift": "none"})) == []  # nothing was imported
+    entry = ModelEntry(name="m", settings={"shift": "none"}, inferred={"depth": 18}, assumed={"size": [224, 224]})
+    assert origin_lines(entry) == [
+        "inferred: depth=18",
+        "given: shift=none",
+        "assumed: size=224x224  (nothing tells it; overrule with --set)",
+    ]
 
 
 def test_export_leaves_nothing_behind_when_it_fails(call, provide, tmp_path):

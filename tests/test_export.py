@@ -19,7 +19,7 @@ from dvexport import golden
 from dvexport.bundle import Bundle
 from dvexport.calibrate import gate_rates, gate_statistics
 from dvexport.dialect.flops import FlopTable
-from dvexport.errors import CheckFailed, CheckpointError, ClipError, DeviceError, UsageError
+from dvexport.errors import CheckFailed, CheckpointError, ClipError, DeviceError, UntoldError, UsageError
 from dvexport.models import zoo
 from dvexport.models.checkpoint import save_checkpoint
 from dvexport.passes import pipeline
@@ -180,10 +180,13 @@ def test_a_gate_or_lowering_that_does_not_exist_is_refused(tmp_path, dstep_again
 
 def test_what_an_official_checkpoint_does_not_tell_is_in_the_manifest(tmp_path):
     torch.save(small_model("tsn_resnet18").state_dict(), tmp_path / "c.pth")
-    settings = {"width": 0.25, "size": (SIZE, SIZE), "frames": FRAMES}
-    bundle = _export(tmp_path / "c.dvx", settings=settings, checkpoint=tmp_path / "c.pth", mode="clip")
-    assert bundle.manifest.model.assumed["shift_div"] == 8
-    assert not bundle.manifest.model.assumed.keys() & settings
+    request = {"settings": {"size": (SIZE, SIZE)}, "checkpoint": tmp_path / "c.pth", "mode": "clip"}
+    with pytest.raises(UntoldError, match="nothing in the checkpoint tells frames, and the numbers depend on it"):
+        _export(tmp_path / "c.dvx", **request)
+    assert not (tmp_path / "c.dvx").exists()
+    bundle = _export(tmp_path / "c.dvx", **request, assume_defaults=True)
+    assert bundle.manifest.model.assumed == {"frames": 8}
+    assert bundle.manifest.model.inferred["width"] == 0.25
 
 
 def test_weights_that_are_not_finite_are_named(tmp_path):

@@ -6,9 +6,10 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from sample_transformers import BIAS, edit_config, edit_weights, save_videomae
 
-from dvexport.errors import CheckpointError, UsageError
+from dvexport.errors import CheckpointError, UntoldError, UsageError
 from dvexport.export import build_model, file_digest
 from dvexport.models import zoo
 from dvexport.models.huggingface import load_directory
@@ -69,8 +70,42 @@ def test_preprocessing(tmp_path):
     assert model.preprocess.std == (0.5, 0.25, 0.125)
     assert (model.preprocess.resize, model.preprocess.size, model.preprocess.frames) == (40, (32, 32), 4)
     assert model.import_report.assumed == {}
+
+
+def test_preprocessing_that_nothing_tells_is_asked_for(tmp_path):
+    save_videomae(tmp_path)
     (tmp_path / "preprocessor_config.json").unlink()
-    assert set(zoo.create(str(tmp_path)).import_report.assumed) == {"mean", "std"}
+    with pytest.raises(UntoldError, match="how frames are normalised") as error:
+        zoo.create(str(tmp_path))
+    assert "--assume-defaults" in error.value.hint
+    model = zoo.create(str(tmp_path), assume_defaults=True)
+    assert model.import_report.assumed == {"mean": model.preprocess.mean, "std": model.preprocess.std}
+
+
+def test_preprocessing_left_out_is_the_librarys(tmp_path):
+    save_videomae(tmp_path)
+    assert zoo.create(str(tmp_path)).preprocess.mean == (0.5, 0.5, 0.5)
+    edit_config(tmp_path, "preprocessor_config.json", do_normalize=False)
+    model = zoo.create(str(tmp_path))
+    assert (model.preprocess.mean, model.preprocess.std) == ((0, 0, 0), (1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("do_rescale", False),
+        ("do_resize", False),
+        ("do_center_crop", False),
+        ("rescale_factor", 1 / 127.5),
+        ("resample", 3),
+        ("crop_size", {"height": 16, "width": 16}),
+    ],
+)
+def test_preprocessing_that_dvexport_does_not_do(tmp_path, key, value):
+    save_videomae(tmp_path)
+    edit_config(tmp_path, "preprocessor_config.json", **{key: value})
+    with pytest.raises(CheckpointError, match=f"the preprocessing has {key}="):
+        zoo.create(str(tmp_path))
 
 
 def test_settings_and_labels(tmp_path):
@@ -119,7 +154,11 @@ def test_build_for_export_and_digest(tmp_path):
         (lambda d: edit_weights(d, lambda k: k.pop(BIAS)), "don't fit config.json", f"1 missing: {BIAS}"),
         (lambda d: edit_weights(d, lambda k: k.update(x=k[BIAS] + 0)), "don't fit config.json", "1 left over: x"),
         (lambda d: edit_weights(d, lambda k: k[BIAS].fill_(float("nan"))), "NaN or infinite", "24 of 24"),
-        (lambda d: (d / "preprocessor_config.json").write_text('{"size": {}}'), "the preprocessing", "height"),
+        (
+            lambda d: edit_config(d, "preprocessor_config.json", size={"height": 32, "width": 32}),
+            "the preprocessing",
+            "shortest_edge",
+        ),
     ],
 )
 def test_a_directory_that_is_not_as_it_should_be(tmp_path, damage, what, why):
@@ -140,6 +179,15 @@ def test_shards_that_are_not_there(tmp_path, damage):
     else:
         index.write_text(json.dumps({"weight_map": {"x": "../model.safetensors"} if damage == "elsewhere" else {}}))
     with pytest.raises(CheckpointError, match=r"can't read the checkpoint|names no files beside it"):
+        zoo.create(str(tmp_path))
+
+
+def test_a_weight_in_two_shards(tmp_path):
+    save_videomae(tmp_path, shards="20KB")
+    first, second, *_ = sorted(tmp_path.glob("model-*.safetensors"))
+    keys = {**load_file(second), **{key: value + 1 for key, value in load_file(first).items()}}
+    save_file(keys, second)
+    with pytest.raises(CheckpointError, match="a weight stands in two files"):
         zoo.create(str(tmp_path))
 
 

@@ -24,6 +24,11 @@ def source(name, **settings):
     return model
 
 
+def imported(name, path, **settings):
+    """An import that asks nothing: what nothing tells is assumed."""
+    return zoo.create(name, path, assume_defaults=True, **settings)
+
+
 def same_function(loaded, original):
     frames = torch.randn(3, 3, 64, 64)
     with torch.no_grad():
@@ -50,7 +55,7 @@ def test_official_adafuse_and_dstep(tmp_path, case, legacy):
     model = source(name, **settings)
     path = tmp_path / "ckpt.best.pth.tar"
     official.save(path, official.adafuse_keys(model), wrapped="state_dict", legacy=legacy)
-    loaded = zoo.create(name, path, size=(64, 64))
+    loaded = imported(name, path, size=(64, 64))
     assert loaded.config == model.config
     assert same_function(loaded, model)
     report = loaded.import_report
@@ -63,10 +68,10 @@ def test_official_adafuse_and_dstep(tmp_path, case, legacy):
     assert "frames=8" in "\n".join(report.lines())
 
 
-def test_what_shapes_do_not_tell_is_asked_by_name(tmp_path):
+def test_what_shapes_do_not_tell_is_given_by_name(tmp_path):
     model = source("adafuse_resnet18", hidden=24, shift="bidirectional", frames=16)
     path = official.save(tmp_path / "c.pth", official.adafuse_keys(model), wrapped="state_dict")
-    loaded = zoo.create("adafuse_resnet18", path, shift="bidirectional", frames="16", size="64")
+    loaded = imported("adafuse_resnet18", path, shift="bidirectional", frames="16", size="64")
     assert same_function(loaded, model)
     assert not loaded.causal
     assert loaded.preprocess.frames == 16
@@ -76,7 +81,7 @@ def test_what_shapes_do_not_tell_is_asked_by_name(tmp_path):
 def test_masked_stages_are_inferred(tmp_path):
     model = source("adafuse_resnet18", hidden=24, enabled_stages=(1, 2))
     path = official.save(tmp_path / "c.pth", official.adafuse_keys(model), wrapped="state_dict")
-    assert zoo.create("adafuse_resnet18", path).config.enabled_stages == (1, 2)
+    assert imported("adafuse_resnet18", path).config.enabled_stages == (1, 2)
 
 
 @pytest.mark.parametrize("name", ["tsn_resnet18", "tsm_resnet18", "tsm_resnet50", "tsm_online_resnet18"])
@@ -86,7 +91,7 @@ def test_official_tsm(tmp_path, name):
         tmp_path / "c.pth.tar", official.tsm_keys(model), wrapped="state_dict", legacy=True,
         epoch=49, arch="resnet", best_prec1=torch.tensor(55.0), optimizer={"param_groups": []},
     )  # fmt: skip
-    loaded = zoo.create(name, path, size=64)
+    loaded = imported(name, path, size=64)
     assert loaded.config == model.config
     assert same_function(loaded, model)
     assert loaded.import_report.layout == "official TSM / TSN"
@@ -100,7 +105,7 @@ def test_official_mobilenet(tmp_path, name, width):
     online = name == "tsm_online_mobilenetv2"
     keys = dict(model.state_dict()) if online else official.mobilenet_offline_keys(model)
     path = official.save(tmp_path / "c.pth.tar", keys, wrapped=None if online else "state_dict")
-    loaded = zoo.create(name, path, size=64)
+    loaded = imported(name, path, size=64)
     assert (loaded.config.width, loaded.config.classes) == (width, 27)
     assert loaded.config.shift == model.config.shift
     assert same_function(loaded, model)
@@ -112,14 +117,14 @@ def test_plain_state_dict_of_a_backbone(tmp_path):
     for path in (official.save(tmp_path / "r50.pth", model.state_dict()), tmp_path / "r50.safetensors"):
         if path.suffix == ".safetensors":
             save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
-        loaded = zoo.create("tsn_resnet50", path, size=64)
+        loaded = imported("tsn_resnet50", path, size=64)
         assert same_function(loaded, model)
         assert loaded.import_report.layout == "plain"
 
 
 def test_half_precision_is_widened(tmp_path):
     keys = source("tsn_resnet18").half().state_dict()
-    loaded = zoo.create("tsn_resnet18", official.save(tmp_path / "half.pth", keys))
+    loaded = imported("tsn_resnet18", official.save(tmp_path / "half.pth", keys))
     assert loaded.fc.weight.dtype == torch.float32
 
 
@@ -128,7 +133,7 @@ def test_numpy_numbers_beside_the_weights(tmp_path):
     path = official.save(
         tmp_path / "c.pth", official.tsm_keys(model), wrapped="state_dict", best_prec1=np.float64(55.5)
     )
-    assert zoo.create("tsn_resnet18", path).config.classes == 6
+    assert imported("tsn_resnet18", path).config.classes == 6
 
 
 def test_numpy_numbers_under_their_old_name(tmp_path):
@@ -152,7 +157,7 @@ def test_large_file_with_shared_nets_stored_twice(tmp_path):
     assert stored_values == pytest.approx(68.9e6, rel=5e-3)
     path = official.save(tmp_path / "sthv1_adatsn50.pth.tar", stored, wrapped="state_dict", legacy=True)
     assert path.stat().st_size > 250e6
-    loaded = zoo.create("adafuse_resnet50", path)
+    loaded = imported("adafuse_resnet50", path)
     assert loaded.config == model.config
     assert sum(p.numel() for p in loaded.parameters()) == pytest.approx(37.687e6, rel=1e-4)
     for (name, value), other in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
@@ -165,7 +170,7 @@ def test_contradicting_copies_of_a_shared_net(tmp_path):
     keys[table] = keys[table] + 1
     path = official.save(tmp_path / "c.pth", keys, wrapped="state_dict")
     with pytest.raises(CheckpointError, match="contradicts itself") as error:
-        zoo.create("adafuse_resnet18", path)
+        imported("adafuse_resnet18", path)
     assert "gate_fc0s" in error.value.where
 
 
@@ -192,17 +197,17 @@ def test_checkpoint_of_another_model(tmp_path, asked, given, hint):
         keys = official.adafuse_keys(model) if gated else official.tsm_keys(model)
     path = official.save(tmp_path / "c.pth", keys, wrapped="state_dict")
     if hint is None:
-        assert zoo.create(asked, path).config.enabled_stages == (3,)
+        assert imported(asked, path).config.enabled_stages == (3,)
         return
     with pytest.raises(CheckpointError, match=f"another model than {asked}") as error:
-        zoo.create(asked, path)
+        imported(asked, path)
     assert hint in error.value.hint
 
 
 def test_setting_that_contradicts_the_weights(tmp_path):
     path = official.save(tmp_path / "c.pth", official.adafuse_keys(source("adafuse_resnet18", hidden=24)))
     with pytest.raises(UsageError, match="hidden=512 contradicts the checkpoint") as error:
-        zoo.create("adafuse_resnet18", path, hidden=512)
+        imported("adafuse_resnet18", path, hidden=512)
     assert "hidden=24" in error.value.why
 
 
@@ -212,7 +217,7 @@ def test_missing_and_unexpected_keys_are_listed(tmp_path):
     keys["module.base_model.layer2.0.surplus"] = torch.zeros(1)
     path = official.save(tmp_path / "c.pth", keys)
     with pytest.raises(CheckpointError, match="don't fit the model") as error:
-        zoo.create("adafuse_resnet18", path)
+        imported("adafuse_resnet18", path)
     assert "1 missing: layer2.0.bn2.weight" in error.value.why
     assert "1 unexpected: layer2.0.surplus" in error.value.why
     assert "adafuse_resnet18" in error.value.hint
@@ -222,7 +227,7 @@ def test_misshapen_weight_is_named(tmp_path):
     keys = dict(source("tsn_resnet18").state_dict())
     keys["layer3.0.conv2.weight"] = keys["layer3.0.conv2.weight"][:-1]
     with pytest.raises(CheckpointError, match=r"layer3.0.conv2.weight \(31, 32, 3, 3\) instead of"):
-        zoo.create("tsn_resnet18", official.save(tmp_path / "c.pth", keys))
+        imported("tsn_resnet18", official.save(tmp_path / "c.pth", keys))
 
 
 @pytest.mark.parametrize(
@@ -235,7 +240,7 @@ def test_misshapen_weight_is_named(tmp_path):
 def test_foreign_family_is_named(tmp_path, keys, family):
     path = official.save(tmp_path / "c.pth", {key: torch.zeros(1) for key in keys})
     with pytest.raises(CheckpointError, match="fit no model") as error:
-        zoo.create("tsn_resnet18", path)
+        imported("tsn_resnet18", path)
     assert family in error.value.why
 
 
@@ -243,7 +248,7 @@ def test_resnet_of_another_depth(tmp_path):
     keys = dict(source("tsn_resnet18").state_dict())
     keys |= {k.replace("layer3.1", "layer3.2"): v for k, v in keys.items() if k.startswith("layer3.1.")}
     with pytest.raises(CheckpointError, match="ResNet that dvexport has not") as error:
-        zoo.create("tsn_resnet18", official.save(tmp_path / "c.pth", keys))
+        imported("tsn_resnet18", official.save(tmp_path / "c.pth", keys))
     assert "(2, 2, 3, 2)" in error.value.why
 
 
@@ -253,7 +258,7 @@ def test_unsupported_granularity(tmp_path):
         if key.endswith("gate_fc1.weight"):
             keys[key] = keys[key][: keys[key].shape[0] // 2]
     with pytest.raises(CheckpointError, match="granularity"):
-        zoo.create("adafuse_resnet18", official.save(tmp_path / "c.pth", keys))
+        imported("adafuse_resnet18", official.save(tmp_path / "c.pth", keys))
 
 
 class _RunsCode:
@@ -273,7 +278,7 @@ def test_pickle_that_would_run_code_is_refused(tmp_path, kind):
     else:
         torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
     with pytest.raises(CheckpointError, match="would run code") as error:
-        zoo.create("tsn_resnet18", path)
+        imported("tsn_resnet18", path)
     assert "mkdir" in error.value.why
     assert not trace.exists()
 
@@ -282,7 +287,7 @@ def test_pickle_of_a_newer_protocol_is_refused(tmp_path):
     trace, path = tmp_path / "executed", tmp_path / "evil.pkl"
     path.write_bytes(pickle.dumps(_RunsCode(trace), protocol=4))
     with pytest.raises(CheckpointError, match="would run code"):
-        zoo.create("tsn_resnet18", path)
+        imported("tsn_resnet18", path)
     assert not trace.exists()
 
 
@@ -297,7 +302,7 @@ def test_truncated_file(tmp_path, kind, share):
         official.save(path, model.state_dict(), legacy=kind == "legacy")
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
     with pytest.raises(CheckpointError, match="truncated or damaged"):
-        zoo.create("tsn_resnet18", path)
+        imported("tsn_resnet18", path)
 
 
 @pytest.mark.parametrize("legacy", [True, False], ids=["legacy", "zip"])
@@ -319,7 +324,7 @@ def test_file_that_is_no_checkpoint(tmp_path, content):
     path = tmp_path / "video.pth"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="truncated or damaged"):
-        zoo.create("tsn_resnet18", path)
+        imported("tsn_resnet18", path)
 
 
 def test_missing_file_and_folder(tmp_path):
@@ -334,7 +339,7 @@ def test_weights_that_are_not_finite(tmp_path, value):
     keys = {k: v.clone() for k, v in source("tsn_resnet18").state_dict().items()}
     keys["layer2.0.conv1.weight"][0, 0] = value
     with pytest.raises(CheckpointError, match="NaN or infinite") as error:
-        zoo.create("tsn_resnet18", official.save(tmp_path / "c.pth", keys))
+        imported("tsn_resnet18", official.save(tmp_path / "c.pth", keys))
     assert "layer2.0.conv1.weight" in error.value.where
     assert error.value.why.startswith("9 of ")
 

@@ -34,6 +34,7 @@ CASES = {
     "no-history": ("adafuse_resnet18", {"history": False}),
     "no-skipping": ("adafuse_resnet18", {"skipping": False}),
     "no-bn-no-relu": ("adafuse_resnet18", {"gate_bn": False, "gate_relu": False}),
+    "max-pooled-policy": ("dstep_resnet18", {"gate_pool": "max"}),
     "shifted": ("adafuse_resnet18", {"shift": "bidirectional"}),
     "shifted-online": ("dstep_resnet18", {"shift": "online", "shift_div": 4}),
     "dstep": ("dstep_resnet18", {}),
@@ -42,6 +43,7 @@ CASES = {
     "dstep-shifted": ("dstep_resnet50", {"shift": "bidirectional"}),
     "tiles-only": ("dstep_resnet18", {"channel_gates": False}),
     "tsn": ("tsn_resnet18", {}),
+    "tsm-in-place": ("tsm_resnet50", {"shift_place": "in_place"}),
     "tsm": ("tsm_resnet18", {}),
     "tsm-online": ("tsm_online_resnet50", {}),
 }

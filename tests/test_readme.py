@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -39,6 +40,9 @@ def folder(tmp_path_factory) -> Path:
     layers = {"num_hidden_layers": 3, "num_attention_heads": 3, "num_labels": 5}
     config = transformers.VideoMAEConfig(**small, **layers)
     transformers.VideoMAEForVideoClassification(config).save_pretrained(place / "MY_VIDEOMAE")
+    side = {"height": 160, "width": 160}
+    about = {"size": {"shortest_edge": 180}, "crop_size": side, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (place / "MY_VIDEOMAE" / "preprocessor_config.json").write_text(json.dumps(about), encoding="utf-8")
     return place
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sample_transformers import keys_of_width
 
-from dvexport.errors import CheckpointError, UsageError
+from dvexport.errors import CheckpointError, UntoldError, UsageError
 from dvexport.models import zoo
 
 VIT = {"depth": 2, "embed_dim": 24, "heads": 3, "size": 32, "frames": 4, "classes": 5}
@@ -40,7 +40,9 @@ def test_official_videomae(tmp_path, wrapped, prefix):
     assert report.layout == "official VideoMAE"
     assert report.inferred["tubelet"] == 4
     assert report.assumed == {}
-    assert set(zoo.create("vit_small", path, heads=3, **SIZE).import_report.assumed) == {"frames", "size"}
+    assert report.given == {"heads": 3, "size": (32, 32), "frames": 4}
+    with pytest.raises(UntoldError, match="tells frames, size"):
+        zoo.create("vit_small", path, heads=3, **SIZE)
 
 
 def test_pruning_needs_no_other_weights(tmp_path):
@@ -58,21 +60,36 @@ def test_a_file_with_its_position_table(tmp_path):
     keys = {**model.state_dict(), "pos_embed": model.positions}
     path = official.save(tmp_path / "checkpoint.pth", keys, wrapped="model")
     assert same(zoo.create("vit_small", path, heads=3, **SIZE, **INPUT), model)
+    with pytest.raises(UsageError, match="frames=8 size=32x32 contradict the checkpoint") as error:
+        zoo.create("vit_small", path, heads=3, **SIZE, **{**INPUT, "frames": 8})
+    assert "positions for 8 tokens, and these are 16" in error.value.why
+
+
+def test_learned_positions_are_refused(tmp_path):
+    """Dropping them would leave a model with the positions of another one."""
+    model = vit()
+    keys = {**model.state_dict(), "pos_embed": model.positions + torch.randn(24)}
+    path = official.save(tmp_path / "checkpoint.pth", keys, wrapped="model")
+    with pytest.raises(CheckpointError, match="positions of its own") as error:
+        zoo.create("vit_small", path, heads=3, **SIZE, **INPUT)
+    assert "use_learnable_pos_emb" in error.value.why
 
 
 def test_head_count_is_asked_where_files_differ(tmp_path):
     path = official.save(tmp_path / "small.pth", keys_of_width(384), wrapped="module")
-    with pytest.raises(CheckpointError, match="how many attention heads a width of 384") as error:
+    with pytest.raises(UntoldError, match="tells heads, frames, size") as error:
         zoo.create("vit_small", path)
-    assert "6 heads, converted ones 16" in error.value.why
-    assert error.value.hint == "--set heads=6"
+    assert "6   official ViT-S" in error.value.why
+    assert "16  ViT-S as converted" in error.value.why
+    assert error.value.settings == ["heads=6", "frames=16", "size=224x224"]
+    assert "--set heads=6 --set frames=16 --set size=224x224" in error.value.hint
     for heads in (6, 16):
-        assert zoo.create("vit_small", path, heads=heads).config.heads == heads
+        assert zoo.create("vit_small", path, heads=heads, assume_defaults=True).config.heads == heads
 
 
 def test_head_count_of_other_widths_is_known(tmp_path):
     path = official.save(tmp_path / "base.pth", keys_of_width(768, depth=1), wrapped="module")
-    assert zoo.create("vit_base", path, depth=1).config.heads == 12
+    assert zoo.create("vit_base", path, depth=1, assume_defaults=True).config.heads == 12
     with pytest.raises(UsageError, match="heads=6 contradicts the checkpoint"):
         zoo.create("vit_base", path, depth=1, heads=6)
 

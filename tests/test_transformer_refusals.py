@@ -80,7 +80,9 @@ def test_a_directory_with_missing_or_extra_weights(refused, tmp_path, damage, wh
 def test_an_ambiguous_head_count(refused, tmp_path):
     path = official.save(tmp_path / "small.pth", keys_of_width(384), wrapped="module")
     text = refused("vit_small", "--checkpoint", path)
-    assert "how many attention heads a width of 384" in text and "--set heads=6" in text
+    assert "nothing in the checkpoint tells heads, frames, size" in text
+    command = f"dvexport export vit_small --checkpoint {path} --set heads=6 --set frames=16 --set size=224x224"
+    assert f"try: {command} -o " in text
 
 
 def test_a_checkpoint_of_another_size(refused, tmp_path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,17 +13,19 @@ import click
 
 from dvexport.cli.options import BACKENDS, MODES, parse_choice, parse_pairs, path_option
 from dvexport.cli.output import checklist, file_size, print_lines
+from dvexport.errors import UntoldError
 
 if TYPE_CHECKING:
-    from dvexport.bundle_manifest import Manifest
+    from dvexport.bundle_manifest import Manifest, ModelEntry
 
-__all__ = ["assumed_line", "export", "memory_line", "trust_line"]
+__all__ = ["export", "memory_line", "origin_lines", "trust_line"]
 
 
 @click.command()
 @click.argument("model")
 @path_option("--checkpoint", help="Weights of the model, in the layout of its authors or of dvexport.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Option of the model; repeatable.")
+@click.option("--assume-defaults", is_flag=True, help="Take official defaults of options that nothing tells.")
 @click.option("--target", default="host", show_default=True, help="Device, see `dvexport targets`, or a .toml file.")
 @parse_choice("backend", BACKENDS, default="onnx")
 @parse_choice("mode", MODES, default=None, otherwise="; stream where the model can")
@@ -32,6 +36,7 @@ def export(
     model: str,
     checkpoint: Path | None,
     settings: tuple[str, ...],
+    assume_defaults: bool,
     target: str,
     backend: str,
     mode: str | None,
@@ -49,13 +54,14 @@ def export(
     from dvexport.files import writable_output
 
     writable_output(output)
-    with checklist() as progress:
+    with _paste_ready(click.get_current_context().params), checklist() as progress:
         from dvexport.export import export as run_export
 
         bundle = run_export(
             model,
             checkpoint=checkpoint,
             settings=options,
+            assume_defaults=assume_defaults,
             target=target,
             backend=backend,
             mode=mode,
@@ -72,7 +78,7 @@ def export(
         f"{file_size(bundle.path.stat().st_size)}",
         f"gates: {gates}",
         *memory_line(manifest.memory),
-        *assumed_line(manifest.model.assumed),
+        *origin_lines(manifest.model),
         *trust_line(manifest),
         f"next: dvexport verify {output}",
     )
@@ -96,9 +102,46 @@ def memory_line(memory: Mapping[str, int]) -> list[str]:
     return [f"memory: {working} for a step, {states} of states, {weights} of weights"]
 
 
-def assumed_line(assumed: Mapping[str, Any]) -> list[str]:
-    """Return the line that says which options no weights told, none if there are none."""
-    if not assumed:
+def origin_lines(model: ModelEntry) -> list[str]:
+    """Return lines that say where the options of an imported model come from, none if nothing was imported."""
+    from dvexport.models.untold import as_settings
+
+    parts = (
+        ("inferred", model.inferred, ""),
+        ("given", model.settings, ""),
+        ("assumed", model.assumed, "  (nothing tells it; overrule with --set)"),
+    )
+    if not model.inferred and not model.assumed:
         return []
-    told = " ".join(f"{key}={','.join(map(str, v)) if isinstance(v, list) else v}" for key, v in assumed.items())
-    return [f"assumed, as no weights tell it: {told}  (overrule with --set)"]
+    return [f"{name}: {' '.join(as_settings(options))}{note}" for name, options, note in parts if options]
+
+
+@contextmanager
+def _paste_ready(params: Mapping[str, Any]) -> Iterator[None]:
+    """Where options were left open, end the error with the whole command that sets them."""
+    try:
+        yield
+    except UntoldError as error:
+        if not error.settings:
+            raise
+        command = shlex.join(_command({**params, "settings": (*params["settings"], *error.settings)}))
+        note = "(with the official defaults: change what differs; --assume-defaults takes them all)"
+        raise UntoldError(
+            error.what,
+            where=error.where or "",
+            why=error.why or "",
+            hint=f"{command}\n       {note}",
+            settings=error.settings,
+        ) from None
+
+
+def _command(params: Mapping[str, Any]) -> list[str]:
+    """Return the words of the export command with `params`."""
+    words = ["dvexport", "export", str(params["model"])]
+    for option in export.params:
+        value = params[option.name or ""]
+        if not isinstance(option, click.Option) or value in (None, False, option.default):
+            continue
+        for each in value if option.multiple else (value,):
+            words += [option.opts[-1 if option.name != "output" else 0], str(each)]
+    return words

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dvexport.cli.export import memory_line
+from dvexport.cli.export import memory_line, origin_lines
 from dvexport.cli.options import bundle_argument, json_flag
 from dvexport.cli.output import file_size, print_fields, print_json, print_table
 
@@ -55,11 +55,15 @@ def inspect(bundle: Path, as_json: bool) -> None:
 
 
 def _summary(manifest: Manifest) -> None:
+    from dvexport.models.untold import as_settings
+
     video = manifest.preprocess
-    settings = " ".join(f"{key}={value}" for key, value in sorted(manifest.model.settings.items()))
+    origins = [line.partition(": ")[::2] for line in origin_lines(manifest.model)]
+    settings = "" if origins else " ".join(as_settings(dict(sorted(manifest.model.settings.items()))))
     print_fields(
         [
             ("model", f"{manifest.model.name} {settings}".rstrip()),
+            *origins,
             ("target", manifest.target),
             ("backend", manifest.backend),
             ("mode", manifest.mode),
