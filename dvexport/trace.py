@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from dvexport.dialect import operator_of
-from dvexport.errors import TraceError
+from dvexport.errors import DvexportError, TraceError
 from dvexport.fold import fold_constants
 from dvexport.graph import DV, FRAMES, OPSET, make_contiguous, mark_whole_clip, source_of
 
@@ -38,6 +38,7 @@ def trace(model: nn.Module, size: tuple[int, int]) -> ir.Model:
 
     Raises:
         TraceError: torch can't trace the model, or a gate is illegal.
+        UsageError: a gate is called with something that the dialect has no place for (`dvexport.gates`).
     """
     import torch
 
@@ -57,6 +58,9 @@ def trace(model: nn.Module, size: tuple[int, int]) -> ir.Model:
                 verbose=False,
             )
     except Exception as error:
+        refusal = _refusal(error)
+        if refusal is not None:
+            raise refusal from None
         cause = error.__cause__ or error
         raise TraceError(
             "the model can't be traced",
@@ -72,6 +76,13 @@ def trace(model: nn.Module, size: tuple[int, int]) -> ir.Model:
         mark_whole_clip(traced, frames)
     _check(traced)
     return traced
+
+
+def _refusal(error: BaseException | None) -> DvexportError | None:
+    """Return the error of ours that the exporter has wrapped in its own."""
+    while error is not None and not isinstance(error, DvexportError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _check(model: ir.Model) -> None:

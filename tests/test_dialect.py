@@ -10,8 +10,8 @@ import pytest
 from graphs import data, graph, node_of, run, weights
 
 from dvexport.dialect import OPERATORS, attach_references, operator_of
-from dvexport.dialect.conv import output_size
 from dvexport.dialect.masks import tile_index
+from dvexport.geometry import output_size
 
 N, CIN, COUT, SIZE, GRID = 3, 4, 6, (7, 9), (3, 2)
 CONV = {"strides": (1, 1), "pads": (1, 1, 1, 1), "dilations": (1, 1)}

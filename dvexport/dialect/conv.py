@@ -7,21 +7,19 @@ from typing import Any
 
 import onnx_ir as ir
 
+from dvexport.actions import ACTIVATIONS
+from dvexport.geometry import output_size
 from dvexport.graph import Builder, array_of
 
 __all__ = [
-    "ACTIVATIONS",
     "CONV_ATTRIBUTES",
     "activate",
     "conv_problems",
     "conv_shape",
     "dense_conv",
     "infer_conv",
-    "output_size",
     "plane_size",
 ]
-
-ACTIVATIONS = ("none", "relu")
 
 CONV_ATTRIBUTES: Mapping[str, Any] = {
     "strides": (1, 1),
@@ -31,16 +29,7 @@ CONV_ATTRIBUTES: Mapping[str, Any] = {
     "activation": "none",
     "gate": None,
 }
-"""`pads` is ONNX's (top, left, bottom, right); `activation` one of `ACTIVATIONS`."""
-
-
-def output_size(size: tuple[int, int], kernel: tuple[int, int], attributes: Mapping[str, Any]) -> tuple[int, int]:
-    """Return the output plane of a convolution (ONNX Conv, explicit pads)."""
-    pads, strides, dilations = attributes["pads"], attributes["strides"], attributes["dilations"]
-    height, width = (
-        (size[i] + pads[i] + pads[i + 2] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1 for i in range(2)
-    )
-    return height, width
+"""`pads` is ONNX's (top, left, bottom, right); `activation` one of `dvexport.actions.ACTIVATIONS`."""
 
 
 def plane_size(value: ir.Value) -> tuple[int, int]:
