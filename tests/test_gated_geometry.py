@@ -8,6 +8,7 @@ import torch
 from gated_layers import CIN, COUT, FRAMES, Layer, decisions_of, frames_of, traced_layer
 from graphs import run_steps, session
 from native_harness import host_machine
+from native_networks import variants
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -94,8 +95,8 @@ def test_forced_on_onnx(layers, name):
 def test_forced_natively(layers, name):
     net, traced = layers(name)
     frames = frames_of()
-    model = lower(traced, Plan(frames=1, kernels=True, forced=True), check=True).model
-    runtime = build_artifact({"forced": model}, host_machine(), lambda _: None).variant("forced", 1).open()
+    models = variants(traced, "stream", 1, ("gated", "forced"))
+    runtime = build_artifact(models, host_machine(), lambda _: None).variant("forced", 1).open()
     for pattern, decisions in decisions_of(net.grid).items():
         runtime.reset()
         feeds = {"frames": frames, **decisions}
