@@ -46,8 +46,9 @@ def checked_tiles(tiles: Tensor | None, frames: int, gate: str, *, traced: bool)
     if tiles.is_floating_point() and traced:
         raise _only_to_train("tiles", gate, "scores >= 0")
     if tiles.dim() != 3 or tiles.shape[0] != frames or 0 in tiles.shape[1:]:
+        hint = "squeeze the channel axis of a mask: mask.squeeze(1)" if tiles.dim() == 4 else None
         raise refused(gate, f"tiles are {_sizes(tiles)}, they must be [frames, rows, columns] of {frames} frames",
-                      hint="squeeze the channel axis of a mask: mask.squeeze(1)" if tiles.dim() == 4 else None)  # fmt: skip
+                      hint=hint)  # fmt: skip
     return tiles if tiles.is_floating_point() or tiles.dtype == torch.bool else tiles != 0
 
 

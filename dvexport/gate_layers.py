@@ -80,19 +80,20 @@ def check_input(x: Tensor, conv: nn.Conv2d, gate: str, *, traced: bool = False) 
     if not isinstance(x, Tensor) or x.dim() != 4:
         found = f"has {x.dim()} axes" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
         raise refused(gate, f"x {found}, it must be [frames, channels, height, width]")
+    geometry = conv_attributes(conv, gate)
     if x.shape[1] != conv.weight.shape[1]:
         raise refused(gate, f"x has {x.shape[1]} channels, the convolution reads {conv.weight.shape[1]}")
     if not x.is_floating_point():
         raise refused(gate, f"x is {x.dtype}", "gates work on floating point numbers")
-    if min(output_size(x.shape[2:], conv.weight.shape[2:], conv_attributes(conv, gate))) < 1:
+    if min(output_size(x.shape[2:], conv.weight.shape[2:], geometry)) < 1:
         raise refused(gate, f"the window of {list(conv.weight.shape[2:])} pixels does not fit x, "
                             f"of {list(x.shape[2:])}")  # fmt: skip
-    if traced and x.dtype != torch.float32:
-        raise refused(gate, f"x is {x.dtype} when the model is exported", "artifacts compute in float32",
-                      "export the float32 model")  # fmt: skip
     if traced and torch.is_autocast_enabled(x.device.type):
         raise refused(gate, "autocast is on when the model is exported", "artifacts compute in float32",
                       "leave torch.autocast to the training, outside of forward")  # fmt: skip
+    if traced and x.dtype != torch.float32:
+        raise refused(gate, f"x is {x.dtype} when the model is exported", "artifacts compute in float32",
+                      "export the float32 model")  # fmt: skip
 
 
 def conv_attributes(conv: nn.Conv2d, gate: str) -> dict[str, Any]:

@@ -299,8 +299,12 @@ def _check_name(name: str) -> None:
 def _refuse_clips(where: str) -> None:
     """A traced model runs one clip: the borders of several would be lost."""
     if _clip_length.get() is not None:
-        raise UsageError("frames_per_clip is on when the model is exported", where=where,
-                         why="an artifact runs one clip", hint="leave the context to the training, outside of forward")  # fmt: skip
+        raise UsageError(
+            "frames_per_clip is on when the model is exported",
+            where=where,
+            why="an artifact runs one clip",
+            hint="leave the context to the training, outside of forward",
+        )
 
 
 def _check_traced_state(x: Tensor, name: str, types: tuple[torch.dtype, ...]) -> None:

@@ -14,6 +14,7 @@ from dvexport.dialect import operator_of
 from dvexport.errors import DvexportError, TraceError
 from dvexport.fold import fold_constants
 from dvexport.graph import DV, FRAMES, OPSET, make_contiguous, mark_whole_clip, source_of
+from dvexport.passes.expose_probes import decisions_at
 
 if TYPE_CHECKING:
     from torch import nn
@@ -97,7 +98,23 @@ def _check(model: ir.Model) -> None:
         if found:
             raise TraceError(f"{source_of(node)} {found[0]}")
         operator.infer(node)
+    _check_decisions(model)
     model.graph.opset_imports.setdefault(DV, 1)
+
+
+def _check_decisions(model: ir.Model) -> None:
+    """Refuse a gate whose convolutions follow different decisions: one is shown, forced and counted for all."""
+    seen: dict[tuple[str, str], ir.Value] = {}
+    for node in model.graph:
+        for key, value in decisions_at(node).items():
+            if seen.setdefault(key, value) is not value:  # equal expressions are one value by now
+                gate, kind = key
+                raise TraceError(
+                    f"gate '{gate}' has two decisions over {kind}",
+                    where=source_of(node),
+                    why="a gate is one decision of a kind; what a bundle shows and counts is the first one's",
+                    hint="give each its own name, such as layer1.0.second",
+                )
 
 
 @contextlib.contextmanager

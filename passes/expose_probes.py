@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from dvexport.graph import DV, Builder, fresh_output, gate_name, static_shape
 
-__all__ = ["ExposeProbes", "ForceDecisions", "decision_values", "forced_name", "probe_name"]
+__all__ = ["ExposeProbes", "ForceDecisions", "decision_values", "decisions_at", "forced_name", "probe_name"]
 
 _KINDS = {"action": 3, "tiles": 4}
 """Decision kind to its position among the inputs of `GatedConv`."""
@@ -31,15 +31,19 @@ def decision_values(model: ir.Model) -> dict[tuple[str, str], ir.Value]:
     """Return each decision of a gate-level model by (gate, kind)."""
     found: dict[tuple[str, str], ir.Value] = {}
     for node in model.graph:
-        if node.domain == DV and node.op_type == "SelectTokens":
-            found[gate_name(node), "tokens"] = node.outputs[1]
-        if node.domain != DV or node.op_type != "GatedConv":
-            continue
-        for kind, position in _KINDS.items():
-            value = node.inputs[position] if position < len(node.inputs) else None
-            if value is not None:
-                found.setdefault((gate_name(node), kind), value)
+        for key, value in decisions_at(node).items():
+            found.setdefault(key, value)
     return found
+
+
+def decisions_at(node: ir.Node) -> dict[tuple[str, str], ir.Value]:
+    """Return the decisions that a gate-level node takes, or makes, by (gate, kind)."""
+    if node.domain == DV and node.op_type == "SelectTokens":
+        return {(gate_name(node), "tokens"): node.outputs[1]}
+    if node.domain != DV or node.op_type != "GatedConv":
+        return {}
+    given = {kind: node.inputs[position] for kind, position in _KINDS.items() if position < len(node.inputs)}
+    return {(gate_name(node), kind): value for kind, value in given.items() if value is not None}
 
 
 class ExposeProbes(ir.passes.InPlacePass):

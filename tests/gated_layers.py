@@ -1,19 +1,20 @@
-"""A model of one gated layer of any geometry, traced, and run under forced decisions in every lowering."""
+"""A model of one gated layer of any geometry, whose decisions can be forced, and decisions to force."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import numpy as np
-import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
 from dvexport import gates
 from dvexport.passes.expose_probes import forced_name
-from dvexport.trace import trace
 
-__all__ = ["CIN", "COUT", "FRAMES", "GATE", "SIZE", "Layer", "decisions_of", "frames_of", "traced_layer"]
+__all__ = ["CIN", "COUT", "FRAMES", "GATE", "SIZE", "Layer", "decisions_of", "frames_of", "lively"]
+
+Net = TypeVar("Net", bound=nn.Module)
 
 CIN, COUT, FRAMES, SIZE, GATE = 3, 20, 4, (11, 14), "g"
 
@@ -54,18 +55,18 @@ class Layer(nn.Module):
             self.forced = {}
 
 
-def traced_layer(make: Callable[[], Layer]) -> tuple[Layer, ir.Model]:
-    """Make a layer with weights and statistics that keep every path alive, and trace it."""
+def lively(make: Callable[[], Net]) -> Net:
+    """Make a model in evaluation mode, with weights and statistics that keep every path alive."""
     torch.manual_seed(0)
-    layer = make().eval()
-    for module in layer.modules():
+    net = make().eval()
+    for module in net.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.running_mean.normal_(0, 0.3)
             module.running_var.uniform_(0.3, 2)
             if module.affine:
                 nn.init.uniform_(module.weight, 0.5, 1.5)
                 nn.init.normal_(module.bias, 0, 0.3)
-    return layer, trace(layer, SIZE)
+    return net
 
 
 def frames_of(seed: int = 0) -> np.ndarray:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from gated_layers import CIN, COUT, FRAMES, Layer, decisions_of, frames_of, traced_layer
+from gated_layers import CIN, COUT, FRAMES, SIZE, Layer, decisions_of, frames_of, lively
 from graphs import run_steps, session
 from native_harness import host_machine
 from native_networks import variants
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from dvexport.errors import UsageError
 from dvexport.passes.pipeline import Plan, lower
 from dvexport.targets.tvm.artifact import build_artifact
+from dvexport.targets.tvm.units import cut
+from dvexport.trace import trace
 
 
 def conv(kernel, **options):
@@ -54,6 +57,8 @@ LAYERS = {
         conv(3, padding=1), reader=nn.Conv2d(COUT, 4, (2, 3), padding=(2, 0), dilation=(3, 2), stride=(2, 1))
     ),
 }
+FAST = ("stride by axis", "padding same, dilated", "norm without scale")
+"""Those that the fast tests run, in a stream."""
 LOWERINGS = ("masked", "tiles", "channels", "groups")
 MODES = ("stream", "clip")
 
@@ -64,7 +69,8 @@ def layers():
 
     def get(name):
         if name not in made:
-            made[name] = traced_layer(LAYERS[name])
+            net = lively(LAYERS[name])
+            made[name] = net, trace(net, SIZE)
         return made[name]
 
     return get
@@ -76,18 +82,28 @@ def assert_equal(found, expected, what):
     assert error <= 1e-5 * max(1.0, np.abs(expected).max()), f"{what}: {error:.3g}"
 
 
-@pytest.mark.parametrize("name", LAYERS)
+def assert_follows(net, traced, mode, lowering):
+    plan = Plan(mode=mode, frames=FRAMES, forced=True, overrides={"*": lowering})
+    model, frames = lower(traced, plan, check=True).model, frames_of()
+    loaded = session(model)
+    for pattern, decisions in decisions_of(net.grid).items():
+        feeds = {"frames": frames, **decisions}
+        found = loaded.run(None, feeds)[0] if mode == "clip" else run_steps(model, feeds, loaded=loaded)["logits"]
+        assert_equal(found, net.eager(frames, decisions), f"{mode} {lowering} {pattern}")
+
+
+@pytest.mark.parametrize("name", FAST)
 def test_forced_on_onnx(layers, name):
-    net, traced = layers(name)
-    frames = frames_of()
-    for mode in MODES:
-        for lowering in LOWERINGS:
-            plan = Plan(mode=mode, frames=FRAMES, forced=True, overrides={"*": lowering})
-            model = lower(traced, plan, check=True).model
-            for pattern, decisions in decisions_of(net.grid).items():
-                feeds = {"frames": frames, **decisions}
-                found = run_steps(model, feeds)["logits"] if mode == "stream" else session(model).run(None, feeds)[0]
-                assert_equal(found, net.eager(frames, decisions), f"{mode} {lowering} {pattern}")
+    for lowering in ("masked", "tiles"):
+        assert_follows(*layers(name), "stream", lowering)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("mode", MODES)
+def test_forced_in_every_lowering(layers, name, mode):
+    for lowering in LOWERINGS:
+        assert_follows(*layers(name), mode, lowering)
 
 
 @pytest.mark.slow
@@ -104,14 +120,25 @@ def test_forced_natively(layers, name):
         assert_equal(np.concatenate(steps), net.eager(frames, decisions), pattern)
 
 
-def test_decisions_and_geometry_matter(layers):
+@pytest.mark.parametrize("pool", [False, True])
+def test_steps_beyond_two_natively(pool):
+    """A gate is refused by name; what no gate is on is an island of its own."""
+    layer = Layer(conv(3), nn.BatchNorm2d(COUT), reader=nn.Conv2d(COUT, 4, 3, stride=(1, 1 if pool else 3)))
+    net = lively(lambda: nn.Sequential(*[nn.MaxPool2d(3, 3)] * pool, nn.Conv2d(CIN, CIN, 1), layer))
+    said = "no kernel for a gated convolution with a stride of 3 across"
+    models = variants(trace(net, (33, 42)), "stream", 1, ("gated",))
+    if pool:
+        assert "max_pool" not in {unit.kind for unit in cut(models["gated"])}
+    else:
+        with pytest.raises(UsageError, match=said) as caught:
+            cut(models["gated"])
+        assert "gate reader" in caught.value.where
+
+
+def test_decisions_and_geometry_matter():
     """Were either ignored on both sides, every comparison above would hold."""
-    (net, _), frames = layers("dilation"), frames_of()
+    net, frames = lively(LAYERS["dilation"]), frames_of()
     outputs = [net.eager(frames, decisions) for decisions in decisions_of(net.grid).values()]
     assert min(np.abs(a - b).max() for i, a in enumerate(outputs) for b in outputs[:i]) > 0.1
-    dilated = net.eager(frames, decisions_of(net.grid)["all"])
     net.conv.dilation, net.conv.padding = (1, 1), (1, 1)
-    try:
-        assert np.abs(net.eager(frames, decisions_of(net.grid)["all"]) - dilated).max() > 0.1
-    finally:
-        net.conv.dilation, net.conv.padding = (2, 2), (2, 2)
+    assert np.abs(net.eager(frames, decisions_of(net.grid)["all"]) - outputs[0]).max() > 0.1

@@ -183,9 +183,10 @@ def _sparse_conv(node: ir.Node) -> ConvUnit:
     inputs, attributes = operator.bind(node), operator.attributes_of(node)
     weight = array_of(inputs["W"])
     assert weight is not None and inputs["X"] is not None
-    if attributes["strides"][1] > MOST_STEP:
+    step = attributes["strides"][1]
+    if step > MOST_STEP:
         raise UsageError(
-            f"the native backend has no kernel for a gated convolution with a stride of {attributes['strides'][1]} across",
+            f"the native backend has no kernel for a gated convolution with a stride of {step} across",
             where=f"gate {attributes['gate']}, {source_of(node)}",
             why=f"its kernels step over at most {MOST_STEP} columns",
             hint="take a smaller stride, or export with another backend: --backend onnx",
