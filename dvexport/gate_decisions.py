@@ -7,7 +7,7 @@ train through, and are refused when the model is exported.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dvexport.gate_layers import refused
 
@@ -32,7 +32,7 @@ def checked_action(action: Tensor | None, frames: int, channels: int, gate: str,
     if action.dtype == torch.bool or action.is_complex():
         raise refused(gate, f"action is {action.dtype}", "skip, reuse and compute are 0, 1 and 2",
                       "pass integers: gates.SKIP, gates.REUSE, gates.COMPUTE")  # fmt: skip
-    if _values_are_known():
+    if _is_known(action):
         wrong = action[(action < 0) | (action > 2)]
         if wrong.numel():
             raise refused(gate, f"action holds {int(wrong[0])}", "skip, reuse and compute are 0, 1 and 2")
@@ -58,7 +58,7 @@ def checked_active_in(active_in: Tensor | None, x: Tensor, gate: str) -> Tensor 
         return None
     _check_shape("active_in", active_in, tuple(x.shape[:2]), gate, "[frames, Cin]")
     active = active_in if active_in.dtype == torch.bool else active_in != 0
-    if _values_are_known():
+    if _is_known(x) and _is_known(active):
         broken = ((x.detach().abs().amax((2, 3)) > 0) & ~active).nonzero()
         if len(broken):
             frame, channel = broken[0].tolist()
@@ -82,14 +82,14 @@ def checked_keep(x: Tensor, score: Tensor, keep: int, gate: str, *, traced: bool
     if traced and not x.dtype == score.dtype == torch.float32:
         raise refused(gate, f"tokens are {x.dtype} and scores {score.dtype} when the model is exported",
                       "artifacts compute in float32", "export the float32 model")  # fmt: skip
-    if _values_are_known() and not score.isfinite().all():
+    if _is_known(score) and not score.isfinite().all():
         raise refused(gate, "a score is NaN or infinite", "runtimes would order it differently",
                       "make scores finite: torch.nan_to_num")  # fmt: skip
 
 
-def _values_are_known() -> bool:
-    """Tell whether tensors hold numbers that Python may look at."""
-    return not torch.compiler.is_compiling()
+def _is_known(value: Tensor) -> bool:
+    """Tell whether a tensor holds numbers that Python may look at: not in a trace, on meta, or of a fake."""
+    return type(value) in (Tensor, nn.Parameter) and not value.is_meta and not torch.compiler.is_compiling()
 
 
 def _only_to_train(name: str, gate: str, instead: str) -> Exception:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 
@@ -22,6 +23,8 @@ __all__ = ["check_activation", "check_conv", "check_input", "check_norm", "conv_
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+_EVERYWHERE = (module._global_forward_pre_hooks, module._global_forward_hooks)
+"""Hooks on every module there is (`torch.nn.modules.module.register_module_forward_hook`)."""
 _ON_HOOKS = (
     "take it off before the export (`torch.nn.utils.remove_weight_norm`, `remove_spectral_norm`, `prune.remove`; "
     "their successors in `torch.nn.utils.parametrizations` need none), or hook the module around it"
@@ -111,9 +114,11 @@ def conv_attributes(conv: nn.Conv2d, gate: str) -> dict[str, Any]:
                       "use padding_mode='zeros', or leave the convolution outside of the gate")  # fmt: skip
     strides, dilations = _pair(conv.stride), _pair(conv.dilation)
     kernel = [int(size) for size in conv.weight.shape[2:]]
-    return {
-        "strides": strides, "pads": _pads(conv.padding, kernel, strides, dilations, gate), "dilations": dilations,
-    }  # fmt: skip
+    pads = _pads(conv.padding, kernel, strides, dilations, gate)
+    for name, values, least in (("stride", strides, 1), ("dilation", dilations, 1), ("padding", pads[:2], 0)):
+        if len(values) != 2 or min(values) < least:
+            raise refused(gate, f"conv has {name}={values}", f"it must be two numbers of at least {least}")
+    return {"strides": strides, "pads": pads, "dilations": dilations}
 
 
 def _pads(
@@ -143,7 +148,7 @@ def _check_layer(
     layer: Any, base: type[nn.Module], methods: tuple[str, ...], role: str, gate: str, traced: bool
 ) -> None:
     """Refuse a layer that computes something else than its base class does with its tensors."""
-    for name in (*methods, "__call__"):
+    for name in (*methods, "__call__", "_call_impl", "_wrapped_call_impl"):
         if getattr(type(layer), name) is not getattr(base, name) or name in vars(layer):
             raise refused(gate, f"{role} is a {type(layer).__name__} with a {name} of its own",
                           f"a trace takes only the tensors of a {base.__name__.lstrip('_')}",
@@ -158,7 +163,9 @@ def _check_layer(
                           "artifacts compute in float32", "export the float32 model: model.float()")  # fmt: skip
     if not traced:
         return
-    hooks = [*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()]
+    hooks = [
+        hook for place in (*_EVERYWHERE, layer._forward_pre_hooks, layer._forward_hooks) for hook in place.values()
+    ]
     if hooks:
         name = getattr(hooks[0], "__qualname__", type(hooks[0]).__name__)
         raise refused(gate, f"{role} has a forward hook, {name}", "a trace would drop it", _ON_HOOKS)

@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
@@ -70,6 +70,7 @@ def trace(model: nn.Module, size: tuple[int, int]) -> ir.Model:
             hint="gates must use dvexport.gates, and no Python branch may depend on a tensor's values",
         ) from error
     assert program is not None
+    _refuse_dropped(program.exported_program)
     traced = program.model
     fold_constants(traced)
     make_contiguous(traced)  # here, and not in each variant that is made of it: transposed weights are as large as all
@@ -84,6 +85,23 @@ def _refusal(error: BaseException | None) -> DvexportError | None:
     while error is not None and not isinstance(error, DvexportError):
         error = error.__cause__ or error.__context__
     return error
+
+
+def _refuse_dropped(program: Any) -> None:
+    """Refuse the one argument that torch's exporter is known to drop: ONNX's AveragePool has no place for it."""
+    for node in program.graph.nodes:
+        name = "divisor_override"
+        if "avg_pool" not in str(node.target) or node.op != "call_function":
+            continue
+        places = [argument.name for argument in node.target._schema.arguments]
+        given = dict(zip(places, node.args, strict=False)) | dict(node.kwargs)
+        if given.get(name) is not None:
+            raise TraceError(
+                f"an average pool has {name}={given[name]}",
+                where=str(node.name),
+                why="ONNX divides by the size of the window, and the exporter would drop it",
+                hint="leave it out, and multiply what the pool gives",
+            )
 
 
 def _check(model: ir.Model) -> None:

@@ -7,6 +7,8 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize, prune
 
 from dvexport import gates
@@ -31,9 +33,9 @@ class OwnNorm(nn.BatchNorm2d):
         return super().forward(x) + 1
 
 
-def patched():
+def patched(name):
     made = conv()
-    made.forward = lambda x: nn.Conv2d.forward(made, x) * 2
+    setattr(made, name, lambda *given: getattr(nn.Conv2d, name)(made, *given) * 2)
     return made
 
 
@@ -77,6 +79,9 @@ REFUSED = {
     "replicate": (lambda: Net(conv(padding=1, padding_mode="replicate")), "padding_mode='replicate'"),
     "circular": (lambda: Net(conv(padding=1, padding_mode="circular")), "padding_mode='circular'"),
     "unknown padding": (lambda: Net(changed(conv(), padding="full")), "padding='full'"),
+    "no stride": (lambda: Net(conv(stride=0)), r"conv has stride=\[0, 0\]"),
+    "no dilation": (lambda: Net(conv(dilation=(1, 0))), r"conv has dilation=\[1, 0\]"),
+    "less than no padding": (lambda: Net(conv(padding=-1)), r"conv has padding=\[-1, -1\]"),
     "transposed": (lambda: Net(nn.ConvTranspose2d(CIN, COUT, 3)), "conv is a ConvTranspose2d"),
     "1-D": (lambda: Net(nn.Conv1d(CIN, COUT, 3)), "conv is a Conv1d"),
     "3-D": (lambda: Net(nn.Conv3d(CIN, COUT, 3)), "conv is a Conv3d"),
@@ -85,7 +90,8 @@ REFUSED = {
     "sequential": (lambda: Net(nn.Sequential(conv())), "conv is a Sequential"),
     "own forward": (lambda: Net(OwnForward(CIN, COUT, 3)), "conv is a OwnForward with a forward of its own"),
     "own convolution": (lambda: Net(OwnConvolution(CIN, COUT, 3)), "with a _conv_forward of its own"),
-    "patched forward": (lambda: Net(patched()), "conv is a Conv2d with a forward of its own"),
+    "patched forward": (lambda: Net(patched("forward")), "conv is a Conv2d with a forward of its own"),
+    "patched call": (lambda: Net(patched("_call_impl")), "conv is a Conv2d with a _call_impl of its own"),
     "no weight yet": (lambda: Net(nn.LazyConv2d(COUT, 3)), "LazyConv2d that has no weight yet"),
     "complex": (lambda: Net(conv(dtype=torch.complex64)), "a weight of torch.complex64"),
     "channels": (lambda: Net(nn.Conv2d(CIN + 1, COUT, 3)), "x has 4 channels, the convolution reads 5"),
@@ -132,7 +138,7 @@ def test_refused_when_exporting(name):
         make().eval()(frames())
 
 
-@pytest.mark.parametrize("name", ["groups", "reflect", "own forward", "no statistics", "activation", "no frame axis"])
+@pytest.mark.parametrize("name", ["groups", "no statistics", "activation", "no frame axis"])
 def test_refused_at_export(name):
     """As above, through the exporter, which wraps what is raised inside."""
     make, said = REFUSED[name]
@@ -182,11 +188,17 @@ def test_harmless_until_exported(name):
     assert caught.value.where == "gate mine" and caught.value.hint
 
 
-@pytest.mark.parametrize("name", ["hook", "training", "tiles of floats"])
+@pytest.mark.parametrize("name", ["training", "tiles of floats"])
 def test_refused_only_at_export(name):
     make, said = EXPORT_ONLY[name]
     with pytest.raises(UsageError, match=said):
         trace(make(), SIZE)
+
+
+def test_hooks_on_every_module_count():
+    doubled = register_module_forward_hook(lambda layer, inputs, output: output * 2)
+    with doubled, pytest.raises(UsageError, match="conv has a forward hook"):
+        trace(Net(), SIZE)
 
 
 def test_the_advice_on_hooks_holds():
@@ -235,6 +247,15 @@ def test_a_broken_promise():
     kept = Net(read=lambda x: x * torch.tensor([1.0, 0, 1, 0])[:, None, None],
                active_in=lambda x: torch.tensor([1, 0, 1, 0]).expand(len(x), 4))  # fmt: skip
     assert kept(frames()).shape == (N, COUT)
+
+
+@pytest.mark.parametrize("mode", [lambda: torch.device("meta"), FakeTensorMode])
+def test_shapes_alone_suffice(mode):
+    """Sizes are counted on tensors without numbers, of which none is looked at."""
+    with mode():
+        net = Net(bn=nn.BatchNorm2d(COUT), action=whole(COUT), tiles=whole(2, 2, value=0), active_in=whole(CIN))
+        assert net(torch.zeros(N, 3, *SIZE)).shape == (N, COUT)
+        assert tokens(torch.zeros(N, 3, *SIZE), keep=2)[1].shape == (N, 2)
 
 
 def test_whole_numbers_of_tiles_are_truth():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from graphs import check, ops, run
 from oracle_check import net_of, traced, video
 from torch import nn
@@ -53,6 +56,15 @@ def branches(net, frames):
 def test_what_cannot_be_traced():
     with pytest.raises(TraceError, match="the model can't be traced"):
         trace(Head(branches), (8, 8))
+
+
+def test_what_the_exporter_drops_is_refused():
+    def pooled(net, frames, **options):
+        return F.avg_pool2d(net.conv(frames), 2, **options).flatten(1)
+
+    with pytest.raises(TraceError, match="divisor_override=3"):
+        trace(Head(partial(pooled, divisor_override=3)), (8, 8))
+    assert "AveragePool" in ops(trace(Head(pooled), (8, 8)))
 
 
 def wrong_activation(net, frames):
