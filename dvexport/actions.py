@@ -1,5 +1,25 @@
-"""The actions of an output channel, for code that runs without torch (`dvexport.gates` has them too)."""
+"""The words of a gate, for code that runs without torch: actions of an output channel, activations, names."""
 
-__all__ = ["COMPUTE", "REUSE", "SKIP"]
+from __future__ import annotations
+
+import re
+
+__all__ = ["ACTIVATIONS", "COMPUTE", "REUSE", "SKIP", "name_problem"]
 
 SKIP, REUSE, COMPUTE = 0, 1, 2
+"""The actions of an output channel (AdaFuse, section 3; D-STEP, section 3.1)."""
+
+ACTIVATIONS = ("none", "relu")
+"""What a gated convolution may end with."""
+
+_NAME = re.compile(r"[A-Za-z0-9_./:-]{1,100}")
+
+
+def name_problem(name: object) -> str | None:
+    """Return what is wrong with the name of a gate or a state, or None.
+
+    Names are keys of bundles and of `--lowering`, where `=`, `,` and `*` have a meaning.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        return f"{name!r} is no name: 1 to 100 letters, digits and . _ - : / are"
+    return None

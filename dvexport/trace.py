@@ -6,14 +6,15 @@ import contextlib
 import io
 import logging
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
 from dvexport.dialect import operator_of
-from dvexport.errors import TraceError
+from dvexport.errors import DvexportError, TraceError
 from dvexport.fold import fold_constants
 from dvexport.graph import DV, FRAMES, OPSET, make_contiguous, mark_whole_clip, source_of
+from dvexport.passes.expose_probes import decisions_at
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,6 +39,7 @@ def trace(model: nn.Module, size: tuple[int, int]) -> ir.Model:
 
     Raises:
         TraceError: torch can't trace the model, or a gate is illegal.
+        UsageError: a gate is called with something that the dialect has no place for (`dvexport.gates`).
     """
     import torch
 
@@ -57,6 +59,9 @@ def trace(model: nn.Module, size: tuple[int, int]) -> ir.Model:
                 verbose=False,
             )
     except Exception as error:
+        refusal = _refusal(error)
+        if refusal is not None:
+            raise refusal from None
         cause = error.__cause__ or error
         raise TraceError(
             "the model can't be traced",
@@ -65,6 +70,7 @@ def trace(model: nn.Module, size: tuple[int, int]) -> ir.Model:
             hint="gates must use dvexport.gates, and no Python branch may depend on a tensor's values",
         ) from error
     assert program is not None
+    _refuse_dropped(program.exported_program)
     traced = program.model
     fold_constants(traced)
     make_contiguous(traced)  # here, and not in each variant that is made of it: transposed weights are as large as all
@@ -72,6 +78,30 @@ def trace(model: nn.Module, size: tuple[int, int]) -> ir.Model:
         mark_whole_clip(traced, frames)
     _check(traced)
     return traced
+
+
+def _refusal(error: BaseException | None) -> DvexportError | None:
+    """Return the error of ours that the exporter has wrapped in its own."""
+    while error is not None and not isinstance(error, DvexportError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _refuse_dropped(program: Any) -> None:
+    """Refuse the one argument that torch's exporter is known to drop: ONNX's AveragePool has no place for it."""
+    for node in program.graph.nodes:
+        name = "divisor_override"
+        if "avg_pool" not in str(node.target) or node.op != "call_function":
+            continue
+        places = [argument.name for argument in node.target._schema.arguments]
+        given = dict(zip(places, node.args, strict=False)) | dict(node.kwargs)
+        if given.get(name) is not None:
+            raise TraceError(
+                f"an average pool has {name}={given[name]}",
+                where=str(node.name),
+                why="ONNX divides by the size of the window, and the exporter would drop it",
+                hint="leave it out, and multiply what the pool gives",
+            )
 
 
 def _check(model: ir.Model) -> None:
@@ -86,7 +116,23 @@ def _check(model: ir.Model) -> None:
         if found:
             raise TraceError(f"{source_of(node)} {found[0]}")
         operator.infer(node)
+    _check_decisions(model)
     model.graph.opset_imports.setdefault(DV, 1)
+
+
+def _check_decisions(model: ir.Model) -> None:
+    """Refuse a gate whose convolutions follow different decisions: one is shown, forced and counted for all."""
+    seen: dict[tuple[str, str], ir.Value] = {}
+    for node in model.graph:
+        for key, value in decisions_at(node).items():
+            if seen.setdefault(key, value) is not value:  # equal expressions are one value by now
+                gate, kind = key
+                raise TraceError(
+                    f"gate '{gate}' has two decisions over {kind}",
+                    where=source_of(node),
+                    why="a gate is one decision of a kind; what a bundle shows and counts is the first one's",
+                    hint="give each its own name, such as layer1.0.second",
+                )
 
 
 @contextlib.contextmanager

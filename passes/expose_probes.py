@@ -16,7 +16,8 @@ from dvexport.graph import DV, Builder, depends_on_input, fresh_output, gate_nam
 from dvexport.passes.propagate_inactive import PropagateInactive
 
 __all__ = [
-    "ExposeProbes", "ForceDecisions", "decision_values", "forced_alone", "forced_name", "probe_name", "used_elsewhere",
+    "ExposeProbes", "ForceDecisions", "decision_values", "decisions_at", "forced_alone", "forced_name", "probe_name",
+    "used_elsewhere",
 ]  # fmt: skip
 
 _KINDS = {"action": 3, "tiles": 4}
@@ -29,14 +30,8 @@ def decision_values(model: ir.Model) -> dict[tuple[str, str], ir.Value]:
     """Return each decision of a gate-level model by (gate, kind)."""
     found: dict[tuple[str, str], ir.Value] = {}
     for node in model.graph:
-        if node.domain == DV and node.op_type == "SelectTokens":
-            found[gate_name(node), "tokens"] = node.outputs[1]
-        if node.domain != DV or node.op_type != "GatedConv":
-            continue
-        for kind, position in _KINDS.items():
-            value = node.inputs[position] if position < len(node.inputs) else None
-            if value is not None:
-                found.setdefault((gate_name(node), kind), value)
+        for key, value in decisions_at(node).items():
+            found.setdefault(key, value)
     return found
 
 
@@ -59,6 +54,16 @@ def forced_alone(model: ir.Model) -> bool:
     if any(value is not found[gate, kind] for gate, kind, value in _decisions_read(model, found)):
         return False
     return not any(depends_on_input(node.inputs[_PROMISE], but=found.values()) for node in _promising(model))
+
+
+def decisions_at(node: ir.Node) -> dict[tuple[str, str], ir.Value]:
+    """Return the decisions that a gate-level node takes, or makes, by (gate, kind)."""
+    if node.domain == DV and node.op_type == "SelectTokens":
+        return {(gate_name(node), "tokens"): node.outputs[1]}
+    if node.domain != DV or node.op_type != "GatedConv":
+        return {}
+    given = {kind: node.inputs[position] for kind, position in _KINDS.items() if position < len(node.inputs)}
+    return {(gate_name(node), kind): value for kind, value in given.items() if value is not None}
 
 
 class ExposeProbes(ir.passes.InPlacePass):

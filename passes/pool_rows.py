@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from dvexport.dialect.conv import output_size, plane_size
+from dvexport.dialect.conv import plane_size
 from dvexport.dialect.rows import rows_of, rows_shape
+from dvexport.geometry import output_size
 from dvexport.graph import DV, Builder, array_of, static_shape
 from dvexport.passes.pixel_tables import tile_pixels, windows
 

@@ -10,8 +10,8 @@ import pytest
 from graphs import data, graph, node_of, run, weights
 
 from dvexport.dialect import OPERATORS, attach_references, operator_of
-from dvexport.dialect.conv import output_size
 from dvexport.dialect.masks import tile_index
+from dvexport.geometry import output_size
 
 N, CIN, COUT, SIZE, GRID = 3, 4, 6, (7, 9), (3, 2)
 CONV = {"strides": (1, 1), "pads": (1, 1, 1, 1), "dilations": (1, 1)}
@@ -241,6 +241,14 @@ def problems(node):
         ({"group": 2}, "is grouped"),
         ({"gate": None}, "lacks attribute gate"),
         ({"colour": 1}, "unknown attribute colour"),
+        ({"auto_pad": "SAME_UPPER"}, "unknown attribute auto_pad"),
+        ({"strides": [0, 1]}, "has strides (0, 1), which must be 2 numbers of at least 1"),
+        ({"strides": [2]}, "has strides (2,)"),
+        ({"pads": [1, 1]}, "has pads (1, 1), which must be 4 numbers of at least 0"),
+        ({"dilations": [1, -1]}, "has dilations (1, -1)"),
+        ({"dilations": 2}, "has dilations 2"),
+        ({"dilations": [1, 4]}, "has a window that does not fit a plane of [8, 8]"),
+        ({"gate": "a=b"}, "has gate 'a=b' is no name"),
     ],
 )
 def test_conv_attribute_problems(op_type, changes, said):
@@ -255,9 +263,34 @@ def test_conv_input_problems():
     assert problems(conv_node(inputs=[x, value("w", 6, 4, 3, 3)])) == ["has a weight that is not constant"]
     open_grid = value("tiles", "frames", "rows", 4)
     assert problems(conv_node(inputs=[x, w, None, None, open_grid])) == ["has a tile mask whose grid is not static"]
-    history = value("h", 1, 6, 8, 8, dtype=ir.DataType.FLOAT)
+    history = value("h", 1, 6, 6, 6, dtype=ir.DataType.FLOAT)
     assert problems(conv_node(inputs=[x, w, *[None] * 4, history])) == ["has a history but no action"]
     assert "at most 7 are defined" in problems(conv_node(inputs=[x, w, *[None] * 5, history]))[0]
+
+
+@pytest.mark.parametrize(
+    ("position", "given", "said"),
+    [
+        (0, ("x", "frames", 3, 8, 8), "has X [frames,3,8,8] and W [6,4,3,3]"),
+        (0, ("x", "frames", 4, 8), "not [N, Cin, H, W]"),
+        (0, ("x", "frames", 4, "rows", 8), "has a plane that is not static"),
+        (3, ("a", "frames", 5), "has action of shape [frames,5], not [frames, 6]"),
+        (3, ("a", "frames", 6, 3), "has action of shape [frames,6,3]"),
+        (4, ("t", "frames", 1, 4, 4), "has tiles of shape [frames,1,4,4], not [frames, any, any]"),
+        (5, ("i", "frames", 6), "has active_in of shape [frames,6], not [frames, 4]"),
+        (3, ("a", "frames", 6, ir.DataType.FLOAT), "has action of type FLOAT, not INT64"),
+        (4, ("t", "frames", 4, 4, ir.DataType.FLOAT), "has tiles of type FLOAT, not BOOL"),
+        (0, ("x", "frames", 4, 8, 8, ir.DataType.DOUBLE), "has X of type DOUBLE, not FLOAT"),
+    ],
+)
+def test_conv_shape_problems(position, given, said):
+    name, *sizes = given
+    types = {0: ir.DataType.FLOAT, 3: ir.DataType.INT64}
+    dtype = sizes.pop() if isinstance(sizes[-1], ir.DataType) else types.get(position, ir.DataType.BOOL)
+    inputs = [*conv_node().inputs, *[None] * 4]
+    inputs[position] = value(name, *sizes, dtype=dtype)
+    found = problems(conv_node(inputs=inputs))
+    assert len(found) == 1 and said in found[0]
 
 
 def test_merge_problems():
@@ -270,6 +303,11 @@ def test_merge_problems():
 def test_states_need_names(name):
     inputs = [value("x", "frames", 3)] * len(OPERATORS[name].inputs)
     assert problems(ir.Node("dv", name, inputs)) == ["lacks attribute name"]
+
+
+def test_frame_mean_takes_rows():
+    node = ir.Node("dv", "FrameMean", [value("x", "frames", 3, 4)], ir.convenience.convert_attributes({"name": "m"}))
+    assert problems(node) == ["needs X [N, K], not [frames,3,4]"]
 
 
 def overload(model):

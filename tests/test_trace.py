@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from graphs import check, ops, run
 from oracle_check import net_of, traced, video
 from torch import nn
 
 from dvexport import gates
-from dvexport.errors import TraceError
+from dvexport.errors import TraceError, UsageError
 from dvexport.trace import trace
 
 
@@ -50,17 +53,28 @@ def branches(net, frames):
     return frames.mean((2, 3)) if frames.sum() > 0 else frames.amax((2, 3))
 
 
+def test_what_cannot_be_traced():
+    with pytest.raises(TraceError, match="the model can't be traced"):
+        trace(Head(branches), (8, 8))
+
+
+def test_what_the_exporter_drops_is_refused():
+    def pooled(net, frames, **options):
+        return F.avg_pool2d(net.conv(frames), 2, **options).flatten(1)
+
+    with pytest.raises(TraceError, match="divisor_override=3"):
+        trace(Head(partial(pooled, divisor_override=3)), (8, 8))
+    assert "AveragePool" in ops(trace(Head(pooled), (8, 8)))
+
+
 def wrong_activation(net, frames):
     return gates.gated_conv(frames, net.conv, gate="mine", activation="gelu").mean((2, 3))
 
 
-@pytest.mark.parametrize(
-    ("head", "said"),
-    [(branches, "the model can't be traced"), (wrong_activation, "activation 'gelu'")],
-)
-def test_what_cannot_be_traced(head, said):
-    with pytest.raises(TraceError, match=said):
-        trace(Head(head), (8, 8))
+def test_the_refusal_of_a_gate_is_not_wrapped():
+    with pytest.raises(UsageError, match="activation 'gelu'") as caught:
+        trace(Head(wrong_activation), (8, 8))
+    assert caught.value.where == "gate mine" and "none, relu" in caught.value.hint
 
 
 def test_tracing_leaves_the_model_in_eval_mode():

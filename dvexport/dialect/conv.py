@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
 
+from dvexport.actions import ACTIVATIONS
+from dvexport.geometry import output_size
 from dvexport.graph import Builder, array_of
 
 __all__ = [
-    "ACTIVATIONS",
     "CONV_ATTRIBUTES",
     "activate",
     "conv_problems",
     "conv_shape",
     "dense_conv",
     "infer_conv",
-    "output_size",
     "plane_size",
 ]
-
-ACTIVATIONS = ("none", "relu")
 
 CONV_ATTRIBUTES: Mapping[str, Any] = {
     "strides": (1, 1),
@@ -31,16 +29,7 @@ CONV_ATTRIBUTES: Mapping[str, Any] = {
     "activation": "none",
     "gate": None,
 }
-"""`pads` is ONNX's (top, left, bottom, right); `activation` one of `ACTIVATIONS`."""
-
-
-def output_size(size: tuple[int, int], kernel: tuple[int, int], attributes: Mapping[str, Any]) -> tuple[int, int]:
-    """Return the output plane of a convolution (ONNX Conv, explicit pads)."""
-    pads, strides, dilations = attributes["pads"], attributes["strides"], attributes["dilations"]
-    height, width = (
-        (size[i] + pads[i] + pads[i + 2] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1 for i in range(2)
-    )
-    return height, width
+"""`pads` is ONNX's (top, left, bottom, right); `activation` one of `dvexport.actions.ACTIVATIONS`."""
 
 
 def plane_size(value: ir.Value) -> tuple[int, int]:
@@ -83,12 +72,16 @@ def dense_conv(
 
 
 def conv_problems(inputs: Mapping[str, ir.Value | None], attributes: Mapping[str, Any]) -> list[str]:
-    """Return what is illegal about a dialect convolution."""
+    """Return what is illegal about a dialect convolution: its attributes, then its constants, then its shapes."""
     found = []
     if attributes["activation"] not in ACTIVATIONS:
         found.append(f"has activation '{attributes['activation']}', not one of {', '.join(ACTIVATIONS)}")
     if attributes["group"] != 1:
         found.append("is grouped; gates are defined on ungrouped convolutions")
+    for name, (count, least) in _GEOMETRY.items():
+        given = attributes[name]
+        if not isinstance(given, (tuple, list)) or len(given) != count or min(given) < least:
+            found.append(f"has {name} {given}, which must be {count} numbers of at least {least}")
     weight = inputs["W"]
     if weight is not None and array_of(weight) is None:
         found.append("has a weight that is not constant")
@@ -96,6 +89,55 @@ def conv_problems(inputs: Mapping[str, ir.Value | None], attributes: Mapping[str
     if bias is not None and array_of(bias) is None:
         found.append("has a bias that is not constant")
     tiles = inputs.get("tiles")
-    if tiles is not None and (tiles.shape is None or not isinstance(tiles.shape[1], int)):
+    if tiles is not None and (tiles.shape is None or not all(isinstance(size, int) for size in tiles.shape[1:])):
         found.append("has a tile mask whose grid is not static")
+    return found or _input_problems(inputs, attributes)
+
+
+_GEOMETRY = {"strides": (2, 1), "pads": (4, 0), "dilations": (2, 1)}
+"""How many numbers an attribute has, and the least each may be."""
+
+_TYPES = {
+    "X": ir.DataType.FLOAT, "W": ir.DataType.FLOAT, "B": ir.DataType.FLOAT, "action": ir.DataType.INT64,
+    "tiles": ir.DataType.BOOL, "rows": ir.DataType.BOOL, "active_in": ir.DataType.BOOL,
+    "residual": ir.DataType.FLOAT, "base": ir.DataType.FLOAT, "init_history": ir.DataType.FLOAT,
+}  # fmt: skip
+
+
+def _input_problems(inputs: Mapping[str, ir.Value | None], attributes: Mapping[str, Any]) -> list[str]:
+    """Compare types and sizes, so far as they are known, with those that X and W ask for."""
+    given = {name: value for name, value in inputs.items() if value is not None}
+    found = [
+        f"has {name} of type {value.dtype.name}, not {_TYPES[name].name}"
+        for name, value in given.items()
+        if value.dtype is not None and value.dtype != _TYPES[name]
+    ]
+    x, weight = given.get("X"), given.get("W")
+    if x is None or weight is None or x.shape is None or weight.shape is None:
+        return found
+    if len(x.shape) != 4 or len(weight.shape) != 4 or x.shape[1] != weight.shape[1]:
+        return [*found, f"has X {x.shape} and W {weight.shape}, not [N, Cin, H, W] and [Cout, Cin, kh, kw]"]
+    if not all(isinstance(size, int) for size in x.shape[2:]):
+        return [*found, f"has a plane that is not static: {x.shape}"]
+    frames, cin, cout = x.shape[0], x.shape[1], weight.shape[0]
+    out = conv_shape(x, weight, attributes)
+    if min(plane for plane in out[2:] if isinstance(plane, int)) < 1:
+        found.append(f"has a window that does not fit a plane of {list(x.shape[2:])}")
+    expected = {
+        "B": (cout,), "action": (frames, cout), "rows": (frames, cout), "active_in": (frames, cin),
+        "tiles": (frames, None, None), "residual": tuple(out), "base": tuple(out), "init_history": (1, *out[1:]),
+    }  # fmt: skip
+    for name, sizes in expected.items():
+        shape = given[name].shape if name in given else None
+        if shape is not None and not _fits(shape, sizes):
+            wanted = ", ".join("any" if size is None else str(size) for size in sizes)
+            found.append(f"has {name} of shape {shape}, not [{wanted}]")
     return found
+
+
+def _fits(shape: ir.Shape, sizes: Sequence[Any]) -> bool:
+    """Compare the sizes that are known on both sides."""
+    pairs = list(zip(shape, sizes, strict=False))
+    return len(shape) == len(sizes) and all(
+        known == wanted for known, wanted in pairs if isinstance(known, int) and isinstance(wanted, int)
+    )

@@ -42,3 +42,11 @@ class FrameMean(Operator):
         )  # fmt: skip
         column = build.op("Unsqueeze", build.op("Cast", count, to=ir.DataType.FLOAT), build.ints(1))
         return [build.op("Div", total, column)]
+
+    def problems(self, node: ir.Node) -> list[str]:
+        """One row of numbers a frame."""
+        found = super().problems(node)
+        x = node.inputs[0] if node.inputs else None
+        if x is not None and x.shape is not None and len(x.shape) != 2:
+            found.append(f"needs X [N, K], not {x.shape}")
+        return found

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
+from dvexport.actions import name_problem
 from dvexport.graph import DV, OPSET, Builder
 
 __all__ = ["OPERATORS", "Operator", "attach_references", "operator_of"]
@@ -63,6 +64,10 @@ class Operator:
             for name, default in self.attributes.items()
             if default is None and name not in node.attributes
         ]
+        for name in ("gate", "name"):  # of the gate, of a state: keys of bundles
+            if name in self.attributes and name in node.attributes:
+                problem = name_problem(node.attributes[name].value)
+                found += [f"has {name} {problem}"] if problem else []
         return found
 
     def bind(self, node: ir.Node) -> dict[str, ir.Value | None]:

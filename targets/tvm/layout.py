@@ -13,7 +13,10 @@ from functools import cached_property
 
 import numpy as np
 
-__all__ = ["Plane"]
+__all__ = ["MOST_STEP", "Plane"]
+
+MOST_STEP = 2
+"""Columns from one output pixel's window to the next, at most, that kernels over planes read as vectors."""
 
 _ALIGN = 16
 """Floats in 64 bytes: planes start on a cache line."""

@@ -189,11 +189,9 @@ class Program:
         self._forms[value] = _Forms(planes=part)
 
     def share_forms(self, value: ir.Value, source: ir.Value) -> None:
-        """Say that a value is another one."""
-        forms = self._of(source)
-        part = forms.planes or forms.flat
-        assert part is not None
-        self.share(value, part, flat=forms.planes is None)
+        """Say that a value is another one; a state takes the form that its place is for."""
+        flat = self._of(source).planes is None if value not in self._reserved else value not in self._planar
+        self.share(value, self.flat(source) if flat else self.planes(source), flat=flat)
 
     def frame(self, part: Part, frames: int, index: int) -> Part:
         """Return frame `index` of `frames` equal ones."""

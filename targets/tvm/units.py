@@ -14,8 +14,10 @@ import numpy as np
 import onnx_ir as ir
 
 from dvexport.dialect.spec import operator_of
-from dvexport.graph import DECIDES, DV, array_of
+from dvexport.errors import UsageError
+from dvexport.graph import DECIDES, DV, array_of, source_of
 from dvexport.passes.fuse_residual import is_nonnegative
+from dvexport.targets.tvm.layout import MOST_STEP
 from dvexport.targets.tvm.owners import gate_owners
 from dvexport.targets.tvm.patches import embed_patches
 from dvexport.targets.tvm.tables import lay_out
@@ -181,6 +183,14 @@ def _sparse_conv(node: ir.Node) -> ConvUnit:
     inputs, attributes = operator.bind(node), operator.attributes_of(node)
     weight = array_of(inputs["W"])
     assert weight is not None and inputs["X"] is not None
+    step = attributes["strides"][1]
+    if step > MOST_STEP:
+        raise UsageError(
+            f"the native backend has no kernel for a gated convolution with a stride of {step} across",
+            where=f"gate {attributes['gate']}, {source_of(node)}",
+            why=f"its kernels step over at most {MOST_STEP} columns",
+            hint="take a smaller stride, or export with another backend: --backend onnx",
+        )
     return ConvUnit(
         "conv", [node], x=inputs["X"], weight=weight, bias=_bias(inputs["B"], len(weight)),
         strides=tuple(attributes["strides"]), pads=tuple(attributes["pads"]), dilations=tuple(attributes["dilations"]),
@@ -196,7 +206,8 @@ def _conv(node: ir.Node, planar: set[ir.Value]) -> ConvUnit | None:
     given = node.attributes
     legal = weight is not None and weight.ndim == _IMAGE_RANK and x in planar and _ints(node, "group", [1]) == [1]
     padded = "auto_pad" not in given or given["auto_pad"].as_string() == "NOTSET"
-    if not legal or not padded or (bias is not None and array_of(bias) is None):
+    steps = _ints(node, "strides", [1])[-1] <= MOST_STEP
+    if not legal or not padded or not steps or (bias is not None and array_of(bias) is None):
         return None
     assert weight is not None and x is not None
     unit = ConvUnit(
@@ -277,7 +288,8 @@ def _max_pool(node: ir.Node, planar: set[ir.Value]) -> Unit | None:
     pads = _ints(node, "pads", [0] * 4)
     plain = _int(node, "ceil_mode", 0) == 0 and _ints(node, "dilations", [1, 1]) == [1, 1] and len(node.outputs) == 1
     # The padding of our planes is zero; that of a maximum is minus infinity.
-    if x not in planar or not plain or (any(pads) and not is_nonnegative(x)):
+    steps = _ints(node, "strides", [1])[-1] <= MOST_STEP
+    if x not in planar or not plain or not steps or (any(pads) and not is_nonnegative(x)):
         return None
     return Unit("max_pool", [node])
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dvexport.targets.tvm.kernels.direct_data import HALVES, Runs, Window
+from dvexport.targets.tvm.layout import MOST_STEP
 from dvexport.targets.tvm.machine import Machine
 from dvexport.targets.tvm.parameters import TALL, parameters_of
 
@@ -88,7 +89,7 @@ def spec_for(
         residual, relu: what is fused.
     """
     step = window.strides[1]
-    if step > 2:
+    if step > MOST_STEP:
         raise ValueError(f"no direct convolution has a stride of {step}")
     packed = not (step == 1 and _reads_planes(window, runs, channels[1], machine))
     point = window.size == 1
