@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -120,7 +120,8 @@ def keep(write: Callable[[], None]) -> None:
     except FileNotFoundError:
         return  # someone has just cleared the cache
     except OSError as error:
-        why = f"{_cause(error)} (the cache is {cache_folder()})"
+        # The name of an unfinished file, which tells nothing, would make every note another one.
+        why = f"{error.strerror or error} (the cache is {cache_folder()})"
         _say(f"what was compiled can't be kept, so it will be compiled again: {why}")
     _tidy()
 

@@ -7,6 +7,7 @@ a minute. The compiler's other files are in folders that go with the link.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -32,7 +33,7 @@ _SHARED, _OWN = ".libraries", ".cache"
 """In a link's folder: what this module keeps, or a link to it; what is of this link alone."""
 
 _KEPT = ("b", "h", "o")
-"""Folders of the compiler's cache that matter for the next time: sources that it wrote, its lists of inputs, its outputs."""
+"""Folders of the compiler's cache that matter for the next time: sources that it wrote, lists of inputs, outputs."""
 
 
 def compiler_environment(folder: Path) -> dict[str, str]:
@@ -70,7 +71,7 @@ def with_libraries(key: str, folder: Path, link: Callable[[], None]) -> None:
 
 
 def _is_whole(entry: Path) -> bool:
-    """Whether the folder of an entry can be written, as the compiler asks, and holds what it did, no more and no less."""
+    """Whether the folder of an entry can be written, as the compiler asks, and holds just what it did."""
     listed = read_entry(entry)
     return listed is not None and os.access(tree_of(entry), os.W_OK) and listed == _digests(tree_of(entry))
 
@@ -98,7 +99,12 @@ def _keep(entry: Path, shared: Path) -> None:
         if digests is None or _is_whole(entry):
             return
         remove_entry(entry)
-        os.rename(tree_of(unfinished), tree_of(entry))
+        try:
+            os.rename(tree_of(unfinished), tree_of(entry))
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                return  # another process was faster just now
+            raise
         write_entry(entry, digests)
     finally:
         remove_entry(unfinished)
