@@ -74,12 +74,12 @@ def test_help_is_fast_and_imports_nothing_heavy():
         times.append(time.perf_counter() - start)
     assert done.stdout.splitlines()[-1] == "[]"
     assert min(times) < 0.5
-    for command in ("models", "targets", "export", "inspect", "verify", "run", "profile", "tune", "train"):
+    for command in ("models", "targets", "export", "inspect", "verify", "run", "profile", "tune", "train", "cache"):
         assert f"\n  {command} " in done.stdout
 
 
 @pytest.mark.parametrize(
-    "command", ["models", "targets", "export", "inspect", "verify", "run", "profile", "tune", "train"]
+    "command", ["models", "targets", "export", "inspect", "verify", "run", "profile", "tune", "train", "cache"]
 )
 def test_every_command_has_help(call, command):
     code, out, _ = call(command, "--help")

@@ -8,6 +8,7 @@ from contextlib import suppress
 
 import click
 
+from dvexport.cli.cache import cache
 from dvexport.cli.export import export
 from dvexport.cli.inspect import inspect
 from dvexport.cli.models import models
@@ -48,7 +49,7 @@ def cli() -> None:
     """
 
 
-for _command in (models, targets, export, inspect, verify, run, profile, tune, train):
+for _command in (models, targets, export, inspect, verify, run, profile, tune, train, cache):
     cli.add_command(_command)
 
 

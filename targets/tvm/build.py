@@ -1,7 +1,7 @@
 """From kernels to object files: LLVM through TVM, one object a kernel, cached by content.
 
-An object depends on the kernel's text, the machine and TVM's version; that is its key. Kernels of one shape or
-of all shapes are compiled once and linked from the cache ever after.
+An object depends on the kernel's text, the machine, the version of TVM and this module; that is its key. Kernels of
+one shape or of all shapes are compiled once and linked from the cache ever after.
 """
 
 from __future__ import annotations
@@ -9,22 +9,20 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dvexport.errors import DeviceError, UsageError
-from dvexport.files import atomic_write
+from dvexport.errors import DeviceError
+from dvexport.targets.tvm.cache import cached
 from dvexport.targets.tvm.kernels.abi import Kernel
 from dvexport.targets.tvm.machine import Machine
 
-__all__ = ["cache_folder", "check_tools", "compile_kernel", "compile_kernels", "keep"]
+__all__ = ["check_tools", "compile_kernel", "compile_kernels", "scratch_folder"]
 
 Progress = Callable[[str], None]
-
-_FORMAT = "4"
-"""Changes when kernels are compiled differently from the same text."""
 
 
 def check_tools() -> None:
@@ -36,14 +34,6 @@ def check_tools() -> None:
                 where=module,
                 hint="pip install 'dvexport[tvm]'",
             )
-
-
-def cache_folder() -> Path:
-    """Return where compiled kernels are kept: `$DVEXPORT_CACHE`, or the user's cache folder."""
-    named = os.environ.get("DVEXPORT_CACHE")
-    if named:
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dvexport"
 
 
 def compile_kernels(kernels: Iterable[Kernel], machine: Machine, progress: Progress | None = None) -> dict[str, bytes]:
@@ -63,29 +53,16 @@ def compile_kernels(kernels: Iterable[Kernel], machine: Machine, progress: Progr
 
 def compile_kernel(kernel: Kernel, machine: Machine, progress: Progress | None = None) -> bytes:
     """Return the object file of one kernel; see `compile_kernels`."""
-    path = cache_folder() / "kernels" / f"{_key(kernel, machine)}.o"
-    try:
-        return path.read_bytes()
-    except OSError:
-        pass
-    if progress is not None:
-        progress(f"compile {kernel.name}")
-    data = _compile(kernel, machine)
-    keep(path, data)
-    return data
 
+    def make() -> bytes:
+        if progress is not None:
+            progress(f"compile {kernel.name}")
+        return _compile(kernel, machine)
 
-def keep(path: Path, data: bytes) -> None:
-    """Write a file of the cache; one that can't be written costs time, nothing else."""
-    with suppress(OSError, UsageError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as temporary:
-            temporary.write_bytes(data)
+    return cached("kernel", _key(kernel, machine), make)
 
 
 def _compile(kernel: Kernel, machine: Machine) -> bytes:
-    import tempfile
-
     import tvm
 
     try:
@@ -96,10 +73,41 @@ def _compile(kernel: Kernel, machine: Machine) -> bytes:
             where=f"{machine.triple}, {machine.mcpu}",
             why=str(error).strip().splitlines()[-1],
         ) from error
-    with tempfile.TemporaryDirectory(prefix="dvexport-") as folder:
-        path = Path(folder) / "kernel.o"
-        module.write_to_file(str(path), "o")
-        return path.read_bytes()
+    return _object_file(module)
+
+
+def _object_file(module: Any) -> bytes:
+    """Return what LLVM writes: into memory where the system has such files, as on a full disk it ends the process."""
+    if not hasattr(os, "memfd_create"):
+        with scratch_folder() as folder:
+            module.write_to_file(str(folder / "kernel.o"), "o")
+            return (folder / "kernel.o").read_bytes()
+    with open(os.memfd_create("kernel.o"), "rb") as stream:
+        module.write_to_file(f"/proc/self/fd/{stream.fileno()}", "o")
+        return stream.read()
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Yield a folder for a compiler's files, gone afterwards.
+
+    Raises:
+        DeviceError: it can't be made or written.
+    """
+    where = None
+    try:
+        with tempfile.TemporaryDirectory(prefix="dvexport-", ignore_cleanup_errors=True) as name:
+            where = name
+            yield Path(name)
+    except OSError as error:
+        if where and error.filename and not os.fspath(error.filename).startswith(where):
+            raise  # it is about a file that is read
+        raise DeviceError(
+            "the compiler's temporary folder can't be written",
+            where=where or error.filename,
+            why=error.strerror or str(error),
+            hint="free some space, or name another folder with TMPDIR",
+        ) from error
 
 
 def _generate(module: Any, target: Any) -> Any:
@@ -130,6 +138,8 @@ def _generate(module: Any, target: Any) -> Any:
 
 def _key(kernel: Kernel, machine: Machine) -> str:
     import tvm
+    from tvm.target import codegen
 
-    text = "\n".join([_FORMAT, tvm.__version__, repr(machine.tvm_target), kernel.func.script()])
+    compiler = (tvm.__version__, codegen.llvm_version_major(), machine.tvm_target, Path(__file__).read_bytes())
+    text = repr((kernel.name, *compiler, kernel.func.script(show_meta=True)))
     return hashlib.sha256(text.encode()).hexdigest()

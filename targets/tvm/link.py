@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import os
+import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dvexport.errors import DeviceError
-from dvexport.targets.tvm.build import cache_folder, check_tools, keep
+from dvexport.targets.tvm.build import check_tools, scratch_folder
+from dvexport.targets.tvm.cache import cached
 from dvexport.targets.tvm.kernels.abi import Kernel
+from dvexport.targets.tvm.libraries import compiler_environment, with_libraries
 from dvexport.targets.tvm.machine import Machine
 
 __all__ = ["Entry", "kernel_table", "library_id", "link_library", "link_runner", "required_features", "table_source"]
@@ -234,38 +235,47 @@ def _sources(folder: Path, *more: str) -> list[str]:
 
 def _cached(kind: str, objects: Mapping[str, bytes], table: Sequence[Entry], machine: Machine, link: _Link) -> bytes:
     identity = library_id(objects, table, machine)
-    path = cache_folder() / "linked" / _key(kind, identity, machine)
-    try:
-        return path.read_bytes()
-    except OSError:
-        pass
-    with tempfile.TemporaryDirectory(prefix="dvexport-") as name:
-        folder = Path(name)
-        source = table_source(table, identity, required_features(machine))
-        (folder / _TABLE).write_text(source, encoding="utf-8")
-        files = [f"k{i}.o" for i in range(len(table))]
-        for file, entry in zip(files, table, strict=True):
-            (folder / file).write_bytes(objects[entry.name])
-        link(folder, files, machine)
-        data = (folder / "out").read_bytes()
-    keep(path, data)
-    return data
+
+    def make() -> bytes:
+        with scratch_folder() as folder:
+            source = table_source(table, identity, required_features(machine))
+            (folder / _TABLE).write_text(source, encoding="utf-8")
+            files = [f"k{i}.o" for i in range(len(table))]
+            for file, entry in zip(files, table, strict=True):
+                (folder / file).write_bytes(objects[entry.name])
+            with_libraries(_key(kind, _architecture(machine)), folder, lambda: link(folder, files, machine))
+            return (folder / "out").read_bytes()
+
+    return cached(kind, _key(kind, machine.triple, identity), make)
 
 
-def _key(kind: str, identity: bytes, machine: Machine) -> str:
+def _key(*what: object) -> str:
+    """Return what stands for `what` and for all that linking depends on beside it."""
     version = importlib.metadata.version("ziglang")
     files = b"".join((RUNTIME / name).read_bytes() for name in ("runner.c", "android.c"))
-    text = repr((kind, identity, machine.triple, version, Path(__file__).read_bytes(), files))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(repr((what, version, Path(__file__).read_bytes(), files)).encode()).hexdigest()
 
 
 def _zig(folder: Path, arguments: list[str], output: str = "out") -> None:
     """Run the compiler in `folder`, all names relative, so that no path gets into its output."""
     command = [sys.executable, "-m", "ziglang", *arguments, "-o", output]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, "ZERO_AR_DATE": "1"})
+    environment, what = compiler_environment(folder), "the native artifact can't be linked"
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", env=environment)
+    except OSError as error:
+        raise DeviceError(what, where=command[0], why=f"the compiler can't be started: {error.strerror}") from error
+    if done.returncode < 0:
+        raise DeviceError(what, where=arguments[2], why=f"the compiler was ended by {_signal(-done.returncode)}")
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-        raise DeviceError("the native artifact can't be linked", where=arguments[2], why="; ".join(errors[:3]))
+        raise DeviceError(what, where=f"{arguments[2]}, in {folder}", why="; ".join(errors[:3]))
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _zig_target(machine: Machine, abi: str, abi_arm: str) -> str:

@@ -31,11 +31,10 @@ CODE_LIMIT = 100_000
 """Bytes of code and data that the runtime may have (issue 3)."""
 
 
-def test_equal_input_gives_equal_bytes_without_paths(monkeypatch, tmp_path):
+def test_equal_input_gives_equal_bytes_without_paths(monkeypatch):
     net = sample_network()
-    monkeypatch.setenv("DVEXPORT_CACHE", str(tmp_path))
     runner = link.link_runner(net.objects, net.table, net.machine)
-    monkeypatch.setenv("DVEXPORT_CACHE", str(tmp_path / "other"))
+    monkeypatch.setattr(link, "cached", lambda _kind, _key, make: make())
     assert link.link_library(net.objects, net.table, net.machine) == net.library
     assert link.link_runner(net.objects, net.table, net.machine) == runner
     for text in (tempfile.gettempdir(), str(Path.home()), str(Path(link.__file__).parents[2]), sys.prefix):
@@ -86,8 +85,7 @@ def test_missing_packages_are_named(monkeypatch):
         link.link_library(net.objects, net.table, net.machine)
 
 
-def test_a_kernel_that_calls_what_is_not_there(monkeypatch, tmp_path):
-    monkeypatch.setenv("DVEXPORT_CACHE", str(tmp_path))
+def test_a_kernel_that_calls_what_is_not_there():
     net = sample_network()
     table = [*net.table, link.Entry("not_there", 2, False)]
     elsewhere = compile_kernel(add("elsewhere"), net.machine)
