@@ -25,12 +25,29 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
-__all__ = ["COST_TERMS", "Call", "Place", "Plan", "Port", "Space", "Variant", "plan_bytes"]
+if TYPE_CHECKING:
+    from dvexport.targets.tvm.link import Entry
+
+__all__ = [
+    "COST_TERMS",
+    "MAX_THREADS",
+    "Call",
+    "Place",
+    "Plan",
+    "Port",
+    "Space",
+    "Variant",
+    "plan_bytes",
+    "plan_threads",
+]
 
 MAGIC = b"DVXPLAN\0"
 VERSION = 2
 COST_TERMS = 10
+MAX_THREADS = 4
+"""Threads that scratch memory is laid out for, if plans have no limit of their own."""
 MAX_RANK = 6
 
 DTYPES = ("float32", "int64", "int32", "bool")
@@ -139,16 +156,22 @@ class Plan:
         return sorted({variant.kernel for call in self.calls for variant in call.variants})
 
 
-def plan_bytes(plan: Plan, kernels: Sequence[str], library: bytes, weights: bytes | memoryview) -> bytes:
+def plan_bytes(plan: Plan, table: Sequence[Entry], library: bytes, weights: bytes | memoryview) -> bytes:
     """Return the file of a plan.
 
     Args:
         plan: what to write.
-        kernels: names in the library's kernel table, in its order.
+        table: the library's kernel table.
         library: SHA-256 that the library was built with (32 bytes).
         weights: the weights file.
+
+    Raises:
+        AssertionError: a call touches more than it is given: its kernel states too much, or a buffer is too small.
     """
-    strings, index = _Strings(), {name: i for i, name in enumerate(kernels)}
+    from dvexport.targets.tvm.plan_check import check_calls
+
+    check_calls(plan, {entry.name: entry.contract for entry in table}, weights, plan_threads(plan))
+    strings, index = _Strings(), {entry.name: i for i, entry in enumerate(table)}
     ports = b"".join(_port(port, strings) for port in (*plan.inputs, *plan.outputs))
     calls, variants, arguments = bytearray(), bytearray(), bytearray()
     variant_count = argument_count = 0
@@ -170,6 +193,12 @@ def plan_bytes(plan: Plan, kernels: Sequence[str], library: bytes, weights: byte
         len(plan.inputs), len(plan.outputs), len(plan.calls), variant_count, argument_count, len(text),
     )  # fmt: skip
     return header + body
+
+
+def plan_threads(plan: Plan) -> int:
+    """Return the most threads that a plan may be run with, which scratch memory is laid out for."""
+    del plan
+    return MAX_THREADS
 
 
 class _Strings:

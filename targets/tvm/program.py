@@ -21,17 +21,14 @@ from dvexport.targets.tvm.kernels.abi import Kernel
 from dvexport.targets.tvm.layout import Plane
 from dvexport.targets.tvm.machine import Machine
 from dvexport.targets.tvm.memory import Buffer, Constants, Part, lower_bound, place_buffers
-from dvexport.targets.tvm.plan import COST_TERMS, Call, Place, Plan, Port, Space, Variant
+from dvexport.targets.tvm.plan import COST_TERMS, MAX_THREADS, Call, Place, Plan, Port, Space, Variant
 from dvexport.targets.tvm.unit import Unit
 from dvexport.targets.tvm.units import PLANAR_KINDS, ConvUnit
 
-__all__ = ["ALGORITHMS", "Program", "Step", "Way"]
+__all__ = ["ALGORITHMS", "MAX_THREADS", "Program", "Step", "Way"]
 
 FLOAT_BYTES = 4
 ALGORITHMS = ("direct", "winograd")
-
-MAX_THREADS = 4
-"""Threads that scratch memory is laid out for; the runtime takes no more."""
 
 NO_COST = (0.0,) * COST_TERMS
 
@@ -246,7 +243,9 @@ class Program:
         """Copy bytes, rounded up to whole floats: buffers end on 64 bytes."""
         floats = -(-min(source.size, target.size) // FLOAT_BYTES)
         shape = self.constants.add(planes_elementwise.copy_shape(floats))
-        self.call(planes_elementwise.copy(self.machine), [source, shape, target], f"copy {label}", gate)
+        whole = [Part(each.buffer, each.offset, floats * FLOAT_BYTES) for each in (source, target)]
+        arguments = [whole[0], shape, whole[1]]
+        self.call(planes_elementwise.copy(self.machine), arguments, f"copy {label}", gate)
 
     def clear(self, target: Part, label: str, gate: str = "") -> None:
         """Zero whole planes."""

@@ -133,7 +133,7 @@ static int open_all(dvx *net, dvx_blob plan_blob, dvx_blob weights, const dvx_op
     const char *lacking = dvx_cpu_lacks(dvx_cpu_features);
     if (lacking) return dvx_fail(error, "this processor lacks %s, which the library was compiled for", lacking);
     if (check_options(options, error) || read_plan(net, plan_blob, error) || open_weights(net, weights, error) ||
-        take_memory(net, error) || resolve(net, error))
+        dvx_bounds_check(&net->plan, address(net, &(place){0}, 0), error) || take_memory(net, error) || resolve(net, error))
         return -1;
     net->profile = options->profile;
     net->threads = options->threads ? options->threads : 1;
