@@ -24,7 +24,7 @@ from dvexport.targets.tvm.kernels.winograd import WinogradConv
 from dvexport.targets.tvm.layout import Plane
 from dvexport.targets.tvm.link import kernel_table, library_id, link_library
 from dvexport.targets.tvm.machine import Machine
-from dvexport.targets.tvm.plan import Call, Place, Plan, Port, Space, Variant, plan_bytes
+from dvexport.targets.tvm.plan import MAX_THREADS, Call, Place, Plan, Port, Space, Variant, plan_bytes
 from dvexport.targets.tvm.session import NativeSession
 
 __all__ = ["LAYERS", "Layer", "Sample", "Way", "Work", "draw_works", "measure", "time_ways", "ways_of"]
@@ -238,7 +238,7 @@ def ways_of(index: int, work: Work, machine: Machine) -> Iterator[Way]:
         Sample(index, spec, window.size, TileVectors(), layer.cin, counts),
         layer,
         _kernel(spec, machine),
-        {**memory, "scratch": direct_data.scratch_floats(window.size, layer.cin, 1, **how)},
+        {**memory, "scratch": direct_data.scratch_floats(window.size, layer.cin, MAX_THREADS, **how)},
         {"W": layer.cout * int(shape[Shape.W_ROW]), "B": layer.cout},
         {**shared, "runs": run_list, "shape": shape},
     )
@@ -261,7 +261,7 @@ def ways_of(index: int, work: Work, machine: Machine) -> Iterator[Way]:
         ),
         layer,
         _kernel(tiled, machine),
-        {**memory, "scratch": part},
+        {**memory, "scratch": MAX_THREADS * part},
         {"U": layer.cout * winograd_lists.row_floats(tiled.m, layer.cin), "B": layer.cout},
         {
             **shared,
