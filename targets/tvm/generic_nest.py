@@ -44,7 +44,9 @@ def nests(stage: Stage, tensors: dict[str, Tensor]) -> list[Nest]:
         def change(node: Expr) -> Expr | None:
             if node.op != "load":
                 return None
-            indices = [_kept_inside(*each) for each in zip(map(flat, node.args), tensors[node.value].shape, strict=True)]
+            indices = [
+                _kept_inside(*each) for each in zip(map(flat, node.args), tensors[node.value].shape, strict=True)
+            ]
             inner = Expr("load", node.dtype, tuple(indices), node.value)
             return Expr("load", node.dtype, (flat_index(inner, tensors, stage.extents).expr(),), node.value)
 

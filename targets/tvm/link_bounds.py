@@ -14,7 +14,9 @@ def bounds_source(contract: Contract, number: int) -> list[str]:
     for _, buffer in contract.buffers:
         over = sum(1 << numbers[name] for name in buffer.over)
         align = buffer.bytes if buffer.scattered else 64
-        rows.append(f"{{{buffer.bytes}, {align}, {int(buffer.written)}, {over}u, {int(buffer.reads)}, {buffer.pieces}}}")
+        rows.append(
+            f"{{{buffer.bytes}, {align}, {int(buffer.written)}, {over}u, {int(buffer.reads)}, {buffer.pieces}}}"
+        )
 
     def text(expr: Size) -> str:
         return c_text(expr, numbers)

@@ -82,7 +82,9 @@ class _Call:
         return int(getattr(self.lists[buffer], what))
 
 
-def check_calls(plan: Plan, contracts: Mapping[str, Contract], weights: bytes | memoryview, parts: int) -> None:
+def check_calls(
+    plan: Plan, contracts: Mapping[str, Contract], weights: bytes | memoryview, parts: int
+) -> list[tuple[int, ...]]:
     """Check that every call of a plan stays inside its arguments.
 
     Args:
@@ -91,12 +93,17 @@ def check_calls(plan: Plan, contracts: Mapping[str, Contract], weights: bytes | 
         weights: the weights file.
         parts: the most threads that may share a call.
 
+    Returns:
+        The bytes that are touched of each argument; a list for every variant, in order.
+
     Raises:
         AssertionError: one does not; names the call, the kernel and the buffer.
     """
     data, lists = np.frombuffer(weights, np.uint8), dict[Place, List]()
+    touched = list[tuple[int, ...]]()
     for call in plan.calls:
-        made = [_check_variant(call, variant, contracts[variant.kernel], data, lists, parts) for variant in call.variants]
+        found = [_check_variant(call, each, contracts[each.kernel], data, lists, parts) for each in call.variants]
+        touched += [sizes for sizes, _ in found]
         written = [
             place
             for variant in call.variants
@@ -104,29 +111,31 @@ def check_calls(plan: Plan, contracts: Mapping[str, Contract], weights: bytes | 
             if buffer.written
         ]
         lists = {place: known for place, known in lists.items() if not any(_overlap(place, each) for each in written)}
-        if len(made) == 1 and not any(call.counts):  # such a call is never skipped
-            lists |= made[0]
+        if len(found) == 1 and not any(call.counts):  # such a call is never skipped
+            lists |= found[0][1]
+    return touched
 
 
 def _check_variant(
     call: Call, variant: Variant, stated: Contract, weights: np.ndarray, lists: Mapping[Place, List], parts: int
-) -> dict[Place, List]:
-    """Check a variant; return the lists that it makes."""
+) -> tuple[tuple[int, ...], dict[Place, List]]:
+    """Check a variant; return the bytes that it touches of each argument, and the lists that it makes."""
     buffers = list(zip(variant.arguments, stated.buffers, strict=True))
     try:
         known = {name: _list(place, buffer, weights, lists) for place, (name, buffer) in buffers if buffer.reads}
         numbers = {name: index for index, (name, _) in enumerate(stated.buffers)}
-        facts = _Call(numbers, variant.arguments, weights, known, parts)
+        facts, touched = _Call(numbers, variant.arguments, weights, known, parts), list[int]()
         for place, (name, buffer) in buffers:
             _check_place(place, name, buffer)
-            touched = evaluate(buffer.elements, facts) * buffer.bytes
-            if touched > place.size:
-                raise Refused(f"{touched} bytes of {name} are touched, it has {place.size}")
+            touched.append(evaluate(buffer.elements, facts) * buffer.bytes)
+            if touched[-1] > place.size:
+                raise Refused(f"{touched[-1]} bytes of {name} are touched, it has {place.size}")
         for less, more in stated.needs:
             if evaluate(less, facts) > evaluate(more, facts):
                 raise Refused(f"a number is out of range: {less} > {more}")
         _check_apart(buffers)
-        return {variant.arguments[numbers[each.buffer]]: _made(each, facts) for each in stated.makes}
+        made = {variant.arguments[numbers[each.buffer]]: _made(each, facts) for each in stated.makes}
+        return tuple(touched), made
     except Refused as refused:
         raise AssertionError(f"{call.label}: {variant.kernel}: {refused}") from refused
 
@@ -157,7 +166,9 @@ def _list(place: Place, buffer: Buffer, weights: np.ndarray, lists: Mapping[Plac
 
 
 def _made(made: Made, facts: _Call) -> List:
-    count, limit, inputs, pieces = (evaluate(each, facts) for each in (made.count, made.limit, made.inputs, made.pieces))
+    count, limit, inputs, pieces = (
+        evaluate(each, facts) for each in (made.count, made.limit, made.inputs, made.pieces)
+    )
     return List(made.kind, count, limit, inputs, pieces)
 
 

@@ -6,7 +6,19 @@ from collections.abc import Mapping
 
 from dvexport.targets.tvm.kernels.abi import Frame
 from dvexport.targets.tvm.kernels.activations import NUMBERS
-from dvexport.targets.tvm.kernels.bounds import PARTS, Needs, Size, at_least, ceil, entry, fits, most, reads, size, writes
+from dvexport.targets.tvm.kernels.bounds import (
+    PARTS,
+    Needs,
+    Size,
+    at_least,
+    ceil,
+    entry,
+    fits,
+    most,
+    reads,
+    size,
+    writes,
+)
 
 __all__ = ["state_attention"]
 

@@ -11,6 +11,7 @@ Sizes are not negative; a difference ends at zero. A sum or product beyond 64 bi
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -297,7 +298,7 @@ def _of_entries(expr: Size, args: list[int], facts: Facts) -> int:
     if any(value < 0 for value in values):
         raise Refused(f"an entry of {expr.name} is negative")
     if expr.op == "rising":
-        if any(after < before for before, after in zip(values, values[1:], strict=False)):
+        if any(after < before for before, after in itertools.pairwise(values)):
             raise Refused(f"entries of {expr.name} fall")
         return values[-1] if values else 0
     return max(values, default=0)

@@ -80,7 +80,9 @@ def load_frame(machine: Machine) -> Kernel:
     with write_kernel("load_frame", src="float32", shape="int32", dst="float32") as frame:
         _rows(frame, machine, row)
         _pads(frame, frame.dst, machine)
-        frame.states({"src": reads(_flat()), "shape": reads(7), "dst": writes(padded_planes())}, pads_fit(machine.lanes))
+        frame.states(
+            {"src": reads(_flat()), "shape": reads(7), "dst": writes(padded_planes())}, pads_fit(machine.lanes)
+        )
     return frame.kernel
 
 

@@ -85,9 +85,7 @@ def clear(machine: Machine) -> Kernel:
 
         cover(T.bind(frame.shape[0]), machine.lanes, vectors)
         floats = entry(0)
-        frame.states(
-            {"shape": reads(1), "Y": writes(floats)}, fits(cover_blocks(floats, machine.lanes) * PARTS)
-        )
+        frame.states({"shape": reads(1), "Y": writes(floats)}, fits(cover_blocks(floats, machine.lanes) * PARTS))
     return frame.kernel
 
 

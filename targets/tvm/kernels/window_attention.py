@@ -73,9 +73,7 @@ def _bias_bounds(spec: Attention, first: int) -> tuple[dict[str, Size], Size]:
     made, end = dict[str, Size](), size(first + _ENTRIES * spec.biases)
     for index in range(spec.biases):
         part, head, apart, table = (entry(first + _ENTRIES * index + i) for i in range(_ENTRIES))
-        made[f"bias{index}"] = (
-            largest(table, batches) * part + (heads - 1) * head + (queries - 1) * apart + keys
-        )
+        made[f"bias{index}"] = largest(table, batches) * part + (heads - 1) * head + (queries - 1) * apart + keys
         end = most(end, table + batches)
     return made, end
 
