@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from native_guard import check_lists, guarded, touched
 
 from dvexport.targets import devices
 from dvexport.targets.tvm.build import compile_kernel
@@ -60,9 +61,14 @@ class Callable:
         self._function = _loaded(compile_kernel(kernel, machine or host_machine()))[kernel.name]
 
     def __call__(self, *arrays: np.ndarray, threads: int = 1) -> None:
-        """Run every part in turn; arrays are in the order of the kernel's buffers, and must start on 64 bytes."""
+        """Run every part in turn; arrays are in the order of the kernel's buffers, and must start on 64 bytes.
+
+        The kernel gets copies of them that end where it says that it touches them: beyond is a page that faults.
+        """
         assert len(arrays) == len(self.kernel.buffers), self.kernel.buffers
         assert all(array.ctypes.data % _PADDING == 0 and array.flags.c_contiguous for array in arrays)
-        pointers = [ctypes.c_void_p(array.ctypes.data) for array in arrays]
-        for part in range(threads):
-            self._function(*pointers, ctypes.c_int32(part), ctypes.c_int32(threads))
+        with guarded(arrays, touched(self.kernel, arrays, threads)) as addresses:
+            pointers = [ctypes.c_void_p(address) for address in addresses]
+            for part in range(threads):
+                self._function(*pointers, ctypes.c_int32(part), ctypes.c_int32(threads))
+        check_lists(self.kernel, arrays, threads)

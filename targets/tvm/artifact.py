@@ -127,7 +127,7 @@ def build_artifact(
     objects = compile_kernels(kernels.values(), machine, tell)
     tell("link")
     table = kernel_table(kernels.values())
-    names, weights = [entry.name for entry in table], constants.file()
+    weights = constants.file()
     identity = library_id(objects, table, machine)
     gated = plans["gated"]
     memory = {
@@ -140,7 +140,7 @@ def build_artifact(
         library=link_library(objects, table, machine),
         runner=link_runner(objects, table, machine),
         weights=weights,
-        plans={name: plan_bytes(plan, names, identity, weights) for name, plan in plans.items()},
+        plans={name: plan_bytes(plan, table, identity, weights) for name, plan in plans.items()},
         memory=memory,
         held=constants.held,
     )

@@ -232,13 +232,14 @@ def _whole_plane(
         spec = direct.spec_for(layer.window, runs, channels, machine, residual=tiled.residual, relu=unit.relu)
         pixels = program.constants.add(direct_data.run_list(runs, np.ones(1, bool), machine))
         cost = tuple(_WHOLE * factor for factor in costs.direct_cost(tiled, layer.window.size, channels[0], machine))
-        yield _direct(program, layer, spec, pixels, vectors, cost, only=vectors)
+        whole = runs.vectors(machine.lanes)  # may be more than those of the tiles, as they cover the padding too
+        yield _direct(program, layer, spec, pixels, whole, cost, only=vectors)
     if not _may_be_winograd(program, layer):
         return
-    whole = winograd.spec_for(layer.x, layer.y, None, machine, residual=tiled.residual, relu=unit.relu)
-    if whole is not None and (cells is None or whole.m != cells.m):
-        tiles = winograd_lists.dense_tiles(layer.x, layer.y, whole.m, machine)
-        yield _winograd(program, layer, whole, None, program.constants.add(tiles), vectors, only=vectors)
+    square = winograd.spec_for(layer.x, layer.y, None, machine, residual=tiled.residual, relu=unit.relu)
+    if square is not None and (cells is None or square.m != cells.m):
+        tiles = winograd_lists.dense_tiles(layer.x, layer.y, square.m, machine)
+        yield _winograd(program, layer, square, None, program.constants.add(tiles), vectors, only=vectors)
 
 
 def _way(

@@ -26,6 +26,7 @@ from dvexport.targets.tvm.generic_nest import nests
 from dvexport.targets.tvm.generic_relax import Program, canonical_model, lower, refuse, unknown_operators
 from dvexport.targets.tvm.generic_stages import Stage, Tensor, read_stages
 from dvexport.targets.tvm.kernels.abi import Kernel, write_kernel, write_serial_kernel
+from dvexport.targets.tvm.kernels.bounds import reads, writes
 from dvexport.targets.tvm.machine import Machine
 
 __all__ = ["Island", "compile_island"]
@@ -175,6 +176,9 @@ def _kernel(
     scalar = 0
     write = write_kernel if splits else write_serial_kernel
     with write("generic", **types) as frame:
+        stored = {name for stage in group for name in stage.stores}
+        sizes = {f"b{i}": (name in stored, tensors[name].size) for i, name in enumerate(used)}
+        frame.states({key: writes(count) if written else reads(count) for key, (written, count) in sizes.items()})
         buffers = {name: getattr(frame, f"b{i}") for i, name in enumerate(used)}
         for stage in group:
             for nest in nests(stage, tensors):
@@ -186,4 +190,4 @@ def _kernel(
     func = frame.kernel.func.with_attr("global_symbol", name)
     if scalar >= _WORTH_VECTORS:
         island.scalar[name] = scalar
-    return Kernel(name, func, frame.kernel.buffers, splits), used
+    return Kernel(name, func, frame.kernel.buffers, splits, frame.kernel.contract), used

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
 
-from dvexport.targets.tvm.generic_expr import Expr, Linear, axis, const, fold, linear, rebuild, substitute, walk
+from dvexport.targets.tvm.generic_expr import Expr, Linear, axis, const, fold, linear, loads, rebuild, substitute, walk
 from dvexport.targets.tvm.generic_fuse import flat_index
 from dvexport.targets.tvm.generic_stages import Stage, Tensor
 
@@ -44,7 +44,10 @@ def nests(stage: Stage, tensors: dict[str, Tensor]) -> list[Nest]:
         def change(node: Expr) -> Expr | None:
             if node.op != "load":
                 return None
-            inner = Expr("load", node.dtype, tuple(map(flat, node.args)), node.value)
+            indices = [
+                _kept_inside(*each) for each in zip(map(flat, node.args), tensors[node.value].shape, strict=True)
+            ]
+            inner = Expr("load", node.dtype, tuple(indices), node.value)
             return Expr("load", node.dtype, (flat_index(inner, tensors, stage.extents).expr(),), node.value)
 
         return rebuild(expr, change)
@@ -53,6 +56,14 @@ def nests(stage: Stage, tensors: dict[str, Tensor]) -> list[Nest]:
     place = Linear(tuple((axis(name), n) for name, n in zip(stage.axes, strides, strict=True)))
     whole = Nest(stage.mapped(flat), place)
     return [_merged(_without_unit_axes(part)) for part in _segments(whole)]
+
+
+def _kept_inside(index: Expr, extent: int) -> Expr:
+    """Return an index that stays on its axis, whatever the data hold that it is made of."""
+    if not loads(index):
+        return index
+    limits = const(extent - 1, index.dtype), const(0, index.dtype)
+    return Expr("Max", index.dtype, (Expr("Min", index.dtype, (index, limits[0])), limits[1]))
 
 
 def _segments(nest: Nest) -> list[Nest]:

@@ -20,14 +20,16 @@ from dvexport.errors import DeviceError
 from dvexport.targets.tvm.build import check_tools, scratch_folder
 from dvexport.targets.tvm.cache import cached
 from dvexport.targets.tvm.kernels.abi import Kernel
+from dvexport.targets.tvm.kernels.bounds import Contract
 from dvexport.targets.tvm.libraries import compiler_environment, with_libraries
+from dvexport.targets.tvm.link_bounds import bounds_source
 from dvexport.targets.tvm.machine import Machine
 
 __all__ = ["Entry", "kernel_table", "library_id", "link_library", "link_runner", "required_features", "table_source"]
 
 RUNTIME = Path(__file__).parent / "runtime"
 
-SOURCES = ("dvx.c", "plan.c", "pool.c", "cpu.c", "system.c")
+SOURCES = ("dvx.c", "plan.c", "bounds.c", "pool.c", "cpu.c", "system.c")
 _HEADERS = ("dvx.h", "internal.h")
 _TABLE = "table.c"
 
@@ -87,12 +89,22 @@ class Entry:
     name: str
     buffers: int
     splits: bool
+    contract: Contract
 
 
 def kernel_table(kernels: Iterable[Kernel]) -> list[Entry]:
-    """Return the table of `kernels`, by name; equal names once."""
+    """Return the table of `kernels`, by name; equal names once.
+
+    Raises:
+        AssertionError: a kernel does not state what it touches.
+    """
     unique = {kernel.name: kernel for kernel in kernels}
-    return [Entry(name, len(unique[name].buffers), unique[name].splits) for name in sorted(unique)]
+    return [_entry(unique[name]) for name in sorted(unique)]
+
+
+def _entry(kernel: Kernel) -> Entry:
+    assert kernel.contract is not None, f"{kernel.name} does not state what it touches"
+    return Entry(kernel.name, len(kernel.buffers), kernel.splits, kernel.contract)
 
 
 def required_features(machine: Machine) -> tuple[str, ...]:
@@ -166,8 +178,12 @@ def table_source(table: Sequence[Entry], identity: bytes, features: Iterable[str
             "    (void)b;",
             f"    return k{i}({values});",
             "}",
+            *bounds_source(entry.contract, i),
         ]
-    rows = [f'    {{"{e.name}", call{i}, {e.buffers}, {int(e.splits)}}},' for i, e in enumerate(table)]
+    rows = [
+        f'    {{"{e.name}", call{i}, {e.buffers}, {int(e.splits)}, buffers{i}, bounds{i}}},'
+        for i, e in enumerate(table)
+    ]
     bytes_ = ", ".join(str(byte) for byte in identity)
     names = "".join(f'"{name}", ' for name in features)
     return "\n".join(
@@ -175,7 +191,7 @@ def table_source(table: Sequence[Entry], identity: bytes, features: Iterable[str
             *lines,
             f"const kernel_entry dvx_kernels[{len(table) + 1}] = {{",
             *rows,
-            "    {0, 0, 0, 0},",
+            "    {0, 0, 0, 0, 0, 0},",
             "};",
             f"const uint32_t dvx_kernel_count = {len(table)};",
             f"const uint8_t dvx_library_sha256[32] = {{{bytes_}}};",

@@ -25,8 +25,12 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 from dvexport.targets.runtime import MOST_THREADS
+
+if TYPE_CHECKING:
+    from dvexport.targets.tvm.link import Entry
 
 __all__ = ["COST_TERMS", "VERSION", "Call", "Place", "Plan", "Port", "Space", "Variant", "plan_bytes", "read_limit"]
 
@@ -143,17 +147,23 @@ class Plan:
         return sorted({variant.kernel for call in self.calls for variant in call.variants})
 
 
-def plan_bytes(plan: Plan, kernels: Sequence[str], library: bytes, weights: bytes | memoryview) -> bytes:
+def plan_bytes(plan: Plan, table: Sequence[Entry], library: bytes, weights: bytes | memoryview) -> bytes:
     """Return the file of a plan.
 
     Args:
         plan: what to write.
-        kernels: names in the library's kernel table, in its order.
+        table: the library's kernel table.
         library: SHA-256 that the library was built with (32 bytes).
         weights: the weights file.
+
+    Raises:
+        AssertionError: a call touches more than it is given: its kernel states too much, or a buffer is too small.
     """
+    from dvexport.targets.tvm.plan_check import check_calls
+
     assert 1 <= plan.threads <= MOST_THREADS, plan.threads
-    strings, index = _Strings(), {name: i for i, name in enumerate(kernels)}
+    check_calls(plan, {entry.name: entry.contract for entry in table}, weights, plan.threads)
+    strings, index = _Strings(), {entry.name: i for i, entry in enumerate(table)}
     ports = b"".join(_port(port, strings) for port in (*plan.inputs, *plan.outputs))
     calls, variants, arguments = bytearray(), bytearray(), bytearray()
     variant_count = argument_count = 0

@@ -243,7 +243,9 @@ class Program:
         """Copy bytes, rounded up to whole floats: buffers end on 64 bytes."""
         floats = -(-min(source.size, target.size) // FLOAT_BYTES)
         shape = self.constants.add(planes_elementwise.copy_shape(floats))
-        self.call(planes_elementwise.copy(self.machine), [source, shape, target], f"copy {label}", gate)
+        whole = [Part(each.buffer, each.offset, floats * FLOAT_BYTES) for each in (source, target)]
+        arguments = [whole[0], shape, whole[1]]
+        self.call(planes_elementwise.copy(self.machine), arguments, f"copy {label}", gate)
 
     def clear(self, target: Part, label: str, gate: str = "") -> None:
         """Zero whole planes."""

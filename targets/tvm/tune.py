@@ -311,7 +311,7 @@ def _open(ways: Sequence[Way], machine: Machine, tell: Progress) -> NativeSessio
     port = Place(Space.ARENA, 0, _FLOAT_BYTES)
     plan = Plan([Port("x", "float32", (1,), port)], [Port("y", "float32", (1,), port)], calls, arena=memory.size)
     weights, identity = constants.file(), library_id(objects, table, machine)
-    data = plan_bytes(plan, [entry.name for entry in table], identity, weights)
+    data = plan_bytes(plan, table, identity, weights)
     return NativeSession(link_library(objects, table, machine), data, weights, profile=True)
 
 

@@ -2,8 +2,9 @@
  *
  *     fuzz_plan PLAN WEIGHTS SEED CASES
  *
- * Prints the error text of every case, or "opened". Every file ends where memory does: a byte read after it is a fault.
- * Built with sanitizers and with kernels that do nothing: what is tested is the runtime. */
+ * Prints the error text of every case, or "opened". Every file and all working memory end where memory does: a byte
+ * read or written after it is a fault, and so is one written to the weights. Built with sanitizers, around compiled
+ * kernels: whatever opens must step. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,7 +14,14 @@
 #include "internal.h"
 
 #define HEADER 128
-#define RUN_LIMIT (1u << 20)
+#define PORT 80
+#define CALL 64
+#define VARIANT 56
+#define PLACE 16
+#define LINE 64
+#define THREADS 4 /* of the plans that are changed, or more */
+#define RUN_LIMIT (1u << 26)
+#define CONSTANT 4096 /* bytes up to which a constant is taken for a `shape` or a list */
 
 typedef struct {
     uint8_t *data, *map;
@@ -27,16 +35,33 @@ static uint32_t random_below(uint32_t limit) {
     return (uint32_t)((random_state >> 33) % (limit ? limit : 1));
 }
 
-/* Memory whose last byte is followed by a page that can't be read. */
+/* Memory between two pages that can't be read; its last byte is the last before the second. */
 static guarded guard(const uint8_t *data, size_t size) {
     size_t page = (size_t)sysconf(_SC_PAGESIZE);
-    guarded g = {.size = size, .map_size = (size + page - 1) / page * page + page};
-    g.map = mmap(NULL, g.map_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    guarded g = {.size = size, .map_size = (size + page - 1) / page * page + 2 * page};
+    g.map = mmap(NULL, g.map_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (g.map == MAP_FAILED) abort();
+    mprotect(g.map, page, PROT_NONE);
     mprotect(g.map + g.map_size - page, page, PROT_NONE);
     g.data = g.map + g.map_size - page - size;
-    if (size) memcpy(g.data, data, size);
+    if (size && data) memcpy(g.data, data, size);
     return g;
+}
+
+/* In place of the runtime's (by the linker's --wrap): the same limits, and pages around it that can't be read. */
+int __real_dvx_memory_take(memory *m, uint64_t size, char *error);
+int __wrap_dvx_memory_take(memory *m, uint64_t size, char *error);
+void __wrap_dvx_memory_free(memory *m);
+
+int __wrap_dvx_memory_take(memory *m, uint64_t size, char *error) {
+    if (size > RUN_LIMIT) return dvx_fail(error, "this test gives no %llu bytes", (unsigned long long)size);
+    guarded g = guard(NULL, (size_t)(size + LINE - 1) / LINE * LINE);
+    *m = (memory){.data = g.data, .size = (size_t)size, .map = g.map, .map_size = g.map_size};
+    return 0;
+}
+
+void __wrap_dvx_memory_free(memory *m) {
+    if (m->map) munmap(m->map, m->map_size);
 }
 
 static uint64_t strange_value(void) {
@@ -66,10 +91,134 @@ static void change(uint8_t *data, size_t size) {
 
 static guarded changed(const bytes *file, int changes) {
     size_t size = file->size;
-    if (random_below(8) == 0) size = random_below((uint32_t)size + 1);
+    if (changes && random_below(16) == 0) size = random_below((uint32_t)size + 1);
     guarded g = guard(file->data, size);
     for (int i = 0; size && i < changes; i++) change(g.data, size);
     return g;
+}
+
+/* --- changes that keep the form of a plan ------------------------------------------------------------------------ */
+
+typedef struct {
+    uint32_t ports, calls, variants, arguments;
+} counts;
+
+static uint32_t u32_at(const uint8_t *data) {
+    uint32_t value;
+    memcpy(&value, data, sizeof value);
+    return value;
+}
+
+static uint64_t u64_at(const uint8_t *data) {
+    uint64_t value;
+    memcpy(&value, data, sizeof value);
+    return value;
+}
+
+static void set_u64(uint8_t *data, uint64_t value) { memcpy(data, &value, sizeof value); }
+
+static counts counts_of(const guarded *plan) {
+    const uint8_t *at = plan->data + 96;
+    return (counts){u32_at(at) + u32_at(at + 4), u32_at(at + 8), u32_at(at + 12), u32_at(at + 16)};
+}
+
+static uint8_t *calls_of(const guarded *plan, counts n) { return plan->data + HEADER + (size_t)n.ports * PORT; }
+
+static uint8_t *variants_of(const guarded *plan, counts n) { return calls_of(plan, n) + (size_t)n.calls * CALL; }
+
+static uint8_t *arguments_of(const guarded *plan, counts n) {
+    return variants_of(plan, n) + (size_t)n.variants * VARIANT;
+}
+
+/* A number near another: what a wrong size looks like. */
+static uint64_t near(uint64_t value) {
+    switch (random_below(8)) {
+    case 0:
+        return value / 2;
+    case 1:
+        return value * 2;
+    case 2:
+        return value + LINE;
+    case 3:
+        return value - LINE;
+    case 4:
+        return value + 1 + random_below(16);
+    case 5:
+        return value - 1 - random_below(16);
+    case 6:
+        return random_below((uint32_t)value + 1);
+    default:
+        return LINE;
+    }
+}
+
+static void change_place(uint8_t *at, const uint8_t *other) {
+    uint64_t where = u64_at(at), size = u64_at(at + 8);
+    switch (random_below(6)) {
+    case 0:
+        set_u64(at, where >> 56 << 56 | near(where & UINT64_MAX >> 8));
+        break;
+    case 1:
+        set_u64(at, where + (1ull << 56));
+        break;
+    case 2:
+        memcpy(at, other, PLACE); /* another's, and all of it */
+        break;
+    case 3:
+        memcpy(at, other, 8); /* another's, in the same size */
+        break;
+    default:
+        set_u64(at + 8, near(size));
+    }
+}
+
+static void swap(uint8_t *a, uint8_t *b, size_t size) {
+    uint8_t held[CALL];
+    memcpy(held, a, size);
+    memcpy(a, b, size);
+    memcpy(b, held, size);
+}
+
+/* Change a number of a constant that kernels take their extents from, or one of a list. */
+static void change_constant(const guarded *plan, const guarded *weights, counts n) {
+    for (int tries = 0; tries < 64; tries++) {
+        const uint8_t *at = arguments_of(plan, n) + (size_t)random_below(n.arguments) * PLACE;
+        uint64_t where = u64_at(at), size = u64_at(at + 8);
+        if (where >> 56 || size < 4 || size > CONSTANT || where > weights->size || size > weights->size - where) continue;
+        uint8_t *word = weights->data + where + random_below((uint32_t)size / 4) * 4;
+        uint32_t value = random_below(4) ? (uint32_t)near(u32_at(word)) : (uint32_t)strange_value();
+        memcpy(word, &value, sizeof value);
+        return;
+    }
+}
+
+static void change_form(guarded *plan, guarded *weights) {
+    counts n = counts_of(plan);
+    uint8_t *calls = calls_of(plan, n), *variants = variants_of(plan, n), *arguments = arguments_of(plan, n);
+    uint8_t *call = calls + (size_t)random_below(n.calls) * CALL;
+    uint8_t *variant = variants + (size_t)random_below(n.variants) * VARIANT;
+    switch (random_below(10)) {
+    case 0:
+        swap(call, calls + (size_t)random_below(n.calls) * CALL, CALL);
+        break;
+    case 1:
+        memcpy(variant, variants + (size_t)random_below(n.variants) * VARIANT, 4 + 4 * random_below(3));
+        break;
+    case 2:
+        change_place(call + 16 + random_below(3) * PLACE, arguments + (size_t)random_below(n.arguments) * PLACE);
+        break;
+    case 3:
+        set_u64(plan->data + 40 + 8 * random_below(3), near(u64_at(plan->data + 40)));
+        break;
+    case 4:
+    case 5:
+    case 6:
+        change_constant(plan, weights, n);
+        break;
+    default:
+        change_place(arguments + (size_t)random_below(n.arguments) * PLACE,
+                     arguments + (size_t)random_below(n.arguments) * PLACE);
+    }
 }
 
 /* Make lengths and checksums right, so that the checks behind them are reached. */
@@ -88,7 +237,10 @@ static void step(dvx *net) {
     dvx_blob *inputs = calloc((size_t)count + 1, sizeof *inputs);
     for (int i = 0; i < count; i++) {
         size_t size = dvx_input(net, i)->bytes;
-        inputs[i] = (dvx_blob){.data = calloc(size, 1), .size = size};
+        uint8_t *data = calloc(size, 1);
+        for (size_t k = 0; k < size / 4 && dvx_input(net, i)->type == DVX_FLOAT32; k++)
+            ((float *)(void *)data)[k] = (float)random_below(1000) / 500 - 1;
+        inputs[i] = (dvx_blob){.data = data, .size = size};
     }
     dvx_reset(net);
     for (int i = 0; i < 3; i++)
@@ -114,9 +266,16 @@ static void look(dvx *net) {
 }
 
 static void try_case(const bytes *plan_file, const bytes *weights_file) {
-    guarded plan = changed(plan_file, 1 + (int)random_below(4)), weights = changed(weights_file, random_below(8) == 0);
-    if (random_below(8)) fix(&plan, &weights);
-    dvx_options options = {.threads = 1 + (random_below(16) == 0), .profile = (int)random_below(2)};
+    int form = random_below(4) != 0;
+    guarded plan = changed(plan_file, form ? 0 : 1 + (int)random_below(4));
+    guarded weights = changed(weights_file, form ? 0 : random_below(8) == 0);
+    for (int i = (int)random_below(3); form && i >= 0; i--) change_form(&plan, &weights);
+    if (form || random_below(8)) fix(&plan, &weights);
+    mprotect(weights.map, weights.map_size, PROT_NONE); /* but for the file itself, and that only to be read */
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    mprotect(weights.map + page, weights.map_size - 2 * page, PROT_READ);
+    dvx_options options = {.threads = random_below(16) ? 1 : 1 + (int)random_below(THREADS),
+                           .profile = (int)random_below(2)};
     char error[DVX_ERROR_SIZE];
     dvx_blob blobs[] = {{.data = plan.data, .size = plan.size}, {.data = weights.data, .size = weights.size}};
     dvx *net;

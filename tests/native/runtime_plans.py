@@ -21,6 +21,19 @@ from dvexport.targets import devices
 from dvexport.targets.tvm import link
 from dvexport.targets.tvm.build import compile_kernels
 from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, share, write_kernel, write_serial_kernel
+from dvexport.targets.tvm.kernels.bounds import (
+    PARTS,
+    ListKind,
+    Made,
+    entry,
+    fits,
+    known,
+    least,
+    most,
+    reads,
+    uses,
+    writes,
+)
 from dvexport.targets.tvm.machine import Machine, machine_of
 from dvexport.targets.tvm.plan import COST_TERMS, Call, Place, Plan, Port, Space, Variant, plan_bytes
 
@@ -62,6 +75,7 @@ def relu() -> Kernel:
     """Y = max(X, 0)."""
     with write_kernel("relu", X="float32", shape="int32", Y="float32") as frame, each_float(frame) as i:
         T.buffer_store(frame.Y, tx.max(frame.X[i], tx.FloatImm("float32", 0)), [i])
+        _states_floats(frame, "X")
     return frame.kernel
 
 
@@ -70,7 +84,14 @@ def add(name: str = "add") -> Kernel:
     types = {"X": "float32", "Z": "float32", "shape": "int32", "Y": "float32"}
     with write_kernel(name, **types) as frame, each_float(frame) as i:
         T.buffer_store(frame.Y, frame.X[i] + frame.Z[i], [i])
+        _states_floats(frame, "X", "Z")
     return frame.kernel
+
+
+def _states_floats(frame: Frame, *inputs: str) -> None:
+    floats = entry(0)
+    stated = dict.fromkeys(inputs, reads(floats)) | {"shape": reads(1), "Y": writes(floats, over=inputs)}
+    frame.states(stated, fits(floats * PARTS))
 
 
 def decide() -> Kernel:
@@ -87,6 +108,14 @@ def decide() -> Kernel:
                 count = T.bind(frame.rows[i64(0)] + 1)
                 T.buffer_store(frame.rows, i, [i64(count)])
                 T.buffer_store(frame.rows, count, [i64(0)])
+        items = entry(0)
+        frame.states(
+            {
+                "X": reads(items), "shape": reads(1), "rows": writes(items + 1), "action": writes(items),
+                "tiles": writes(least(items, 4)),
+            },
+            makes=(Made("rows", ListKind.CHANNELS, items, items),),
+        )  # fmt: skip
     return frame.kernel
 
 
@@ -97,6 +126,8 @@ def copy_listed(name: str) -> Kernel:
         with T.serial(low, high) as i:
             channel = T.bind(i64(frame.rows[i64(i + 1)]))
             T.buffer_store(frame.Y, frame.X[channel], [channel])
+        items = known("rows", "limit")
+        frame.states({"X": reads(items), "rows": uses(ListKind.CHANNELS), "Y": writes(items)})
     return frame.kernel
 
 
@@ -107,6 +138,7 @@ def who(name: str, *, splits: bool = True) -> Kernel:
         T.buffer_store(frame.Y, frame.parts, [i64(frame.part)])
         with T.If(tx.EQ(frame.part, 0)), T.Then():
             T.buffer_store(frame.Y, frame.Y[i64(MOST_THREADS)] + 1, [i64(MOST_THREADS)])
+        frame.states({"Y": writes(most(PARTS, MOST_THREADS + 1))})
     return frame.kernel
 
 
@@ -190,7 +222,7 @@ def network(plan: Plan, kernels: list[Kernel], weights: bytes, machine: Machine)
     """Compile, link and write a plan; the library of another machine than this one is left out."""
     objects, table = compile_kernels(kernels, machine), link.kernel_table(kernels)
     identity = link.library_id(objects, table, machine)
-    data = plan_bytes(plan, [entry.name for entry in table], identity, weights)
+    data = plan_bytes(plan, table, identity, weights)
     library = link.link_library(objects, table, machine) if machine == host_machine() else b""
     return Network(library, data, weights, objects, table, machine)
 

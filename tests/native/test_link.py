@@ -87,7 +87,7 @@ def test_missing_packages_are_named(monkeypatch):
 
 def test_a_kernel_that_calls_what_is_not_there():
     net = sample_network()
-    table = [*net.table, link.Entry("not_there", 2, False)]
+    table = [*net.table, link.Entry("not_there", 2, False, net.table[0].contract)]
     elsewhere = compile_kernel(add("elsewhere"), net.machine)
     with pytest.raises(DeviceError, match="not_there"):
         link.link_library({**net.objects, "not_there": elsewhere}, table, net.machine)

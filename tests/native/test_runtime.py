@@ -6,6 +6,7 @@ import concurrent.futures
 import dataclasses
 import os
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -306,6 +307,12 @@ DAMAGE = {
     "argument": (_set(ARGUMENTS_AT, "<QQ", 1 << 56, 8193), "argument 0 lies outside its memory space"),
     "argument overflow": (_set(ARGUMENTS_AT, "<QQ", 1 << 56 | 64, 2**64 - 1), "argument 0 lies outside"),
     "no argument": (_set(ARGUMENTS_AT, "<QQ", 2**64 - 1, 2**64 - 1), "argument 0 is in no memory space"),
+    "size": (_set(ARGUMENTS_AT + 8, "<Q", 64), "variant 0: buffer 0 of relu is too small"),
+    "half a float": (_set(ARGUMENTS_AT, "<Q", 1 << 56 | 4), "variant 0: buffer 0 of relu is not aligned"),
+    "extent": (_set(ARGUMENTS_AT + 16, "<Q", 1 << 56), "variant 0: buffer 1 of relu is no constant"),
+    "written weights": (_set(ARGUMENTS_AT + 32, "<QQ", 0, 64), "variant 0: buffer 2 of relu is written and lies in"),
+    "half over": (_set(ARGUMENTS_AT + 32, "<Q", 1 << 56 | 64), "buffer 2 of relu is written and overlaps another"),
+    "list": (_set(ARGUMENTS_AT + 21 * 16, "<Q", 1 << 56), "buffer 1 of copy_few is a list that nothing has written"),
     "endless strings": (lambda plan: fixed(plan[:-1] + b"x"), "its strings do not end"),
 }
 
@@ -326,6 +333,19 @@ def test_an_input_may_not_lie_in_the_weights():
     net = network(plan, sample_kernels(), bytes(4 * CHANNELS), host_machine())
     with pytest.raises(DeviceError, match="input 0 lies in the weights"):
         opened(net)
+
+
+@pytest.mark.parametrize(
+    ("count", "message"), [(201, "is too small"), (-1, "has a negative entry"), (1 << 30, "small")]
+)
+def test_an_extent_that_its_buffers_do_not_hold_is_refused(count, message):
+    """Weights that the plan is for, with another number of channels in them than its places are for."""
+    net = sample_network()
+    weights = struct.pack("<i", count) + net.weights[4:]
+    plan = bytearray(net.plan)
+    plan[28:32] = struct.pack("<I", zlib.crc32(weights))
+    with pytest.raises(DeviceError, match=message):
+        NativeSession(net.library, bytes(plan), weights)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ are left alone, and what comes out has no undefined symbol.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +22,9 @@ from typing import Any
 import tvm.tirx as tx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
+
+from dvexport.targets.tvm.kernels.bounds import Buffer as Bound
+from dvexport.targets.tvm.kernels.bounds import Contract, Made, Needs, contract_of
 
 __all__ = ["Frame", "Kernel", "i64", "prefetch", "prefetch_ahead", "share", "write_kernel", "write_serial_kernel"]
 
@@ -44,12 +47,14 @@ class Kernel:
         func: its TIR.
         buffers: names of its buffers, in order.
         splits: whether several threads may share a call.
+        contract: what it touches; a library takes no kernel that does not say so (`bounds.py`).
     """
 
     name: str
     func: Any
     buffers: tuple[str, ...]
     splits: bool = True
+    contract: Contract | None = field(default=None, compare=False)
 
 
 @dataclass
@@ -59,7 +64,13 @@ class Frame:
     buffers: dict[str, Any]
     part: Any
     parts: Any
+    types: Mapping[str, str] = field(default_factory=dict)
+    contract: Contract | None = None
     kernel: Kernel = field(init=False)
+
+    def states(self, buffers: Mapping[str, Bound], *needs: Needs, makes: tuple[Made, ...] = ()) -> None:
+        """State what the kernel touches: every buffer, by name; what must hold; the lists that it writes."""
+        self.contract = contract_of(self.types, buffers, *needs, makes=makes)
 
     def __getattr__(self, name: str) -> Any:
         """Return the buffer of a name."""
@@ -95,9 +106,9 @@ def _write(name: str, buffers: dict[str, str], splits: bool) -> Iterator[Frame]:
         handles = {key: T.arg(key, T.handle(dtype, "global")) for key, dtype in buffers.items()}
         part, parts = T.arg("part", T.int32()), T.arg("parts", T.int32())
         declared = {key: T.decl_buffer((_UNBOUNDED,), buffers[key], data=handle) for key, handle in handles.items()}
-        frame = Frame(declared, part, parts)
+        frame = Frame(declared, part, parts, buffers)
         yield frame
-    frame.kernel = Kernel(name, builder.get(), tuple(buffers), splits)
+    frame.kernel = Kernel(name, builder.get(), tuple(buffers), splits, frame.contract)
 
 
 def i64(value: Any) -> Any:

@@ -20,8 +20,10 @@ from tvm.tirx.script import builder as T
 
 from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, share, write_kernel
 from dvexport.targets.tvm.kernels.activations import LOG2_E, NUMBERS, Numbers, exp2_numbers
+from dvexport.targets.tvm.kernels.attention_bounds import state_attention
 from dvexport.targets.tvm.kernels.attention_panels import Keys, Values, pack_keys, pack_values
 from dvexport.targets.tvm.kernels.blocks import Rows, balanced, product, register_block
+from dvexport.targets.tvm.kernels.bounds import Needs, Size, at_least, entry, least
 from dvexport.targets.tvm.kernels.direct_vectors import choose
 from dvexport.targets.tvm.kernels.planes_vectors import ceil_div, load, splat, store
 from dvexport.targets.tvm.machine import Machine
@@ -178,7 +180,34 @@ def attention(spec: Attention, machine: Machine) -> Kernel:
     name = f"{spec.name}_{'x'.join(map(str, register_block(machine)))}"
     with write_kernel(name, **dict.fromkeys(names, "float32"), shape="int32", Y="float32") as frame:
         _Writer(spec, machine, frame).write()
+        biases, periods = _biases_read(spec)
+        state(frame, spec, machine, biases, int(_Shape.BIAS) + 3 * spec.biases, at_least(1, *periods))
     return frame.kernel
+
+
+def _biases_read(spec: Attention) -> tuple[dict[str, Size], list[Size]]:
+    """Return the floats of each bias that are read, and its period."""
+    batches, heads, queries, keys = map(entry, range(4))
+    made, periods = dict[str, Size](), list[Size]()
+    for index in range(spec.biases):
+        period, batch, head = (entry(_Shape.BIAS + 3 * index + i) for i in range(3))
+        made[f"bias{index}"] = (least(batches, period) - 1) * batch + (heads - 1) * head + queries * keys
+        periods.append(period)
+    return made, periods
+
+
+def state(
+    frame: Frame, spec: Attention, machine: Machine, biases: dict[str, Size], shape: Size | int, needs: Needs = ()
+) -> None:
+    """State what attention touches; `biases`: floats of each; `shape`: its entries; `needs`: of the biases."""
+    names = ("batches", "heads", "queries", "keys", "depth", "width", "slice", "numbers", "pitch")
+    places = {name: index for index, name in enumerate(names)} | {"Q": int(_Shape.Q), "K": int(_Shape.K)}
+    places |= {"Y": int(_Shape.Y)} | ({"V": int(_Shape.V)} if spec.softmax else {})
+    panels = {
+        "keys": register_block(machine)[1] * machine.lanes, "width": spec.vectors * machine.lanes * spec.softmax,
+        "tiles": _tiles(spec, machine), "queries": _QUERIES,
+    }  # fmt: skip
+    state_attention(frame, places, biases, panels, shape, needs)
 
 
 class _Writer:

@@ -10,6 +10,8 @@ weights of those alone; it takes one row of X.
 
 from __future__ import annotations
 
+import functools
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,7 @@ import tvm.tirx as tx
 from tvm.tirx.script import builder as T
 
 from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, share, write_kernel
+from dvexport.targets.tvm.kernels.bounds import PARTS, ceil, entry, fits, reads, size, writes
 from dvexport.targets.tvm.kernels.planes_vectors import ceil_div, load, splat, store
 from dvexport.targets.tvm.machine import Machine
 
@@ -118,7 +121,22 @@ def dense(spec: Dense, machine: Machine) -> Kernel:
                 for left in range(1, most):
                     with T.If(tx.EQ(tx.truncmod(rows, most), left)), T.Then():
                         _product(frame, spec, machine, (block, T.bind(rows - left)), left)
+        _states(frame, spec, machine)
     return frame.kernel
+
+
+def _states(frame: Frame, spec: Dense, machine: Machine) -> None:
+    count, outputs, depth = map(entry, range(3))
+    rows = size(1) if spec.skips else count
+    segments = [entry(3 + index) for index in range(spec.segments)]
+    width = spec.vectors * machine.lanes
+    blocks, inputs = ceil(outputs, width), functools.reduce(operator.add, segments)
+    stated = {f"X{index}": reads(rows * each) for index, each in enumerate(segments)}
+    stated |= {"W": reads((blocks - 1) * width * depth + inputs * width), "B": reads(blocks * width)}
+    if spec.skips:
+        stated["scratch"] = writes((PARTS - 1) * ((ceil(inputs, _LINE) + 1) * _LINE) + inputs)
+    stated |= {"shape": reads(3 + spec.segments), "Y": writes(rows * outputs)}
+    frame.states(stated, fits(blocks * PARTS, outputs + width, inputs + _LINE, count))
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from tvm.tirx.script import builder as T
 from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, prefetch_ahead, write_kernel
 from dvexport.targets.tvm.kernels.blocks import Groups, balanced
 from dvexport.targets.tvm.kernels.direct_ahead import ask_for_tile, ask_for_weights
+from dvexport.targets.tvm.kernels.direct_bounds import state_direct
 from dvexport.targets.tvm.kernels.direct_data import HALVES, RUN_HEADER, Shape
 from dvexport.targets.tvm.kernels.direct_spec import BEYOND, COLUMNS, DirectConv, spec_for
 from dvexport.targets.tvm.kernels.direct_vectors import ceildiv, choose, cut, int32, join, load, store
@@ -60,6 +61,7 @@ def direct_conv(spec: DirectConv, machine: Machine) -> Kernel:
     }
     with write_kernel(spec.name(machine.lanes), **buffers) as frame:
         _Writer(spec, machine, frame).write()
+        state_direct(frame, spec, machine)
     return frame.kernel
 
 

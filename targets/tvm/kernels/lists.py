@@ -19,6 +19,20 @@ from tvm.tirx.script import builder as T
 
 from dvexport.dialect.masks import tile_index
 from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, write_serial_kernel
+from dvexport.targets.tvm.kernels.bounds import (
+    ListKind,
+    Made,
+    at_least,
+    ceil,
+    entry,
+    fits,
+    largest,
+    most,
+    reads,
+    rising,
+    size,
+    writes,
+)
 from dvexport.targets.tvm.kernels.planes_vectors import LINE, ceil_div, load, splat, store
 from dvexport.targets.tvm.layout import Plane
 from dvexport.targets.tvm.machine import Machine
@@ -63,7 +77,7 @@ def channels_shape(channels: int, constant: int = 0) -> np.ndarray:
 def channels_from_mask(machine: Machine) -> Kernel:
     """List the channels whose `mask` (bool `[C]`) is set. Buffers: mask, shape, channels."""
     del machine
-    return _channels("channels_from_mask", "uint8", lambda mask, constant: tx.Cast("int32", mask))
+    return _channels("channels_from_mask", "uint8", lambda mask, constant: _flag("int32", mask))
 
 
 def channels_equal(machine: Machine) -> Kernel:
@@ -92,7 +106,17 @@ def _channels(name: str, dtype: str, test: Callable[[Any, Any], Any]) -> Kernel:
 
         _unrolled(count, 4, append)
         T.buffer_store(frame.channels, end[0], [0])
+        items = entry(0)
+        frame.states(
+            {source: reads(items, scattered=True), "shape": reads(2), "channels": writes(items + 1)},
+            makes=(Made("channels", ListKind.CHANNELS, count=items, limit=items),),
+        )
     return frame.kernel
+
+
+def _flag(dtype: str, value: Any) -> Any:
+    """Return 1 for any byte but 0: how far a list grows must not depend on what else a byte may be."""
+    return tx.Cast(dtype, tx.NE(value, tx.IntImm("uint8", 0)))
 
 
 def _counter() -> Any:
@@ -152,7 +176,25 @@ def cells_to_runs(machine: Machine) -> Kernel:
         _append_cells(frame, end, T.bind(cells + 1 + total), T.bind(capacity + HEADER), machine.lanes)
         T.buffer_store(frame.runs, tx.truncdiv(end[0] + (vector - 1), vector), [0])
         T.buffer_store(frame.runs, capacity, [1])
+        _states_runs(frame, machine.lanes)
     return frame.kernel
+
+
+def _states_runs(frame: Frame, lanes: int) -> None:
+    """State what `cells_to_runs` touches: every cell's runs may be written at the end of those before it."""
+    cells, total, vector, capacity = map(entry, range(4))
+    outputs, inputs = (largest(cells + 1 + total * half, total, buffer="table") + 1 for half in range(2))
+    vectors, longest = ceil(total, vector), HEADER + capacity + total + lanes
+    frame.states(
+        {
+            "cells": reads(cells, scattered=True), "table": reads(cells + 1 + total * 2), "shape": reads(4),
+            "runs": writes(longest),
+        },
+        at_least(1, vector),
+        fits(longest, cells + 1 + total * 2 + lanes),
+        ((vector, size(lanes)), (vectors * vector, capacity), (rising(0, cells + 1, buffer="table"), total)),
+        makes=(Made("runs", ListKind.RUNS, vectors, outputs, inputs, vector),),
+    )  # fmt: skip
 
 
 def _append_cells(frame: Frame, end: Any, source: Any, target: Any, lanes: int) -> None:
@@ -168,7 +210,7 @@ def _append_cells(frame: Frame, end: Any, source: Any, target: Any, lanes: int) 
             with T.Else(), T.serial(0, length) as index:
                 at = T.bind(i64(tx.min(index, frame.shape[1] - start - 1)))  # as above
                 T.buffer_store(frame.runs, frame.table[here + at], [there + at])
-        T.buffer_store(end, end[0] + length * tx.Cast("int32", frame.cells[i64(cell)]), [0])
+        T.buffer_store(end, end[0] + length * _flag("int32", frame.cells[i64(cell)]), [0])
     stop = T.bind(i64(target + end[0]))
     store(frame.runs, stop, tx.Broadcast(frame.runs[stop - 1], lanes), lanes)
 
@@ -210,7 +252,24 @@ def mask_from_tiles(machine: Machine) -> Kernel:
                 _copy_row(frame, (first, beyond), pitch, lanes)
         with T.serial(0, ceil_div(size - end, lanes)) as index:
             store(frame.mask, i64(tx.min(end + index * lanes, size - lanes)), splat(0.0, lanes), lanes)
+        _states_mask(frame, lanes)
     return frame.kernel
+
+
+def _states_mask(frame: Frame, lanes: int) -> None:
+    down, across, width, pitch, base, end, plane = map(entry, range(7))
+    bottom, right = rising(7, down + 1), rising(down + 8, across + 1)
+    floats = base + bottom * pitch + lanes
+    frame.states(
+        {
+            "tiles": reads(down * across, scattered=True), "shape": reads(down + across + 9),
+            "mask": writes(most(plane, floats)),
+        },
+        at_least(lanes, plane),
+        at_least(1, pitch),
+        fits(floats + width + lanes, plane + lanes, end + lanes, down * across),
+        ((right, pitch),),
+    )  # fmt: skip
 
 
 def _mask_row(frame: Frame, row: Any, cell: Any, columns: tuple[Any, Any], lanes: int) -> None:
@@ -297,6 +356,15 @@ def touched_lines(words: int, machine: Machine) -> Kernel:
         _unrolled(count, 4, append)
         T.buffer_store(frame.lines, end[0], [0])
         T.buffer_store(frame.lines, count, [1])
+        tiles, lines = entry(0), entry(1)
+        frame.states(
+            {
+                "tiles": reads(tiles, scattered=True), "table": reads(lines * words), "shape": reads(2),
+                "lines": writes(lines + HEADER),
+            },
+            fits(lines * LINE + HEADER),
+            makes=(Made("lines", ListKind.LINES, count=lines, limit=(lines - 1) * LINE + 1),),
+        )  # fmt: skip
     return frame.kernel
 
 

@@ -19,6 +19,7 @@ from tvm.tirx.script import builder as T
 from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, write_kernel
 from dvexport.targets.tvm.kernels.activations import NUMBERS, Numbers, gelu_numbers
 from dvexport.targets.tvm.kernels.blocks import Rows, balanced, product, register_block
+from dvexport.targets.tvm.kernels.bounds import PARTS, at_least, ceil, entry, fits, most, reads, writes
 from dvexport.targets.tvm.kernels.direct_vectors import choose
 from dvexport.targets.tvm.kernels.planes_vectors import ceil_div, load, splat, store
 from dvexport.targets.tvm.machine import Machine
@@ -92,7 +93,22 @@ def matmul(spec: MatMul, machine: Machine) -> Kernel:
     name = f"{spec.name}_b{'x'.join(map(str, register_block(machine)))}"
     with write_kernel(name, **buffers, shape="int32", Y="float32") as frame:
         _Writer(spec, machine, frame).write()
+        _states(frame, spec, machine)
     return frame.kernel
+
+
+def _states(frame: Frame, spec: MatMul, machine: Machine) -> None:
+    rows, outputs, depth, together, tile = map(entry, range(5))
+    panels, groups = ceil(outputs, _panel(machine)), ceil(rows, register_block(machine)[0])
+    part = _tile(machine) + NUMBERS
+    stated = {"X": reads(rows * depth), "W": reads(panels * _panel(machine) * depth)}
+    stated |= {"B": reads(panels * _panel(machine))} | ({"R": reads(rows * outputs)} if spec.residual else {})
+    stated |= {"scratch": writes((PARTS - 1) * part + most(part, tile + NUMBERS))}
+    frame.states(
+        stated | {"shape": reads(5), "Y": writes(rows * outputs)},
+        at_least(1, together),
+        fits(rows * PARTS, panels * PARTS, rows + together, groups * ceil(groups, together), outputs + _panel(machine)),
+    )
 
 
 class _Writer:

@@ -18,11 +18,28 @@ import tvm.tirx as tx
 from tvm.tirx.script import builder as T
 
 from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, share, write_kernel
+from dvexport.targets.tvm.kernels.bounds import (
+    PARTS,
+    Buffer,
+    ListKind,
+    Size,
+    at_least,
+    entry,
+    fits,
+    known,
+    most,
+    reads,
+    uses,
+    writes,
+)
 from dvexport.targets.tvm.kernels.planes_vectors import (
     LINE,
     cover,
     load,
+    padded_planes,
+    pads_fit,
     row_spans,
+    spans_fit,
     splat,
     store,
     zero_around,
@@ -63,6 +80,9 @@ def load_frame(machine: Machine) -> Kernel:
     with write_kernel("load_frame", src="float32", shape="int32", dst="float32") as frame:
         _rows(frame, machine, row)
         _pads(frame, frame.dst, machine)
+        frame.states(
+            {"src": reads(_flat()), "shape": reads(7), "dst": writes(padded_planes())}, pads_fit(machine.lanes)
+        )
     return frame.kernel
 
 
@@ -72,9 +92,20 @@ def store_planes(machine: Machine) -> Kernel:
     def row(frame: Frame, flat: Any, plane: Any, lanes: int) -> None:
         store(frame.dst, flat, load(frame.src, plane, lanes), lanes)
 
+    channels, height, width, pitch, base, _, plane = map(entry, range(7))
+    last = base + (height - 1) * pitch + width
     with write_kernel("store_planes", src="float32", shape="int32", dst="float32") as frame:
         _rows(frame, machine, row)
+        frame.states(
+            {"src": reads((channels - 1) * plane + last), "shape": reads(7), "dst": writes(_flat())},
+            fits(last, channels * height * PARTS),
+        )
     return frame.kernel
+
+
+def _flat() -> Size:
+    """Floats of a flat tensor `[C, H, W]`."""
+    return entry(0) * entry(1) * entry(2)
 
 
 def zero_pads(machine: Machine) -> Kernel:
@@ -84,6 +115,7 @@ def zero_pads(machine: Machine) -> Kernel:
     """
     with write_kernel("zero_pads", shape="int32", Y="float32") as frame:
         _pads(frame, frame.Y, machine)
+        frame.states({"shape": reads(7), "Y": writes(padded_planes())}, pads_fit(machine.lanes))
     return frame.kernel
 
 
@@ -103,6 +135,12 @@ def zero_ends(machine: Machine) -> Kernel:
         low, high = share(channels, frame.part, frame.parts)
         with T.serial(low, high) as channel:
             zero_outside(frame.Y, T.bind(i64(channel) * i64(size)), (base, last, size), machine.lanes)
+        count, first, end, plane = map(entry, range(4))
+        frame.states(
+            {"shape": reads(4), "Y": writes((count - 1) * plane + most(plane, first))},
+            at_least(machine.lanes, plane),
+            fits(count * PARTS, plane + LINE, end + LINE),
+        )
     return frame.kernel
 
 
@@ -147,7 +185,16 @@ def merge(machine: Machine) -> Kernel:
     with write_kernel("merge", **types) as frame, _listed(frame) as (row, first, last):
         plane = T.bind(i64(frame.rows[row + 1]) * i64(frame.shape[0]))
         _select_plane(frame, frame.V, plane, (first, last), machine)
+        _states_planes(frame, ("V",))
     return frame.kernel
+
+
+def _states_planes(frame: Frame, sources: tuple[str, ...], more: dict[str, Buffer] | None = None) -> None:
+    """State what merges over whole planes touch."""
+    floats = known("rows", "limit") * entry(0)
+    stated = {name: reads(floats) for name in sources} | {"mask": reads(entry(0)), "rows": uses(ListKind.CHANNELS)}
+    stated |= {"shape": reads(1), "U": writes(floats, over=sources)}
+    frame.states(stated | (more or {}), spans_fit(known("rows", "count"), entry(0) // LINE))
 
 
 def merge_history(machine: Machine) -> Kernel:
@@ -166,6 +213,7 @@ def merge_history(machine: Machine) -> Kernel:
                 _select_plane(frame, frame.V, plane, (first, last), machine)
             with T.Else():
                 _select_plane(frame, frame.H, plane, (first, last), machine)
+        _states_planes(frame, ("V", "H"), {"action": reads(known("rows", "limit"), scattered=True)})
     return frame.kernel
 
 
@@ -181,6 +229,15 @@ def merge_lines(machine: Machine) -> Kernel:
         with T.serial(first, last) as index:
             line = T.bind(i64(frame.lines[index + LINE]))
             _select_line(frame, frame.V, plane, line, machine)
+        end = known("lines", "limit") - 1 + LINE
+        floats = (known("rows", "limit") - 1) * entry(0) + end
+        frame.states(
+            {
+                "V": reads(floats), "mask": reads(end), "rows": uses(ListKind.CHANNELS), "lines": uses(ListKind.LINES),
+                "shape": reads(1), "U": writes(floats, over=("V",)),
+            },
+            spans_fit(known("rows", "count"), known("lines", "count")),
+        )  # fmt: skip
     return frame.kernel
 
 

@@ -13,7 +13,16 @@ import tvm.tirx as tx
 from tvm.tirx.script import builder as T
 
 from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, share, write_kernel
-from dvexport.targets.tvm.kernels.planes_vectors import cover, load, row_spans, splat, store
+from dvexport.targets.tvm.kernels.bounds import PARTS, ceil, entry, fits, reads, writes
+from dvexport.targets.tvm.kernels.planes_vectors import (
+    cover,
+    cover_blocks,
+    load,
+    row_spans,
+    spans_fit,
+    splat,
+    store,
+)
 from dvexport.targets.tvm.machine import Machine
 
 __all__ = ["add", "add_relu", "clear", "clip", "copy", "copy_shape", "elementwise_shape", "mul", "relu"]
@@ -53,6 +62,15 @@ def copy(machine: Machine) -> Kernel:
                 store(frame.Y, i64(row) * target + at, load(frame.X, i64(row) * source + at, lanes), lanes)
 
         cover(count, machine.lanes, vectors)
+        all_rows, floats, from_row, to_row = map(entry, range(4))
+        frame.states(
+            {
+                "X": reads((all_rows - 1) * from_row + floats),
+                "shape": reads(4),
+                "Y": writes((all_rows - 1) * to_row + floats),
+            },
+            spans_fit(all_rows, cover_blocks(floats, machine.lanes)),
+        )
     return frame.kernel
 
 
@@ -66,6 +84,8 @@ def clear(machine: Machine) -> Kernel:
                 store(frame.Y, i64(place(index)), splat(0.0, lanes), lanes)
 
         cover(T.bind(frame.shape[0]), machine.lanes, vectors)
+        floats = entry(0)
+        frame.states({"shape": reads(1), "Y": writes(floats)}, fits(cover_blocks(floats, machine.lanes) * PARTS))
     return frame.kernel
 
 
@@ -116,6 +136,8 @@ def _elementwise(name: str, machine: Machine, inputs: tuple[str, ...], operator:
                 _apply(frame, inputs, operator, T.bind(i64(done + index * machine.lanes)), machine.lanes, 1)
             with T.serial(done + vectors * machine.lanes, count) as index:
                 _apply(frame, inputs, operator, i64(index), 1, 1)
+        stated = {name: reads(entry(0)) for name in inputs} | {"shape": reads(1)}
+        frame.states(stated | {"Y": writes(entry(0), over=inputs)}, fits(ceil(entry(0), block) * PARTS))
     return frame.kernel
 
 

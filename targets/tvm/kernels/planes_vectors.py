@@ -17,15 +17,20 @@ import tvm.tirx as tx
 from tvm.tirx.script import builder as T
 
 from dvexport.targets.tvm.kernels.abi import Frame, i64, share
+from dvexport.targets.tvm.kernels.bounds import PARTS, Needs, Size, at_least, ceil, entry, fits, most, size
 
 __all__ = [
     "LINE",
     "ceil_div",
     "cover",
+    "cover_blocks",
     "keep_inside",
     "load",
     "narrower",
+    "padded_planes",
+    "pads_fit",
     "row_spans",
+    "spans_fit",
     "splat",
     "store",
     "strided",
@@ -107,6 +112,16 @@ def _cover(length: Any, widths: list[int], body: Callable[[Callable[[Any], Any],
             _cover(length, rest, body)
 
 
+def cover_blocks(length: Size, lanes: int) -> Size:
+    """Return the most vectors that `cover` cuts a row into."""
+    return ceil(length, lanes) + 3
+
+
+def spans_fit(rows: Size | int, length: Size) -> Needs:
+    """Return what `row_spans` and `share` need of rows x items."""
+    return fits(size(rows) * length * PARTS + length)
+
+
 @contextmanager
 def row_spans(frame: Frame, rows: Any, length: Any) -> Iterator[tuple[Any, Any, Any]]:
     """Loop over this thread's share of `rows` x `length` items; sharing cuts rows where it must.
@@ -142,6 +157,24 @@ def zero_outside(buffer: Any, plane: Any, sizes: tuple[Any, Any, Any], lanes: in
         store(buffer, plane + i64(tx.min(index * lanes, base - lanes)), zero, lanes)  # min: no call of memset
     with T.serial(0, ceil_div(size - end, lanes)) as index:
         store(buffer, plane + i64(tx.min(end + index * lanes, size - lanes)), zero, lanes)
+
+
+def padded_planes() -> Size:
+    """Return the floats of planes that `zero_around` and rows of images write.
+
+    The entries of `shape` are those of `planes.frame_shape`: C, H, W, pitch, base, end of the rows, size.
+    """
+    channels, height, width, pitch, base, _, plane = map(entry, range(7))
+    return (channels - 1) * plane + most(plane, base + height * pitch, base + (height - 1) * pitch + width)
+
+
+def pads_fit(lanes: int) -> Needs:
+    """Return what `padded_planes` needs to be all that is written."""
+    channels, height, width, pitch, base, end, plane = map(entry, range(7))
+    return (
+        *at_least(lanes, plane),
+        *fits(base + height * pitch + width + lanes, channels * (height + 1) * PARTS, plane + lanes, end + lanes),
+    )
 
 
 def zero_around(buffer: Any, plane: Any, sizes: tuple[Any, ...], lanes: int) -> None:

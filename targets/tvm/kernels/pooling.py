@@ -11,7 +11,19 @@ import tvm.tirx as tx
 from tvm.tirx.script import builder as T
 
 from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, share, write_kernel
-from dvexport.targets.tvm.kernels.planes_vectors import LINE, ceil_div, cover, load, splat, store, strided, zero_around
+from dvexport.targets.tvm.kernels.bounds import PARTS, Buffer, Needs, Size, ceil, entry, fits, most, reads, size, writes
+from dvexport.targets.tvm.kernels.planes_vectors import (
+    LINE,
+    ceil_div,
+    cover,
+    load,
+    padded_planes,
+    pads_fit,
+    splat,
+    store,
+    strided,
+    zero_around,
+)
 from dvexport.targets.tvm.layout import Plane
 from dvexport.targets.tvm.machine import Machine
 
@@ -27,6 +39,9 @@ __all__ = [
 ]
 
 Pair = tuple[int, int]
+
+_BITS = 32
+"""Of a number that is halved by shifting."""
 
 
 def pool_shape(
@@ -104,7 +119,19 @@ def _pool(
 
         cover(width, machine.lanes, rows)
         _pads(frame, machine)
+        stated = {"X": reads(_pooled(kernel, step, machine.lanes)), "shape": reads(12), "Y": writes(padded_planes())}
+        frame.states(stated, pads_fit(machine.lanes))
     return frame.kernel
+
+
+def _pooled(kernel: Pair, step: int, lanes: int) -> Size:
+    """Floats of X that windows read, by the entries of `pool_shape`.
+
+    With a step of 2, vectors are read in pairs, and a third or a pair farther on for the columns after the second.
+    """
+    beyond = kernel[1] - 1 if step == 1 else 0 if kernel[1] <= step else most(lanes, kernel[1] - 1)
+    channels, height, width, (window, row_step, row, plane) = *map(entry, range(3)), map(entry, range(7, 11))
+    return (channels - 1) * plane + window + (height - 1) * row_step + (kernel[0] - 1) * row + width * step + beyond
 
 
 def _window(buffer: Any, corner: Any, row: Any, kernel: Pair, across: Pair, combine: Callable[[Any, Any], Any]) -> Any:
@@ -163,7 +190,22 @@ def cell_mean(machine: Machine) -> Kernel:
                 total = T.bind(tx.shift_right(cells * frame.shape[7], halving + 1))
                 _add_pairs(frame, sums, total, machine.lanes)
             _finish_cells(frame, sums, (cells, T.bind(i64(channel) * i64(cells))), machine.lanes)
+        frame.states(*_cell_mean_bounds(machine.lanes))
     return frame.kernel
+
+
+def _cell_mean_bounds(lanes: int) -> tuple[dict[str, Buffer], Needs]:
+    channels, plane, base, pitch, down, across, height, columns, halvings, odd, _, part = map(entry, range(12))
+    width, rows = across * columns, down * most(height, 1)
+    sums = most(down * width + lanes, down * across * odd, down * width + 2 * lanes)
+    buffers = {
+        "X": reads((channels - 1) * plane + base + (rows - 1) * pitch + ceil(width, lanes) * lanes),
+        "scratch": writes((PARTS - 1) * part + sums),
+        "shape": reads(12),
+        "Y": writes(channels * down * across),
+    }
+    needs = fits(channels * PARTS, base + rows * pitch, down * width + LINE, down * across * odd)
+    return buffers, (*needs, (halvings, size(_BITS - 2)))
 
 
 def _sum_rows(frame: Frame, plane: Any, sums: Any, lanes: int) -> None:
@@ -261,6 +303,10 @@ def global_mean(machine: Machine) -> Kernel:
                 store(totals[0], 0, value, lanes)
             a, b, c, d = (load(total, 0, lanes) for total in totals)
             store(frame.Y, i64(channel), _sum_lanes((a + b) + (c + d), lanes) * scale, 1)
+        channels, floats, first, length = map(entry, range(4))
+        read = (channels - 1) * floats + first + ceil(length, lanes) * lanes
+        stated = {"X": reads(read), "shape": reads(5), "Y": writes(channels)}
+        frame.states(stated, fits(channels * PARTS, length + _CHAINS * LINE))
     return frame.kernel
 
 

@@ -9,7 +9,8 @@ import tvm.tirx as tx
 from tvm.tirx.script import builder as T
 
 from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, share, write_kernel
-from dvexport.targets.tvm.kernels.planes_vectors import cover, load, row_spans, splat, store
+from dvexport.targets.tvm.kernels.bounds import PARTS, entry, fits, reads, writes
+from dvexport.targets.tvm.kernels.planes_vectors import cover, load, row_spans, spans_fit, splat, store
 from dvexport.targets.tvm.machine import Machine
 
 __all__ = ["layer_norm", "layer_norm_shape", "scatter", "scatter_shape", "select_shape", "select_tokens"]
@@ -55,6 +56,9 @@ def layer_norm(machine: Machine) -> Kernel:
                 write(T.bind(i64(vector) * lanes), lanes)
             with T.serial(whole * lanes, columns) as each:
                 write(T.bind(i64(each)), 1)
+        rows, width = entry(0), entry(1)
+        stated = {"X": reads(rows * width), "W": reads(width), "B": reads(width), "eps": reads(1), "shape": reads(2)}
+        frame.states(stated | {"Y": writes(rows * width)}, fits(rows * PARTS))
     return frame.kernel
 
 
@@ -119,6 +123,14 @@ def select_tokens(machine: Machine) -> Kernel:
                         store(frame.kept, to + offset, load(frame.X, source + offset, width), width)
 
                 cover(channels, lanes, copy)
+        count, of, floats, kept = map(entry, range(4))
+        frame.states(
+            {
+                "X": reads(count * of * floats), "score": reads(count * of), "shape": reads(4),
+                "index": writes(count * kept), "kept": writes(count * kept * floats),
+            },
+            fits(count * of * PARTS, floats + lanes),
+        )  # fmt: skip
     return frame.kernel
 
 
@@ -185,4 +197,7 @@ def scatter(dtype: str) -> Kernel:
                 place = T.bind(place + tx.Select(place < 0, i64(count), i64(0)))
                 with T.If(tx.And(place >= i64(low), place < i64(high))), T.Then():
                     store(frame.Y, start + place, frame.U[first + i64(each)], 1)
+        rows, width, changes = map(entry, range(3))
+        stated = {"X": reads(rows * width), "index": reads(rows * changes), "U": reads(rows * changes)}
+        frame.states(stated | {"shape": reads(3), "Y": writes(rows * width)}, spans_fit(rows, width))
     return frame.kernel

@@ -15,8 +15,9 @@ import numpy as np
 from tvm.tirx.script import builder as T
 
 from dvexport.targets.tvm.kernels.abi import Kernel, i64, write_kernel
-from dvexport.targets.tvm.kernels.attention import Attention, Sizes, Strides, _Writer, attention_shape
+from dvexport.targets.tvm.kernels.attention import Attention, Sizes, Strides, _Writer, attention_shape, state
 from dvexport.targets.tvm.kernels.blocks import register_block
+from dvexport.targets.tvm.kernels.bounds import Size, entry, largest, most, size
 from dvexport.targets.tvm.machine import Machine
 
 __all__ = ["MOST_BIASES", "WindowBias", "window_attention", "window_shape"]
@@ -60,8 +61,21 @@ def window_attention(spec: Attention, machine: Machine) -> Kernel:
     types = dict.fromkeys(["Q", "K", "V", *biases, "scale", "scratch"], "float32")
     name = f"window_{spec.name}_{'x'.join(map(str, register_block(machine)))}"
     with write_kernel(name, **types, shape="int32", Y="float32") as frame:
-        _WindowWriter(spec, machine, frame, len(attention_shape(_ONE, _FOUR, (), spec, machine))).write()
+        first = len(attention_shape(_ONE, _FOUR, (), spec, machine))
+        _WindowWriter(spec, machine, frame, first).write()
+        state(frame, spec, machine, *_bias_bounds(spec, first))
     return frame.kernel
+
+
+def _bias_bounds(spec: Attention, first: int) -> tuple[dict[str, Size], Size]:
+    """Return the floats of each bias that are read, and the entries of `shape`, tables included."""
+    batches, heads, queries, keys = map(entry, range(4))
+    made, end = dict[str, Size](), size(first + _ENTRIES * spec.biases)
+    for index in range(spec.biases):
+        part, head, apart, table = (entry(first + _ENTRIES * index + i) for i in range(_ENTRIES))
+        made[f"bias{index}"] = largest(table, batches) * part + (heads - 1) * head + (queries - 1) * apart + keys
+        end = most(end, table + batches)
+    return made, end
 
 
 _ONE, _FOUR = Sizes(1, 1, 1, 1, 1, 1), (Strides(0, 0, 0, 0),) * 4

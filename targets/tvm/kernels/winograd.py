@@ -21,6 +21,7 @@ from tvm.tirx.script import builder as T
 
 from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, prefetch_ahead, share, write_kernel
 from dvexport.targets.tvm.kernels.planes_vectors import LINE, keep_inside
+from dvexport.targets.tvm.kernels.winograd_bounds import state_winograd
 from dvexport.targets.tvm.kernels.winograd_lists import SHAPE, tile_cells
 from dvexport.targets.tvm.kernels.winograd_vectors import (
     even_odd,
@@ -144,6 +145,8 @@ def winograd_conv(spec: WinogradConv, machine: Machine) -> Kernel:
     buffers |= {"scratch": "float32", "shape": "int32", "Y": "float32"}
     with write_kernel(spec.name(machine), **buffers) as frame:
         _Writer(spec, machine, frame).write()
+        how = {"residual": spec.residual, "inside": spec.inside}
+        state_winograd(frame, spec.m, spec.block, machine.lanes, _GAP, **how)
     return frame.kernel
 
 

@@ -138,7 +138,8 @@ static int open_all(dvx *net, dvx_blob plan_blob, dvx_blob weights, const dvx_op
     if (lacking) return dvx_fail(error, "this processor lacks %s, which the library was compiled for", lacking);
     if (read_plan(net, plan_blob, error)) return -1;
     net->threads = check_options(&net->plan, options, error);
-    if (net->threads < 0 || open_weights(net, weights, error) || take_memory(net, error) || resolve(net, error))
+    if (net->threads < 0 || open_weights(net, weights, error) ||
+        dvx_bounds_check(&net->plan, address(net, &(place){0}, 0), error) || take_memory(net, error) || resolve(net, error))
         return -1;
     net->profile = options->profile;
     if (net->threads == 1) return 0;

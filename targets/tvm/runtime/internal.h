@@ -11,11 +11,27 @@
 
 typedef int32_t (*kernel_function)(void *const *buffers, int32_t part, int32_t parts);
 
+/* A list tells a kernel what to compute; the numbers are those of bounds.py. */
+enum { LIST_NONE, LIST_CHANNELS, LIST_LINES, LIST_RUNS };
+
+typedef struct {
+    uint32_t bytes;   /* of an element */
+    uint32_t align;   /* of its first byte */
+    uint32_t written; /* 1: the kernel writes it */
+    uint32_t over;    /* bits of the buffers that it may be */
+    uint32_t list;    /* the kind of list that it is read as */
+    uint32_t pieces;  /* items of a vector of a LIST_RUNS */
+} buffer_entry;
+
+typedef struct bounds bounds;
+
 typedef struct {
     const char *name;
     kernel_function run;
     uint32_t buffers; /* that it takes */
     uint32_t splits;  /* 1: several threads may share a call */
+    const buffer_entry *buffer;
+    void (*touches)(bounds *b); /* compares what it touches with its arguments */
 } kernel_entry;
 
 extern const kernel_entry dvx_kernels[];
@@ -94,6 +110,30 @@ typedef struct {
 uint32_t dvx_crc32(const uint8_t *data, size_t size);
 int dvx_plan_read(plan *p, const uint8_t *data, size_t size, char *error);
 void dvx_plan_free(plan *p);
+
+/* --- bounds.c: calls stay inside their arguments --------------------------------------------------------------- */
+
+/* Check every call; `weights` are those that the plan is for. */
+int dvx_bounds_check(const plan *p, const uint8_t *weights, char *error);
+
+/* What the kernel table is written in: see bounds.py. A sum that has no value is refused, whatever is made of it. */
+uint64_t dvx_parts(const bounds *b);
+uint64_t dvx_list_count(const bounds *b, uint32_t buffer);
+uint64_t dvx_list_limit(const bounds *b, uint32_t buffer);
+uint64_t dvx_list_inputs(const bounds *b, uint32_t buffer);
+uint64_t dvx_entry(bounds *b, uint32_t buffer, uint64_t index);
+uint64_t dvx_largest(bounds *b, uint32_t buffer, uint64_t first, uint64_t count, uint64_t step);
+uint64_t dvx_rising(bounds *b, uint32_t buffer, uint64_t first, uint64_t count);
+uint64_t dvx_add(bounds *b, uint64_t x, uint64_t y);
+uint64_t dvx_sub(const bounds *b, uint64_t x, uint64_t y);
+uint64_t dvx_mul(bounds *b, uint64_t x, uint64_t y);
+uint64_t dvx_div(bounds *b, uint64_t x, uint64_t y);
+uint64_t dvx_max(const bounds *b, uint64_t x, uint64_t y);
+uint64_t dvx_min(const bounds *b, uint64_t x, uint64_t y);
+void dvx_touches(bounds *b, uint32_t buffer, uint64_t elements);
+void dvx_needs(bounds *b, uint64_t less, uint64_t more);
+void dvx_makes(bounds *b, uint32_t buffer, uint32_t kind, uint64_t count, uint64_t limit, uint64_t inputs,
+               uint64_t pieces);
 
 /* --- pool.c: threads ---------------------------------------------------------------------------------------- */
 
