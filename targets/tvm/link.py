@@ -65,7 +65,7 @@ left out: a Raspberry Pi 4 has a Cortex-A72 without AES.
 _ANDROID_LIBC = (
     "__cxa_finalize", "__errno", "calloc", "clock_gettime", "close", "free", "getauxval", "lseek", "madvise", "malloc",
     "memcmp", "memcpy", "memmove", "memset", "mmap", "munmap", "open", "posix_memalign", "pthread_create",
-    "pthread_join", "read", "strcmp", "strerror", "strlen", "syscall", "sysinfo", "vsnprintf",
+    "pthread_join", "read", "realloc", "strcmp", "strerror", "strlen", "syscall", "sysinfo", "vsnprintf",
 )  # fmt: skip
 _ANDROID_LIBM = tuple(
     f"{name}{suffix}"

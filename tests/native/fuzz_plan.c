@@ -49,12 +49,12 @@ static guarded guard(const uint8_t *data, size_t size) {
 }
 
 /* In place of the runtime's (by the linker's --wrap): the same limits, and pages around it that can't be read. */
-int __real_dvx_memory_take(memory *m, uint64_t size, char *error);
-int __wrap_dvx_memory_take(memory *m, uint64_t size, char *error);
+int __wrap_dvx_memory_take(memory *m, uint64_t size, const char *what, char *error);
 void __wrap_dvx_memory_free(memory *m);
 
-int __wrap_dvx_memory_take(memory *m, uint64_t size, char *error) {
-    if (size > RUN_LIMIT) return dvx_fail(error, "this test gives no %llu bytes", (unsigned long long)size);
+int __wrap_dvx_memory_take(memory *m, uint64_t size, const char *what, char *error) {
+    if (size > RUN_LIMIT)
+        return dvx_fail(error, "this test gives no %llu bytes for %s", (unsigned long long)size, what);
     guarded g = guard(NULL, (size_t)(size + LINE - 1) / LINE * LINE);
     *m = (memory){.data = g.data, .size = (size_t)size, .map = g.map, .map_size = g.map_size};
     return 0;
