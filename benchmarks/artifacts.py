@@ -15,9 +15,9 @@ from typing import Any
 from benchmarks.compiled import host
 from dvexport import Bundle
 from dvexport.own_folder import make_private
-from dvexport.targets.tvm.cache import usable_folder
-from dvexport.targets.tvm.cache_files import list_entries, read_entry, tree_of
-from dvexport.targets.tvm.link import link_library, link_runner
+from dvexport.targets.tvm.build.cache import usable_folder
+from dvexport.targets.tvm.build.cache_files import list_entries, read_entry, tree_of
+from dvexport.targets.tvm.build.link import link_library, link_runner
 
 __all__ = ["COLUMNS", "artifact_rows", "text_bytes"]
 

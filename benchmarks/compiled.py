@@ -10,8 +10,8 @@ import onnx_ir as ir
 
 from dvexport.targets import load
 from dvexport.targets.tvm.artifact import NativeArtifact, build_artifact
-from dvexport.targets.tvm.machine import Machine, machine_of
-from dvexport.targets.tvm.program import ALGORITHMS
+from dvexport.targets.tvm.calls.program import ALGORITHMS
+from dvexport.targets.tvm.machine.machine import Machine, machine_of
 from dvexport.targets.tvm.session import NativeSession
 
 __all__ = ["Compiled", "compile_network", "host"]

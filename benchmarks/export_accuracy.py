@@ -19,8 +19,9 @@ import dvexport
 from benchmarks.document import DOCS, replace_block
 from dvexport.dialect.flops import FlopTable
 from dvexport.models import zoo
-from dvexport.models.evaluate import normalised
-from dvexport.models.motion import MotionDataset
+from dvexport.models.training.evaluate import normalised
+from dvexport.models.training.motion import MotionDataset
+from dvexport.run.open import open_session
 
 MODELS = ("tsn_motion", "tsm_motion", "dstep_motion_d60", "dstep_motion_d40")
 HEADER = (
@@ -75,7 +76,7 @@ def compare(name: str, clips: int | None = None) -> Comparison:
     count = len(dataset) if clips is None else min(clips, len(dataset))
     with tempfile.TemporaryDirectory() as folder:
         bundle = dvexport.export(name, target="host", backend="onnx", mode="stream", output=f"{folder}/{name}.dvx")
-        session = bundle.session(threads=1)
+        session = open_session(bundle, threads=1)
         table = FlopTable.from_dict(bundle.manifest.flops)
         rows: list[tuple[int, int, int, float]] = []
         for index in range(count):

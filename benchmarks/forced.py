@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from dvexport.graph import static_shape
+from dvexport.graph.graph import static_shape
 from dvexport.passes.expose_probes import forced_name
 from dvexport.profile.measure import random_decisions
 

@@ -17,12 +17,12 @@ from benchmarks.forced import decisions
 from benchmarks.static import SIZE, executed, frame
 from dvexport.dialect.flops import flop_table
 from dvexport.export import build_model
+from dvexport.graph.state import states_of
 from dvexport.passes.pipeline import Plan, lower
-from dvexport.state import states_of
 from dvexport.targets import load
 from dvexport.targets.tvm.artifact import build_artifact
-from dvexport.targets.tvm.machine import machine_for
-from dvexport.targets.tvm.program import ALGORITHMS
+from dvexport.targets.tvm.calls.program import ALGORITHMS
+from dvexport.targets.tvm.machine.machine import machine_for
 from dvexport.trace import trace
 
 __all__ = ["COLUMNS", "CPU", "TARGET", "instruction_rows"]

@@ -24,13 +24,13 @@ import onnxruntime
 import dvexport.targets
 from benchmarks.timing import interleave
 from dvexport.errors import UsageError
-from dvexport.graph import DV, FRAMES, OPSET, Builder, static_shape
+from dvexport.graph.graph import DV, FRAMES, OPSET, Builder, static_shape
+from dvexport.graph.state import states_of
 from dvexport.passes.choose_lowering import BY_CHANNEL, BY_TILE, LOWERINGS, ConvShape
 from dvexport.passes.group_channels import even_groups
 from dvexport.passes.pipeline import Plan, lower
 from dvexport.profile.measure import random_decisions
-from dvexport.state import states_of
-from dvexport.targets.onnx.backend import emit
+from dvexport.targets.onnx.emit import emit
 from dvexport.targets.onnx.runtime import OrtSession
 
 BLOCKS = 3

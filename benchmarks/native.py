@@ -20,9 +20,9 @@ from benchmarks.static import SIZE, executed, frame
 from benchmarks.timing import Timing, take_turns
 from dvexport.dialect.flops import FlopTable, flop_table
 from dvexport.export import build_model
+from dvexport.graph.state import states_of
 from dvexport.passes.pipeline import Plan, lower
-from dvexport.state import states_of
-from dvexport.targets.onnx.backend import emit
+from dvexport.targets.onnx.emit import emit
 from dvexport.targets.onnx.runtime import OrtSession
 from dvexport.targets.runtime import Runtime
 from dvexport.targets.tvm.session import CallTime, NativeSession

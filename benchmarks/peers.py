@@ -23,9 +23,9 @@ from benchmarks.timing import Timing, take_turns
 from benchmarks.worker import FAILED, MISSING, READY, Worker
 from dvexport.dialect.flops import flop_table
 from dvexport.export import build_model
+from dvexport.graph.state import states_of
 from dvexport.passes.pipeline import Plan, lower
-from dvexport.state import states_of
-from dvexport.targets.onnx.backend import emit
+from dvexport.targets.onnx.emit import emit
 from dvexport.targets.onnx.runtime import OrtSession
 from dvexport.trace import trace
 

@@ -15,12 +15,12 @@ from benchmarks.forced import decisions, group_decisions
 from benchmarks.static import SIZE, executed, frame, plain_module, plain_onnx
 from benchmarks.timing import Timing, interleave
 from dvexport.dialect.flops import flop_table
+from dvexport.graph.state import states_of
 from dvexport.models import zoo
 from dvexport.passes.choose_lowering import Abilities, CostTable
 from dvexport.passes.pipeline import Plan, lower
-from dvexport.state import states_of
 from dvexport.targets import load
-from dvexport.targets.onnx.backend import emit
+from dvexport.targets.onnx.emit import emit
 from dvexport.targets.onnx.runtime import OrtSession
 from dvexport.trace import trace
 

@@ -28,9 +28,10 @@ from benchmarks.timing import Timing, take_turns
 from dvexport import gates
 from dvexport.dialect.flops import FlopTable
 from dvexport.models import zoo
-from dvexport.models.evaluate import batches, normalised
-from dvexport.models.motion import MotionDataset
-from dvexport.session import Session
+from dvexport.models.training.evaluate import batches, normalised
+from dvexport.models.training.motion import MotionDataset
+from dvexport.run.open import open_session
+from dvexport.run.session import Session
 
 __all__ = ["COLUMNS", "Point", "curve", "draw", "measure"]
 
@@ -138,7 +139,7 @@ def measure(
                 model, checkpoint=checkpoint, settings=settings, assume_defaults=True, backend=backend, mode="clip",
                 output=Path(folder) / f"{method}_{r}.dvx",
             )  # fmt: skip
-            session = sessions[f"{method} {r}"] = bundle.session(threads=threads)
+            session = sessions[f"{method} {r}"] = open_session(bundle, threads=threads)
             table = FlopTable.from_dict(bundle.manifest.flops)
             gmacs[method, r] = (table.fixed + table.decisions) / 1e9
             expected = _predictions(net, frames)

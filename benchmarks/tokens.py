@@ -8,15 +8,15 @@ from typing import Any
 
 from benchmarks.compiled import host
 from benchmarks.timing import Timing, take_turns
-from dvexport.backends import onnx_variant
 from dvexport.dialect.flops import flop_table
 from dvexport.export import build_model, traced_levels
-from dvexport.golden import moving_texture
-from dvexport.graph import TOKENS
+from dvexport.graph.graph import TOKENS
 from dvexport.models.zoo import describe
 from dvexport.passes.pipeline import Plan, lower
 from dvexport.profile.call_times import call_times
 from dvexport.profile.node_times import gates_of_nodes, node_times
+from dvexport.run.golden import moving_texture
+from dvexport.targets.onnx.backend import onnx_variant
 from dvexport.targets.onnx.runtime import OnnxVariant
 from dvexport.targets.runtime import Runtime, Variant
 

@@ -12,14 +12,14 @@ from benchmarks.compiled import compile_network, host
 from benchmarks.timing import take_turns
 from dvexport.dialect.flops import flop_table
 from dvexport.export import build_model
+from dvexport.graph.state import states_of
 from dvexport.models import zoo
 from dvexport.passes.pipeline import Plan, lower
-from dvexport.session import Session
-from dvexport.state import states_of
-from dvexport.targets.onnx.backend import emit
+from dvexport.run.session import Session
+from dvexport.targets.onnx.emit import emit
 from dvexport.targets.onnx.runtime import OrtSession
 from dvexport.trace import trace
-from dvexport.video import read_clip
+from dvexport.video.clips import read_clip
 
 __all__ = ["COLUMNS", "MODELS", "trained_rows"]
 

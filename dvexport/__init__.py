@@ -4,7 +4,7 @@
     bundle = dvexport.export(
         "dstep_resnet18", checkpoint="best.pth", settings=settings, assume_defaults=True, output="model.dvx"
     )
-    session = dvexport.Bundle.open("model.dvx").session()
+    session = dvexport.open_session(dvexport.Bundle.open("model.dvx"))
 
 Everything is imported on first use: importing dvexport costs nothing, and running a bundle needs no torch.
 """
@@ -17,22 +17,23 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dvexport.bundle import Bundle
+    from dvexport.bundle.archive import Bundle
     from dvexport.errors import DvexportError
     from dvexport.export import export
-    from dvexport.run import run
-    from dvexport.session import Session, open_session
+    from dvexport.run.open import open_session
+    from dvexport.run.run import run
+    from dvexport.run.session import Session
     from dvexport.verify import verify
 
 __all__ = ["Bundle", "DvexportError", "Session", "export", "open_session", "run", "verify"]
 
 _HOMES = {
-    "Bundle": "dvexport.bundle",
+    "Bundle": "dvexport.bundle.archive",
     "DvexportError": "dvexport.errors",
-    "Session": "dvexport.session",
+    "Session": "dvexport.run.session",
     "export": "dvexport.export",
-    "open_session": "dvexport.session",
-    "run": "dvexport.run",
+    "open_session": "dvexport.run.session",
+    "run": "dvexport.run.run",
     "verify": "dvexport.verify",
 }
 

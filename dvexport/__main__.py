@@ -1,22 +1,12 @@
 """`python -m dvexport`: the command line, where the script is not on the path."""
 
-import os
-import sys
+from dvexport.launch import drop_working_folder
 
-from dvexport.cli import main
+drop_working_folder()
 
-__all__ = ["start"]
+from dvexport.cli import main  # noqa: E402  # what it imports must not come from the working folder
 
-
-def start() -> None:
-    """Run the command line without the working folder on the path, where Python's `-m` puts it first.
-
-    It may be a stranger's folder: none of its modules is to stand in for one of ours.
-    """
-    if not sys.flags.safe_path and sys.path[0] in ("", os.getcwd()):
-        del sys.path[0]
-    main()
-
+__all__: list[str] = []
 
 if __name__ == "__main__":
-    start()
+    main()

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from dvexport.backends import Built, backend_of
-from dvexport.bundle import GOLDEN, Bundle, Content, write_bundle
-from dvexport.bundle_manifest import (
+from dvexport.bundle.archive import GOLDEN, Bundle, Content, write_bundle
+from dvexport.bundle.levels import DENSE_LEVEL, GATE_LEVEL
+from dvexport.bundle.manifest import (
     GateEntry,
     InputEntry,
     Manifest,
@@ -27,26 +27,28 @@ from dvexport.bundle_manifest import (
     StateEntry,
     TokenEntry,
 )
-from dvexport.calibrate import gate_rates, gate_statistics
-from dvexport.compare import compare, first_difference
+from dvexport.bundle.trust import has_code, remember
 from dvexport.dialect.flops import flop_table
 from dvexport.errors import CheckpointError, TraceError, UsageError, unknown_name
 from dvexport.files import writable_output
-from dvexport.forced import draw
-from dvexport.forced_check import not_equal, verified_runs
-from dvexport.golden import moving_texture, pack, sample_clip, torch_steps
-from dvexport.graph import DV, gate_name, static_shape, whole_clip_of
+from dvexport.graph.graph import DV, gate_name, static_shape, whole_clip_of
+from dvexport.graph.onnx_file import model_apart, model_bytes
+from dvexport.graph.state import states_of
+from dvexport.graph.weights import WEIGHTS, share_weights
 from dvexport.passes.choose_lowering import Abilities, CostTable
 from dvexport.passes.expose_probes import decision_values
 from dvexport.passes.pipeline import Lowered, Plan
-from dvexport.seen import with_seen
-from dvexport.session import DENSE_LEVEL, GATE_LEVEL, Session, Step
-from dvexport.state import states_of
-from dvexport.targets import devices
-from dvexport.targets.onnx.backend import model_apart, model_bytes
+from dvexport.run.calibrate import gate_rates, gate_statistics
+from dvexport.run.compare import compare, first_difference
+from dvexport.run.forced import draw
+from dvexport.run.forced_check import not_equal, verified_runs
+from dvexport.run.golden import moving_texture, pack, sample_clip, torch_steps
+from dvexport.run.seen import with_seen
+from dvexport.run.session import Session, Step
+from dvexport.targets import catalogue
+from dvexport.targets.backend import Built
+from dvexport.targets.registry import backend_of
 from dvexport.trace import trace
-from dvexport.trust import has_code, remember
-from dvexport.weights import WEIGHTS, share_weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -67,7 +69,7 @@ def export(
     checkpoint: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
     assume_defaults: bool = False,
-    target: str = devices.HOST,
+    target: str = catalogue.HOST,
     backend: str = "onnx",
     mode: str | None = None,
     lowering: Mapping[str, str] | None = None,
@@ -80,7 +82,7 @@ def export(
         model: a name of the zoo, `package.module:factory`, a directory that Hugging Face's library saved,
             or a `VideoModel`.
         output: written whole or not at all; the same export gives the same bytes. Native code is remembered as made
-            here (`dvexport.trust`), if the user's list of exports can be written.
+            here (`dvexport.bundle.trust`), if the user's list of exports can be written.
         checkpoint, settings, assume_defaults: weights and options, see `dvexport.models.zoo.create`.
         target: name in the device catalogue, `host`, or a TOML file.
         backend: `onnx`.
@@ -216,7 +218,7 @@ def build_model(
 def file_digest(path: str | Path) -> str:
     """Return the SHA-256 of a file or a saved directory, in hexadecimal; CheckpointError if it can't be read."""
     if Path(path).is_dir():
-        from dvexport.models.huggingface import directory_digest
+        from dvexport.models.checkpoints.huggingface import directory_digest
 
         return directory_digest(path)
     try:
@@ -268,11 +270,11 @@ def _json_values(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
 
 
-def _check_request(backend: str, mode: str | None, target: str, lowering: Mapping[str, str]) -> devices.Target:
+def _check_request(backend: str, mode: str | None, target: str, lowering: Mapping[str, str]) -> catalogue.Target:
     maker = backend_of(backend)
     if mode is not None and mode not in MODES:
         raise unknown_name("mode", mode, MODES)
-    device = devices.load(target)
+    device = catalogue.load(target)
     maker.check(device, lowering)
     return device
 
@@ -317,14 +319,14 @@ def _golden_frames(clip: Path | None, preprocess: Any) -> np.ndarray:
 def _clip_frames(clip: str | Path | None, preprocess: Any) -> np.ndarray | None:
     if clip is None:
         return None
-    from dvexport.video import read_clip
+    from dvexport.video.clips import read_clip
 
     return read_clip(clip, preprocess).frames
 
 
 def _calibration(traced: ir.Model, frames: np.ndarray | None) -> list[Step]:
     """Return the decisions on the calibration frames; none without frames or decisions."""
-    from dvexport.oracle import Oracle
+    from dvexport.run.oracle import Oracle
 
     if frames is None or not any(kind != "tokens" for _, kind in decision_values(traced)):
         return []
@@ -332,7 +334,7 @@ def _calibration(traced: ir.Model, frames: np.ndarray | None) -> list[Step]:
 
 
 def _plan(
-    mode: str, frames: int, device: devices.Target, calibration: Sequence[Step], overrides: Mapping[str, str]
+    mode: str, frames: int, device: catalogue.Target, calibration: Sequence[Step], overrides: Mapping[str, str]
 ) -> Plan:
     return Plan(
         mode=mode,

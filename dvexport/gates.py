@@ -86,7 +86,7 @@ def forced_decisions(
 ) -> Iterator[None]:
     """Within this context every eager `gated_conv` follows these decisions, and not those it is called with.
 
-    What else a model makes of its own decisions stays its own: `dvexport.forced_eager` lets that follow too.
+    What else a model makes of its own decisions stays its own: `dvexport.run.forced_eager` lets that follow too.
 
     Args:
         decisions: by gate and kind, `action` int64 `[N, C]` or `tiles` bool `[N, gh, gw]`. What is not named, or has
@@ -273,6 +273,8 @@ def gated_conv(
     check_input(x, conv, gate, traced=traced)
     action = checked_action(action, x.shape[0], conv.weight.shape[0], gate, traced=traced)
     tiles = checked_tiles(tiles, x.shape[0], gate, traced=traced)
+    if _forced.get() is not None:
+        active_in = None  # what follows from the model's own decisions need not hold under forced ones
     active_in = checked_active_in(active_in, x, gate)
     if traced:
         return _traced_gated_conv(x, conv, bn, gate, activation, action, tiles, active_in)

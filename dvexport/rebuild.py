@@ -17,7 +17,7 @@ from dvexport.errors import BundleError, UsageError
 if TYPE_CHECKING:
     from torch import nn
 
-    from dvexport.bundle_manifest import Manifest
+    from dvexport.bundle.manifest import Manifest
 
 __all__ = ["MAX_BLOCKS", "MAX_NUMBER", "rebuild"]
 

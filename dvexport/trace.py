@@ -12,8 +12,8 @@ import onnx_ir as ir
 
 from dvexport.dialect import operator_of
 from dvexport.errors import DvexportError, TraceError
-from dvexport.fold import fold_constants
-from dvexport.graph import DV, FRAMES, OPSET, make_contiguous, mark_whole_clip, source_of
+from dvexport.graph.fold import fold_constants
+from dvexport.graph.graph import DV, FRAMES, OPSET, make_contiguous, mark_whole_clip, source_of
 from dvexport.passes.expose_probes import decisions_at
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def trace(model: nn.Module, size: tuple[int, int]) -> ir.Model:
 
     Returns:
         A model with input `frames`, output `logits`, the frame axis symbolic (fixed for a model that reads whole
-        clips, see `dvexport.graph.whole_clip_of`), batch norm folded, and each gate a node of the `dv` domain with
+        clips, see `graph.whole_clip_of`), batch norm folded, and each gate a node of the `dv` domain with
         its shapes set.
 
     Raises:

@@ -14,24 +14,27 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dvexport.compare import Difference, Row, compare, error_row, first_difference, logits_error
+from dvexport.bundle.levels import read_gate_level
 from dvexport.errors import BundleError, TraceError, UsageError
-from dvexport.forced import ForcedRun
-from dvexport.forced import unpack as unpack_forced
-from dvexport.forced_check import NOT_FORCED, check_forced, references_of
-from dvexport.golden import torch_steps, unpack
-from dvexport.graph import whole_clip_of
-from dvexport.oracle import Oracle
+from dvexport.graph.graph import whole_clip_of
 from dvexport.rebuild import rebuild
-from dvexport.seen import GateSeen, gates_seen
-from dvexport.session import Decisions, Session, Step, open_session, plan_of, read_gate_level, session_of
+from dvexport.run.compare import Difference, Row, compare, error_row, first_difference, logits_error
+from dvexport.run.forced import ForcedRun
+from dvexport.run.forced import unpack as unpack_forced
+from dvexport.run.forced_check import NOT_FORCED, check_forced, references_of
+from dvexport.run.golden import torch_steps, unpack
+from dvexport.run.open import open_session, session_of
+from dvexport.run.oracle import Oracle
+from dvexport.run.seen import GateSeen, gates_seen
+from dvexport.run.session import Decisions, Session, Step
+from dvexport.targets.onnx.backend import plan_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     from torch import nn
 
-    from dvexport.bundle import Bundle
-    from dvexport.bundle_manifest import Manifest
+    from dvexport.bundle.archive import Bundle
+    from dvexport.bundle.manifest import Manifest
 
 __all__ = ["VerifyReport", "verify"]
 
@@ -133,7 +136,7 @@ def _golden(bundle: Bundle) -> tuple[np.ndarray, list[Step]]:
 
 def _clip_frames(clip: str | Path, manifest: Manifest) -> np.ndarray:
     """Return as many frames as a clip of the model has, in either mode."""
-    from dvexport.video import read_clip
+    from dvexport.video.clips import read_clip
 
     return read_clip(clip, manifest.preprocess).frames
 

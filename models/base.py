@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dvexport import gates
 from dvexport.errors import UsageError
-from dvexport.preprocess import Preprocess
+from dvexport.video.preprocess import Preprocess
 
 __all__ = ["VideoModel", "imagenet_preprocess"]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dvexport.errors import UsageError, unknown_name
-from dvexport.preprocess import Preprocess
+from dvexport.video.preprocess import Preprocess
 
 __all__ = [
     "CONFIGS",
@@ -257,7 +257,7 @@ class VideoSwinConfig:
         size: height and width of the input.
         drop_path: rate of stochastic depth in the last block, in training; earlier blocks have less.
         dropout: before the classifier, in training.
-        sta_r: tokens that each frame drops before stage 2, see `dvexport.models.video_swin`; 0 drops none.
+        sta_r: tokens that each frame drops before stage 2, see `dvexport.models.networks.video_swin`; 0 drops none.
         sta_method, sta_seed: see `StaSettings`.
     """
 

@@ -128,8 +128,8 @@ def operators(family: str, options: Mapping[str, Any]) -> Counter[str]:
     """
     import torch
 
-    from dvexport.models.video_swin import VideoSwin
-    from dvexport.models.vit import VisionTransformer
+    from dvexport.models.networks.video_swin import VideoSwin
+    from dvexport.models.networks.vit import VisionTransformer
 
     with torch.device("meta"):
         model: Any = (

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dvexport.errors import DvexportError, UsageError, unknown_name
-from dvexport.models.checkpoint import read_metadata
+from dvexport.models.checkpoints.checkpoint import read_metadata
 from dvexport.models.config import CONFIGS, option_names, parse_settings
-from dvexport.preprocess import Preprocess
+from dvexport.video.preprocess import Preprocess
 
 if TYPE_CHECKING:
     from dvexport.models.base import VideoModel
@@ -69,10 +69,10 @@ class ModelInfo:
 
 
 _FAMILIES: dict[str, str] = {
-    "resnet": "dvexport.models.resnet:ResNet",
-    "mobilenet": "dvexport.models.mobilenet:MobileNetV2",
-    "vit": "dvexport.models.vit:VisionTransformer",
-    "video_swin": "dvexport.models.video_swin:VideoSwin",
+    "resnet": "dvexport.models.networks.resnet:ResNet",
+    "mobilenet": "dvexport.models.networks.mobilenet:MobileNetV2",
+    "vit": "dvexport.models.networks.vit:VisionTransformer",
+    "video_swin": "dvexport.models.networks.video_swin:VideoSwin",
 }
 """The module of each family."""
 
@@ -236,13 +236,13 @@ def create(
 
     Args:
         name: a name of `names()`, `package.module:factory` for a model of your own, or a directory that
-            Hugging Face's `save_pretrained` wrote (`dvexport.models.huggingface`).
-        checkpoint: weights in any layout that `dvexport.models.importers` knows. Without them an
+            Hugging Face's `save_pretrained` wrote (`dvexport.models.checkpoints.huggingface`).
+        checkpoint: weights in any layout that `dvexport.models.checkpoints.importers` knows. Without them an
             architecture has random weights, a shipped model its own. What an import inferred and
             assumed is then in the model's `import_report`.
         labels: class names, or a text file with one a line.
         assume_defaults: where nothing tells an option that changes the numbers, take the official default
-            instead of raising UntoldError (`dvexport.models.untold`).
+            instead of raising UntoldError (`dvexport.models.checkpoints.untold`).
         settings: options as in `describe(name).options`; strings are parsed as in `--set key=value`.
 
     Raises:
@@ -280,7 +280,7 @@ def saved_directory(name: str, checkpoint: str | Path | None) -> tuple[str, str 
 
 
 def _from_directory(folder: str | Path | None, settings: Mapping[str, Any], assume_defaults: bool) -> VideoModel:
-    from dvexport.models.huggingface import load_directory
+    from dvexport.models.checkpoints.huggingface import load_directory
 
     if folder is None:
         raise UsageError("a saved model needs its directory", hint="give the directory as the model")
@@ -319,7 +319,7 @@ def _build(info: ModelInfo, name: str, options: Mapping[str, Any]) -> VideoModel
 
 def _from_file(info: ModelInfo, path: Path, settings: Mapping[str, Any], assume_defaults: bool) -> VideoModel:
     """Make a model and load its weights; what dvexport's own files say of input and labels holds."""
-    from dvexport.models.importers import load_weights, plan_import
+    from dvexport.models.checkpoints.importers import load_weights, plan_import
 
     plan = plan_import(path, info.architecture, info.family, info.options, settings, assume_defaults=assume_defaults)
     model = _build(info, info.name, plan.options)
@@ -372,8 +372,8 @@ def _from_factory(name: str, checkpoint: str | Path | None, settings: Mapping[st
             hint="subclass dvexport.models.base.VideoModel, see docs/adding-a-model.md",
         )
     if checkpoint is not None:
-        from dvexport.models.checkpoint import read_checkpoint
-        from dvexport.models.importers import load_weights
+        from dvexport.models.checkpoints.checkpoint import read_checkpoint
+        from dvexport.models.checkpoints.importers import load_weights
 
         load_weights(model, read_checkpoint(checkpoint).state, where=str(checkpoint))
     return model

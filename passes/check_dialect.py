@@ -9,8 +9,8 @@ import onnx_ir as ir
 
 from dvexport.dialect.spec import operator_of
 from dvexport.errors import PassError
-from dvexport.graph import DOMAINS, DV, source_of
-from dvexport.state import states_of
+from dvexport.graph.graph import DOMAINS, DV, source_of
+from dvexport.graph.state import states_of
 
 __all__ = ["CheckDialect", "problems"]
 

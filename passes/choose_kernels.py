@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from dvexport.graph import DV, gate_name
+from dvexport.graph.graph import DV, gate_name
 from dvexport.passes.choose_lowering import KERNELS, Choice, choose
 
 __all__ = ["ChooseKernels"]

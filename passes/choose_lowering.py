@@ -18,8 +18,8 @@ import onnx_ir as ir
 from dvexport.dialect.conv import plane_size
 from dvexport.dialect.spec import operator_of
 from dvexport.errors import UsageError, unknown_name
-from dvexport.graph import DV, gate_name, static_shape
-from dvexport.passes.winograd import WINOGRAD_STEPS, winograd_applies
+from dvexport.graph.graph import DV, gate_name, static_shape
+from dvexport.passes.tiles.winograd import WINOGRAD_STEPS, winograd_applies
 
 __all__ = [
     "BY_CHANNEL",

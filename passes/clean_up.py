@@ -5,8 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from dvexport.graph import make_contiguous
-from dvexport.state import remove_state, states_of
+from dvexport.graph.graph import make_contiguous
+from dvexport.graph.state import remove_state, states_of
 
 __all__ = ["CleanUp"]
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from dvexport.graph import DV, gate_name
-from dvexport.state import remove_state, states_of
+from dvexport.graph.graph import DV, gate_name
+from dvexport.graph.state import remove_state, states_of
 
 __all__ = ["DropGates"]
 

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 import onnx_ir as ir
 
 from dvexport.decision_names import PROBE, forced_name, probe_name
-from dvexport.graph import DV, Builder, depends_on_input, fresh_output, gate_name, static_shape
+from dvexport.graph.graph import DV, Builder, depends_on_input, fresh_output, gate_name, static_shape
 from dvexport.passes.propagate_inactive import PropagateInactive
 
 __all__ = [

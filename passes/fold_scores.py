@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from dvexport.graph import Builder, array_of, replace_node
+from dvexport.graph.graph import Builder, array_of, replace_node
 
 __all__ = ["FoldScores"]
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from dvexport.dialect.facts import is_nonnegative
 from dvexport.dialect.spec import operator_of
-from dvexport.graph import DV, Builder, replace_node
+from dvexport.graph.graph import DV, Builder, replace_node
 
-__all__ = ["FuseResidual", "is_nonnegative"]
+__all__ = ["FuseResidual"]
 
 
 class FuseResidual(ir.passes.InPlacePass):
@@ -82,20 +83,3 @@ def _rewrite(conv: ir.Node, add: ir.Node, relu: ir.Node, identity: ir.Value) -> 
     replace_node(relu, build, [fused])
     assert add.graph is not None
     add.graph.remove([add, conv], safe=True)
-
-
-def is_nonnegative(value: ir.Value, depth: int = 64) -> bool:
-    """Tell whether a value is known never to be negative."""
-    node = value.producer()
-    if node is None or depth == 0:
-        return False
-    if node.domain == "" and node.op_type in ("Relu", "Sigmoid", "Abs"):
-        return True
-    if node.domain == "" and node.op_type in ("MaxPool", "AveragePool", "Identity"):
-        return is_nonnegative(node.inputs[0], depth - 1)  # type: ignore[arg-type]
-    operator = operator_of(node)
-    if operator is None or operator.name != "SparseConv":
-        return False
-    base = operator.bind(node)["base"]
-    relu = operator.attributes_of(node)["activation"] == "relu"
-    return relu and (base is None or is_nonnegative(base, depth - 1))

@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dvexport.dialect.spec import operator_of
-from dvexport.graph import DV, Builder, array_of, gate_name
+from dvexport.graph.graph import DV, Builder, array_of, gate_name
 from dvexport.passes.choose_lowering import lowering_of
 
 __all__ = [

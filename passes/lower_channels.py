@@ -18,7 +18,7 @@ import onnx_ir as ir
 from dvexport.dialect.conv import activate, dense_conv
 from dvexport.dialect.masks import upsample
 from dvexport.dialect.spec import operator_of
-from dvexport.graph import DV, Builder, branch, replace_node, static_shape
+from dvexport.graph.graph import DV, Builder, branch, replace_node, static_shape
 from dvexport.passes.choose_lowering import convs_lowered_as
 
 __all__ = ["LowerChannels", "any_true", "settle", "unmerged"]

@@ -10,7 +10,7 @@ from collections.abc import Collection
 import onnx_ir as ir
 
 from dvexport.dialect.spec import operator_of
-from dvexport.graph import Builder, replace_node
+from dvexport.graph.graph import Builder, replace_node
 
 __all__ = ["LowerMasked"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from dvexport.dialect.flops import dense_nodes
-from dvexport.graph import DECIDES, DV, TOKENS
+from dvexport.graph.graph import DECIDES, DV, TOKENS
 
 __all__ = ["MarkDecisions"]
 

@@ -18,11 +18,9 @@ from dvexport.passes.expose_probes import ExposeProbes, ForceDecisions
 from dvexport.passes.fold_scores import FoldScores
 from dvexport.passes.fuse_residual import FuseResidual
 from dvexport.passes.group_channels import ChannelStatistics, GroupChannels
-from dvexport.passes.keep_rows import KeepRows
 from dvexport.passes.lower_channels import LowerChannels
 from dvexport.passes.lower_groups import LowerGroups
 from dvexport.passes.lower_masked import LowerMasked
-from dvexport.passes.lower_tiles import LowerTiles
 from dvexport.passes.mark_decisions import MarkDecisions
 from dvexport.passes.propagate_inactive import PropagateInactive
 from dvexport.passes.set_frames import SetClip, SetStream
@@ -30,6 +28,8 @@ from dvexport.passes.share_pooling import SharePooling
 from dvexport.passes.simplify import Simplify
 from dvexport.passes.skip_idle import SkipIdle
 from dvexport.passes.split_paths import SplitPaths
+from dvexport.passes.tiles.keep_rows import KeepRows
+from dvexport.passes.tiles.lower_tiles import LowerTiles
 from dvexport.passes.update_in_place import UpdateInPlace
 
 __all__ = ["Lowered", "PassRecord", "Plan", "lower"]

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dvexport.dialect.spec import operator_of
-from dvexport.graph import DV, Builder, array_of, gate_name, replace_node
+from dvexport.graph.graph import DV, Builder, array_of, gate_name, replace_node
 
 __all__ = ["PropagateInactive"]
 

@@ -13,8 +13,8 @@ import onnx_ir as ir
 
 from dvexport.dialect.spec import operator_of
 from dvexport.errors import TraceError, UsageError
-from dvexport.graph import FRAMES, Builder, array_of, replace_node, source_of, whole_clip_of
-from dvexport.state import add_state, state_input
+from dvexport.graph.graph import FRAMES, Builder, array_of, replace_node, source_of, whole_clip_of
+from dvexport.graph.state import add_state, state_input
 
 __all__ = ["SetClip", "SetStream"]
 

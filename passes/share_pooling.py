@@ -16,7 +16,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from dvexport.dialect.masks import tile_index
-from dvexport.graph import Builder, array_of, replace_node
+from dvexport.graph.graph import Builder, array_of, replace_node
 
 __all__ = ["SharePooling"]
 

@@ -11,9 +11,9 @@ import onnx_ir as ir
 
 from dvexport.dialect.spec import attach_references
 from dvexport.errors import PassError
-from dvexport.fold import fold_constants
-from dvexport.graph import FRAMES
-from dvexport.weights import split_weights
+from dvexport.graph.fold import fold_constants
+from dvexport.graph.graph import FRAMES
+from dvexport.graph.weights import split_weights
 
 __all__ = ["Simplify"]
 

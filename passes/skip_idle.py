@@ -1,7 +1,7 @@
 """Leave out, under a conditional, what only active tiles need.
 
-A tile lowering works on lists of tiles (`dvexport.passes.lower_tiles`). An empty list costs no arithmetic, but the
-operators that would have worked on it still run, some seventy for a gate. Their results reach the rest of the
+A tile lowering works on lists of tiles (`dvexport.passes.tiles.lower_tiles`). An empty list costs no arithmetic, but
+the operators that would have worked on it still run, some seventy for a gate. Their results reach the rest of the
 graph only through `ScatterND`, and scattering nothing gives the base that it scatters into:
 
     ScatterND(base, indices, updates) = base          if the list behind `indices` is empty
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from dvexport.graph import OPSET, Builder
+from dvexport.graph.graph import OPSET, Builder
 
 __all__ = ["SkipIdle"]
 

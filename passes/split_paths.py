@@ -23,9 +23,9 @@ import numpy as np
 import onnx_ir as ir
 
 from dvexport.dialect.spec import operator_of
-from dvexport.graph import DV, Builder, gate_name, replace_node, static_shape
+from dvexport.graph.graph import DV, Builder, gate_name, replace_node, static_shape
+from dvexport.graph.state import add_state, remove_state, state_input, states_of
 from dvexport.passes.choose_lowering import BY_CHANNEL, KERNELS, lowering_of
-from dvexport.state import add_state, remove_state, state_input, states_of
 
 __all__ = ["SplitPaths"]
 

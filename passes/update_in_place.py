@@ -18,8 +18,8 @@ from math import prod
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from dvexport.graph import Builder, array_of, replace_node
-from dvexport.state import State, mark_in_place, states_of
+from dvexport.graph.graph import Builder, array_of, replace_node
+from dvexport.graph.state import State, mark_in_place, states_of
 
 __all__ = ["UpdateInPlace"]
 

@@ -14,7 +14,7 @@ from dvexport.errors import DeviceError, unknown_name
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dvexport.targets.tvm.cache_files import Entry
+    from dvexport.targets.tvm.build.cache_files import Entry
 
 __all__ = ["cache"]
 
@@ -31,7 +31,7 @@ def cache(action: str | None, as_json: bool) -> None:
     """
     if action is not None and action not in _ACTIONS:
         raise unknown_name("action", action, _ACTIONS)
-    from dvexport.targets.tvm import cache as kept
+    from dvexport.targets.tvm.build import cache as kept
 
     if action == "clear":
         _clear(as_json)
@@ -51,7 +51,7 @@ def cache(action: str | None, as_json: bool) -> None:
 
 
 def _clear(as_json: bool) -> None:
-    from dvexport.targets.tvm import cache as kept
+    from dvexport.targets.tvm.build import cache as kept
 
     folder, why = kept.cache_folder(), kept.trouble()
     if why is not None:

@@ -16,7 +16,7 @@ from dvexport.cli.output import checklist, file_size, print_lines
 from dvexport.errors import UntoldError
 
 if TYPE_CHECKING:
-    from dvexport.bundle_manifest import Manifest, ModelEntry
+    from dvexport.bundle.manifest import Manifest, ModelEntry
 
 __all__ = ["export", "memory_line", "origin_lines", "trust_line"]
 
@@ -86,7 +86,7 @@ def export(
 
 def trust_line(manifest: Manifest) -> list[str]:
     """Return the line that says that this export could not be remembered, none if it was, or needs not be."""
-    from dvexport.trust import exports_folder, has_code, made_here
+    from dvexport.bundle.trust import exports_folder, has_code, made_here
 
     if not has_code(manifest) or made_here(manifest):
         return []
@@ -104,7 +104,7 @@ def memory_line(memory: Mapping[str, int]) -> list[str]:
 
 def origin_lines(model: ModelEntry) -> list[str]:
     """Return lines that say where the options of an imported model come from, none if nothing was imported."""
-    from dvexport.models.untold import as_settings
+    from dvexport.models.checkpoints.untold import as_settings
 
     parts = (
         ("inferred", model.inferred, ""),

@@ -12,7 +12,7 @@ from dvexport.cli.options import bundle_argument, json_flag
 from dvexport.cli.output import file_size, print_fields, print_json, print_table
 
 if TYPE_CHECKING:
-    from dvexport.bundle_manifest import GateEntry, Manifest
+    from dvexport.bundle.manifest import GateEntry, Manifest
 
 __all__ = ["inspect"]
 
@@ -25,7 +25,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
 
     Every byte of it is checked against its digest first. None of its code runs.
     """
-    from dvexport.bundle import Bundle
+    from dvexport.bundle.archive import Bundle
 
     manifest = Bundle.open(bundle).manifest
     if as_json:
@@ -55,7 +55,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
 
 
 def _summary(manifest: Manifest) -> None:
-    from dvexport.models.untold import as_settings
+    from dvexport.models.checkpoints.untold import as_settings
 
     video = manifest.preprocess
     origins = [line.partition(": ")[::2] for line in origin_lines(manifest.model)]
@@ -86,7 +86,7 @@ def _summary(manifest: Manifest) -> None:
 
 def _code(manifest: Manifest) -> str:
     """Say whether a bundle's native code would be run here."""
-    from dvexport.trust import has_code, made_here
+    from dvexport.bundle.trust import has_code, made_here
 
     if not has_code(manifest):
         return "none"
@@ -107,7 +107,7 @@ def _gate(gate: GateEntry, tokens: bool) -> tuple[str, ...]:
 
 def _never_seen(gate: GateEntry) -> str:
     """Return what the export's comparisons have not seen of a gate."""
-    from dvexport.seen import GateSeen, titles
+    from dvexport.run.seen import GateSeen, titles
 
     if gate.seen is None:
         return "unknown"

@@ -53,7 +53,7 @@ def profile(
     """
     rates = parse_force(force) if force is not None else {}
     _check_device(device)
-    from dvexport.bundle import Bundle
+    from dvexport.bundle.archive import Bundle
     from dvexport.files import writable_output
 
     for path in filter(None, (json_file, html_file, trace_file)):

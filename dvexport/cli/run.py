@@ -23,10 +23,10 @@ def run(bundle: Path, clip: Path, threads: int, trust: bool, as_json: bool) -> N
 
     A bundle of backend tvm is a program. It runs if you exported it on this machine, any other with --trust.
     """
-    from dvexport.bundle import Bundle
+    from dvexport.bundle.archive import Bundle
 
     opened = Bundle.open(bundle, trust=trust)
-    from dvexport.run import run as run_clip
+    from dvexport.run.run import run as run_clip
 
     result = run_clip(opened, clip, threads)
     if as_json:

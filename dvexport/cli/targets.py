@@ -11,7 +11,7 @@ from dvexport.cli.output import print_fields, print_json, print_table
 
 if TYPE_CHECKING:
     from dvexport.targets import Target
-    from dvexport.targets.devices import Quantity
+    from dvexport.targets.catalogue import Quantity
 
 __all__ = ["targets"]
 

@@ -22,6 +22,6 @@ def train(recipe: str, output: Path, resume: bool, device: str | None, epochs: i
 
     RECIPE is the name of a shipped one or a .toml file. A killed training goes on where it was.
     """
-    from dvexport.models.training import train as run_training
+    from dvexport.models.training.train import train as run_training
 
     run_training(recipe, output=output, resume=resume, device=device, epochs=epochs, progress=click.echo)

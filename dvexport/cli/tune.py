@@ -16,9 +16,8 @@ from dvexport.errors import DeviceError, UsageError
 
 if TYPE_CHECKING:
     from dvexport.targets import Target
-    from dvexport.targets.tvm.costs import Rates
-    from dvexport.targets.tvm.fit import Fit
-    from dvexport.targets.tvm.parameters import Parameters
+    from dvexport.targets.tvm.machine.rates import Parameters, Rates
+    from dvexport.targets.tvm.tuning.fit import Fit
 
 __all__ = ["tune"]
 
@@ -43,20 +42,20 @@ def tune(target: str, output: Path | None, seconds: float, keep_parameters: bool
     else run meanwhile.
     """
     from dvexport.files import atomic_write, writable_output
-    from dvexport.targets import devices
+    from dvexport.targets import catalogue
 
-    device = devices.load(target)
+    device = catalogue.load(target)
     _check(device)
     if output is not None:
         writable_output(output)
     with checklist() as progress:
-        from dvexport.targets.tvm.build import check_tools
+        from dvexport.targets.tvm.build.compile import check_tools
 
         check_tools()
-        from dvexport.targets.tvm import fit
-        from dvexport.targets.tvm import tune as measuring
-        from dvexport.targets.tvm.machine import machine_for
-        from dvexport.targets.tvm.tune_parameters import choose_parameters
+        from dvexport.targets.tvm.machine.machine import machine_for
+        from dvexport.targets.tvm.tuning import fit
+        from dvexport.targets.tvm.tuning import tune as measuring
+        from dvexport.targets.tvm.tuning.parameters import choose_parameters
 
         machine = machine_for(device)
         if not keep_parameters:
@@ -68,13 +67,13 @@ def tune(target: str, output: Path | None, seconds: float, keep_parameters: bool
     if machine.parameters is not None:
         measured.append(machine.parameters)
     if output is not None:
-        text = devices.path_of(target).read_text(encoding="utf-8")
+        text = catalogue.path_of(target).read_text(encoding="utf-8")
         with atomic_write(output) as temporary:
-            temporary.write_text(devices.with_measured(text, *measured), encoding="utf-8")
+            temporary.write_text(catalogue.with_measured(text, *measured), encoding="utf-8")
     if as_json:
         print_json(_as_json(device, made, machine.parameters))
         return
-    print_lines(*[devices.measured_table(each) for each in measured])
+    print_lines(*[catalogue.measured_table(each) for each in measured])
     print_lines(*_quality(made))
 
 
@@ -85,7 +84,7 @@ def _source() -> str:
 
 
 def _check(device: Target) -> None:
-    from dvexport.targets.devices import runs_here
+    from dvexport.targets.catalogue import runs_here
 
     if device.runtimes.tvm is None:
         raise UsageError("compiled kernels are not among the target's runtimes", where=device.name)

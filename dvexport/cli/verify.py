@@ -12,7 +12,7 @@ from dvexport.cli.options import bundle_argument, json_flag, parse_pairs, path_o
 from dvexport.cli.output import checklist, print_json, print_table
 
 if TYPE_CHECKING:
-    from dvexport.seen import GateSeen
+    from dvexport.run.seen import GateSeen
 
 __all__ = ["verify"]
 
@@ -44,7 +44,7 @@ def verify(
     Exits with 1 if a comparison does not hold.
     """
     options = parse_pairs("--set", settings)
-    from dvexport.bundle import Bundle
+    from dvexport.bundle.archive import Bundle
     from dvexport.errors import CheckFailed
 
     with checklist() as progress:
@@ -69,7 +69,7 @@ def verify(
 
 def _print_seen(gates: Sequence[GateSeen]) -> None:
     """Print in how many frames each gate did what, and what no comparison has seen of it."""
-    from dvexport.seen import EVENTS, titles
+    from dvexport.run.seen import EVENTS, titles
 
     if not gates:
         return

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from dvexport.actions import ACTIVATIONS
 from dvexport.geometry import output_size
-from dvexport.graph import Builder, array_of
+from dvexport.graph.graph import Builder, array_of
 
 __all__ = [
     "CONV_ATTRIBUTES",

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 
 from dvexport.dialect.spec import Operator
-from dvexport.graph import Builder
+from dvexport.graph.graph import Builder
 
 __all__ = ["Delay"]
 

@@ -23,7 +23,7 @@ import onnx_ir as ir
 
 from dvexport.dialect.masks import tile_index
 from dvexport.dialect.spec import operator_of
-from dvexport.graph import gate_name
+from dvexport.graph.graph import gate_name
 
 __all__ = ["Decisions", "ExecutedFlops", "FlopTable", "GatedMacs", "dense_nodes", "flop_table", "operator_flops"]
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dvexport.dialect.spec import Operator
-from dvexport.graph import Builder
+from dvexport.graph.graph import Builder
 
 __all__ = ["FrameMean"]
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from dvexport.dialect.conv import CONV_ATTRIBUTES, activate, conv_problems, conv_shape, dense_conv, infer_conv
 from dvexport.dialect.merge import merge
 from dvexport.dialect.spec import Operator
-from dvexport.graph import Builder
+from dvexport.graph.graph import Builder
 
 __all__ = ["GatedConv"]
 

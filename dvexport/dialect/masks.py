@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from dvexport.graph import Builder
+from dvexport.graph.graph import Builder
 
 __all__ = ["channel_mask", "share_of", "tile_index", "upsample"]
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from dvexport.dialect.conv import plane_size
 from dvexport.dialect.masks import channel_mask, share_of, upsample
 from dvexport.dialect.spec import Operator
-from dvexport.graph import Builder
+from dvexport.graph.graph import Builder
 
 __all__ = ["Merge", "merge"]
 

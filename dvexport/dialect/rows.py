@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dvexport.dialect.spec import Operator
-from dvexport.graph import DV, Builder, static_shape
+from dvexport.graph.graph import DV, Builder, static_shape
 
 __all__ = ["FromRows", "ToRows", "rows_of", "rows_shape", "zero_row"]
 

@@ -19,7 +19,7 @@ from dvexport.dialect.conv import (
 )
 from dvexport.dialect.masks import channel_mask, upsample
 from dvexport.dialect.spec import Operator
-from dvexport.graph import Builder
+from dvexport.graph.graph import Builder
 
 __all__ = ["SparseConv"]
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 
 from dvexport.actions import name_problem
-from dvexport.graph import DV, OPSET, Builder
+from dvexport.graph.graph import DV, OPSET, Builder
 
 __all__ = ["OPERATORS", "Operator", "attach_references", "operator_of"]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dvexport.graph import TOKENS
+from dvexport.graph.graph import TOKENS
 from dvexport.profile.node_times import NodeTimes
 from dvexport.profile.result import NodeTime
 from dvexport.profile.roles import node_role

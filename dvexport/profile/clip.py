@@ -12,8 +12,8 @@ from dvexport.errors import ClipError
 from dvexport.profile.result import ClipInfo
 
 if TYPE_CHECKING:
-    from dvexport.bundle import Bundle
-    from dvexport.preprocess import Preprocess
+    from dvexport.bundle.archive import Bundle
+    from dvexport.video.preprocess import Preprocess
 
 __all__ = ["MAX_FRAMES", "ProfileClip", "load_clip"]
 
@@ -41,7 +41,7 @@ def load_clip(bundle: Bundle, path: str | Path | None) -> ProfileClip:
     if path is None:
         frames = bundle.golden()["frames"]
         return ProfileClip(ClipInfo("golden frames", len(frames)), frames, _images(frames, preprocess))
-    from dvexport.video import Clip, read_clip, stream_frames
+    from dvexport.video.clips import Clip, read_clip, stream_frames
 
     if bundle.manifest.mode == "clip":
         clip = read_clip(path, preprocess)

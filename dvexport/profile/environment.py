@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dvexport.profile.result import DeviceInfo
-from dvexport.targets.devices import load, names, runs_here
+from dvexport.targets.catalogue import load, names, runs_here
 
 __all__ = ["device_info", "processor"]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dvexport.actions import COMPUTE, SKIP
-from dvexport.session import Decisions, Session, Step
+from dvexport.run.session import Decisions, Session, Step
 
 __all__ = ["Measured", "interleaved", "random_decisions", "warm_up"]
 

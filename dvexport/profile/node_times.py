@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx
 
-from dvexport.graph import DECIDES
+from dvexport.graph.graph import DECIDES
 from dvexport.profile.result import NodeTime
 from dvexport.profile.roles import node_role
 from dvexport.targets.onnx.runtime import NodeProfile

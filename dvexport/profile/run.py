@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dvexport.actions import COMPUTE, REUSE, SKIP
-from dvexport.backends import backend_of
 from dvexport.dialect.flops import ExecutedFlops, FlopTable
 from dvexport.errors import DeviceError, UsageError, unknown_name
-from dvexport.graph import TOKENS
+from dvexport.graph.graph import TOKENS
 from dvexport.profile.call_times import call_times
 from dvexport.profile.clip import ProfileClip, load_clip
 from dvexport.profile.environment import device_info
@@ -28,14 +27,16 @@ from dvexport.profile.result import (
     StepTimes,
 )
 from dvexport.profile.token_stages import token_stages
-from dvexport.run import label_of, probabilities
-from dvexport.session import Decisions, Session, Step, open_variant, variant_of
+from dvexport.run.open import open_variant, variant_of
+from dvexport.run.run import label_of, probabilities
+from dvexport.run.session import Decisions, Session, Step
 from dvexport.targets.onnx.runtime import OnnxVariant
+from dvexport.targets.registry import backend_of
 from dvexport.targets.runtime import Variant
 
 if TYPE_CHECKING:
-    from dvexport.bundle import Bundle
-    from dvexport.bundle_manifest import GateEntry, Manifest
+    from dvexport.bundle.archive import Bundle
+    from dvexport.bundle.manifest import GateEntry, Manifest
 
 __all__ = ["FORCEABLE", "profile", "profile_frames"]
 

@@ -11,7 +11,7 @@ from dvexport.profile.result import TokenStage
 from dvexport.tokens import survivors
 
 if TYPE_CHECKING:
-    from dvexport.bundle_manifest import Manifest
+    from dvexport.bundle.manifest import Manifest
 
 __all__ = ["token_stages"]
 

@@ -41,7 +41,7 @@ _ERRORS_ONLY = 3
 
 
 class StateSpec(Protocol):
-    """What is needed to know of a state: `dvexport.state.State` and the manifest's entry both fit."""
+    """What is needed to know of a state: `dvexport.graph.state.State` and the manifest's entry both fit."""
 
     @property
     def input(self) -> str:

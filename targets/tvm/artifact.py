@@ -13,23 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dvexport.bundle import NATIVE_WEIGHTS
-from dvexport.graph import gate_name
+from dvexport.bundle.trust import check_trust
+from dvexport.graph.graph import gate_name
+from dvexport.graph.weights import NATIVE_WEIGHTS, Place
 from dvexport.targets.runtime import DEFAULT_THREADS, Port, Runtime
-from dvexport.targets.tvm.build import compile_kernels
-from dvexport.targets.tvm.link import kernel_table, library_id, link_library, link_runner
-from dvexport.targets.tvm.machine import Machine
-from dvexport.targets.tvm.memory import Constants
-from dvexport.targets.tvm.plan import plan_bytes
-from dvexport.targets.tvm.program import ALGORITHMS
+from dvexport.targets.tvm.build.compile import compile_kernels
+from dvexport.targets.tvm.build.link import kernel_table, library_id, link_library, link_runner
+from dvexport.targets.tvm.calls.memory import Constants
+from dvexport.targets.tvm.calls.program import ALGORITHMS
+from dvexport.targets.tvm.machine.machine import Machine
+from dvexport.targets.tvm.plan_file import plan_bytes
 from dvexport.targets.tvm.session import NativeSession
-from dvexport.trust import check_trust
-from dvexport.weights import Place
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from dvexport.bundle import Bundle
+    from dvexport.bundle.archive import Bundle
 
 __all__ = ["FOLDER", "NativeArtifact", "NativeVariant", "build_artifact", "read_variant"]
 
@@ -114,7 +113,7 @@ def build_artifact(
         UsageError: an operator that no kernel can be made for.
         DeviceError: a package of the extra `tvm` is missing, or fails.
     """
-    from dvexport.targets.tvm.select import write_program
+    from dvexport.targets.tvm.calls.write import write_program
 
     tell("select kernels")
     constants = Constants()

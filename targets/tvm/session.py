@@ -17,7 +17,7 @@ import numpy as np
 from dvexport.errors import DeviceError
 from dvexport.numbers import whole_number
 from dvexport.targets.runtime import MOST_THREADS, Port, checked_threads
-from dvexport.targets.tvm.plan import VERSION, read_limit
+from dvexport.targets.tvm.plan_file import VERSION, read_limit
 
 __all__ = ["CallTime", "Info", "NativeSession"]
 

@@ -14,5 +14,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark every test of this folder as slow but those of `FAST`."""
     here = Path(__file__).parent
     for item in items:
-        if item.path.parent == here and item.path.name not in FAST:
+        if here in item.path.parents and item.path.name not in FAST:
             item.add_marker(pytest.mark.slow)

@@ -6,8 +6,8 @@ import pytest
 from graphs import check, graph, node_of, weights
 
 from dvexport.errors import PassError
+from dvexport.graph.state import add_state, state_input
 from dvexport.passes.check_dialect import CheckDialect, problems
-from dvexport.state import add_state, state_input
 
 TEXT = """g (float[1,3,4,4] x, float[4,3,3,3] W) => (float[1,4,4,4] y)
     { u = dv.GatedConv<gate="g", pads=[1,1,1,1]>(x, W) y = Relu(u) }"""

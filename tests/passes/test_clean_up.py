@@ -6,8 +6,8 @@ import numpy as np
 import onnx_ir as ir
 from graphs import check, data, graph, ops, run
 
+from dvexport.graph.state import add_state, state_input, states_of
 from dvexport.passes.clean_up import CleanUp
-from dvexport.state import add_state, state_input, states_of
 
 
 def test_equal_expressions_and_constants_are_shared():

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from graphs import check, data, graph, node_of, run, weights
 
+from dvexport.graph.state import states_of
 from dvexport.passes.drop_gates import DropGates
 from dvexport.passes.set_frames import SetStream
-from dvexport.state import states_of
 
 TEXT = """g (float[frames,3,4,4] x, float[3,3,3,3] W, int64[frames,3] action, bool[frames,2,2] tiles)
     => (float[frames,3,4,4] y) { y = dv.GatedConv<gate="a", pads=[1,1,1,1]>(x, W, , action, tiles) }"""

@@ -7,7 +7,8 @@ import pytest
 from graphs import check, data, graph, node_of, ops, run, weights
 
 from dvexport.dialect import operator_of
-from dvexport.passes.fuse_residual import FuseResidual, is_nonnegative
+from dvexport.dialect.facts import is_nonnegative
+from dvexport.passes.fuse_residual import FuseResidual
 
 HEAD = """g (float[2,3,7,5] x, float[4,3,3,3] W, float[2,4,7,5] identity, bool[2,3,2] tiles, bool[2,4] rows,
     float[1,4,1,1] channel)"""

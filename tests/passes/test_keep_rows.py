@@ -8,8 +8,8 @@ import pytest
 from graphs import check, data, graph, infer, ops, run, run_steps, weights
 
 from dvexport.dialect import OPERATORS
-from dvexport.passes.keep_rows import KeepRows
-from dvexport.state import add_state, state_input, states_of
+from dvexport.graph.state import add_state, state_input, states_of
+from dvexport.passes.tiles.keep_rows import KeepRows
 
 
 def keep(body, frames=2, output="float[n,c,h,w] y"):

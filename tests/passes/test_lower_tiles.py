@@ -7,7 +7,7 @@ from graphs import ops
 from sparse import lowers
 
 from dvexport.errors import PassError
-from dvexport.passes.lower_tiles import LowerTiles
+from dvexport.passes.tiles.lower_tiles import LowerTiles
 
 ARGUMENTS = [
     ", tiles",

@@ -12,10 +12,10 @@ from graphs import data, run, run_steps
 from oracle_check import traced
 
 from dvexport.errors import PassError, UsageError
+from dvexport.graph.state import states_of
 from dvexport.models import zoo
 from dvexport.passes import pipeline
 from dvexport.passes.pipeline import Plan, lower
-from dvexport.state import states_of
 from dvexport.trace import trace
 
 MODELS = ["dstep_resnet18", "adafuse_resnet18", "dstep_paper_resnet18"]

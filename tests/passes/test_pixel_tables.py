@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dvexport.passes.pixel_tables import even_tile, tile_pixels, windows, winograd_tiles
+from dvexport.passes.tiles.pixel_tables import even_tile, tile_pixels, windows, winograd_tiles
 
 sides = st.integers(1, 19).flatmap(lambda size: st.tuples(st.just(size), st.integers(1, size)))
 

@@ -7,8 +7,8 @@ import onnx_ir as ir
 import pytest
 from graphs import check, data, graph, infer, ops, run, weights
 
-from dvexport.passes.keep_rows import KeepRows
-from dvexport.passes.lower_tiles import LowerTiles
+from dvexport.passes.tiles.keep_rows import KeepRows
+from dvexport.passes.tiles.lower_tiles import LowerTiles
 
 FRAMES = 2
 

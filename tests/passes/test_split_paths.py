@@ -8,10 +8,10 @@ from graphs import check, data, graph, ops, run, run_steps, weights
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dvexport.graph.state import states_of
 from dvexport.passes.choose_lowering import Abilities, ChooseLowering
 from dvexport.passes.set_frames import SetClip, SetStream
 from dvexport.passes.split_paths import SplitPaths
-from dvexport.state import states_of
 
 T, C, GRID = 5, 4, (3, 2)
 

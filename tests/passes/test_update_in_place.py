@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from graphs import check, data, graph, ops
 
+from dvexport.graph.state import add_state, states_of
 from dvexport.passes import update_in_place
 from dvexport.passes.update_in_place import UpdateInPlace
-from dvexport.state import add_state, states_of
-from dvexport.targets.onnx.backend import emit
+from dvexport.targets.onnx.emit import emit
 from dvexport.targets.onnx.runtime import OrtSession
 
 LISTED = """list = NonZero(mask) at = Gather(table, list) all = Constant<value_ints=[-1]>() flat = Reshape(at, all)

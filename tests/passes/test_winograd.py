@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dvexport.passes.winograd import WINOGRAD_STEPS, transforms, winograd_applies, winograd_weight
+from dvexport.passes.tiles.winograd import WINOGRAD_STEPS, transforms, winograd_applies, winograd_weight
 
 
 @pytest.mark.parametrize("m", sorted(WINOGRAD_STEPS.values()))

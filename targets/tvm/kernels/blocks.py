@@ -15,8 +15,8 @@ import tvm.tirx as tx
 from tvm.tirx.script import builder as T
 
 from dvexport.targets.tvm.kernels.abi import i64
-from dvexport.targets.tvm.kernels.planes_vectors import ceil_div, load, splat, store
-from dvexport.targets.tvm.machine import Machine
+from dvexport.targets.tvm.kernels.vectors import ceil_div, load, splat, store
+from dvexport.targets.tvm.machine.machine import Machine
 
 __all__ = ["Groups", "Rows", "balanced", "product", "register_block"]
 

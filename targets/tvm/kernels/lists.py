@@ -33,9 +33,9 @@ from dvexport.targets.tvm.kernels.bounds import (
     size,
     writes,
 )
-from dvexport.targets.tvm.kernels.planes_vectors import LINE, ceil_div, load, splat, store
-from dvexport.targets.tvm.layout import Plane
-from dvexport.targets.tvm.machine import Machine
+from dvexport.targets.tvm.kernels.plane import Plane
+from dvexport.targets.tvm.kernels.vectors import LINE, ceil_div, load, splat, store
+from dvexport.targets.tvm.machine.machine import Machine
 
 __all__ = [
     "cells_to_runs",

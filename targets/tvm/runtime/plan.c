@@ -1,4 +1,4 @@
-/* Reading a plan (the format is in plan.py). Nothing in the file is trusted: every count, index and offset is
+/* Reading a plan (the format is in plan_file.py). Nothing in the file is trusted: every count, index and offset is
  * checked here, once, so that a step needs no checks. */
 #include <math.h>
 #include <stdlib.h>

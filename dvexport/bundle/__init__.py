@@ -1,0 +1,1 @@
+"""The `.dvx` file: its archive, its manifest, and the traced models inside."""

@@ -1,0 +1,26 @@
+"""What follows from the operators that make a value."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from dvexport.dialect.spec import operator_of
+
+__all__ = ["is_nonnegative"]
+
+
+def is_nonnegative(value: ir.Value, depth: int = 64) -> bool:
+    """Tell whether a value is known never to be negative."""
+    node = value.producer()
+    if node is None or depth == 0:
+        return False
+    if node.domain == "" and node.op_type in ("Relu", "Sigmoid", "Abs"):
+        return True
+    if node.domain == "" and node.op_type in ("MaxPool", "AveragePool", "Identity"):
+        return is_nonnegative(node.inputs[0], depth - 1)  # type: ignore[arg-type]
+    operator = operator_of(node)
+    if operator is None or operator.name != "SparseConv":
+        return False
+    base = operator.bind(node)["base"]
+    relu = operator.attributes_of(node)["activation"] == "relu"
+    return relu and (base is None or is_nonnegative(base, depth - 1))

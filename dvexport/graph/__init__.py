@@ -1,0 +1,1 @@
+"""ONNX graphs: reading, constants, states, weights and files. Nothing here knows a gate."""

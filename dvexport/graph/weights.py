@@ -1,0 +1,254 @@
+"""Weights apart from graphs: one file of them serves every graph of a bundle, and no graph nears 2 GiB.
+
+A graph refers to its weights as external data (ONNX), by offset and length in `WEIGHTS`. Equal arrays are stored
+once. In memory nothing is copied: graphs hold the arrays of the torch model or of the bundle as it was read, and ONNX
+Runtime is handed the same ones.
+
+What an artifact holds already is not stored again. A native one keeps the factors of matrix products as its kernels
+read them, in panels; a graph then refers to that file and says how (`Place`), and reading it takes the panels apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from dvexport.errors import BundleError
+
+__all__ = [
+    "ALIGNMENT",
+    "KEYS",
+    "LOCATIONS",
+    "NATIVE_WEIGHTS",
+    "SMALLEST",
+    "WEIGHTS",
+    "Place",
+    "WeightFile",
+    "attach_weights",
+    "digest",
+    "external_arrays",
+    "panels_of",
+    "share_weights",
+    "split_weights",
+]
+
+WEIGHTS = "weights.bin"
+"""The weights that graphs of the bundle share, see `dvexport.graph.weights`."""
+
+
+NATIVE_WEIGHTS = "native/weights.bin"
+"""Those of a native artifact, as its kernels read them."""
+
+
+ALIGNMENT = 64
+"""Bytes that its arrays, and itself in the bundle, start at a multiple of: a cache line, and the widest vector."""
+
+
+LOCATIONS = (WEIGHTS, NATIVE_WEIGHTS)
+"""Files of a bundle that hold weights."""
+
+SMALLEST = 1024
+"""Bytes from which a constant is a weight: shapes, axes and scales stay in the graph, where optimisers see them."""
+
+_PANEL, _TURNED = "dvexport.panel", "dvexport.turned"
+"""Keys of external data beside ONNX's own, see `Place`."""
+
+KEYS = frozenset({"location", "offset", "length", _PANEL, _TURNED})
+"""What a graph may say of a weight's place."""
+
+Read = Callable[[str], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the bytes of an array are.
+
+    Attributes:
+        location: file of the bundle.
+        offset, length: in it, in bytes.
+        panel: 0 for the array as it is; else the matrix `[K, N]` lies as `[panels, K, panel]`, the last panel filled
+            up with zeros.
+        turned: the matrix is the array transposed: K are all axes but the first.
+    """
+
+    location: str
+    offset: int
+    length: int
+    panel: int = 0
+    turned: bool = False
+
+
+@dataclass
+class WeightFile:
+    """The weights of some graphs, each array once, in the order they were added.
+
+    Attributes:
+        held: what other files of the bundle hold, by `digest`.
+    """
+
+    held: Mapping[str, Place] = field(default_factory=dict)
+    arrays: list[tuple[int, np.ndarray]] = field(default_factory=list)
+    size: int = 0
+    _places: dict[str, Place] = field(default_factory=dict)
+
+    def add(self, array: np.ndarray) -> Place:
+        """Return the place of an array's bytes, which are added unless they are there."""
+        key = digest(array)
+        if key in self.held:
+            return self.held[key]
+        if key not in self._places:
+            offset = -(-self.size // ALIGNMENT) * ALIGNMENT
+            self._places[key] = Place(WEIGHTS, offset, array.nbytes)
+            self.arrays.append((offset, array))
+            self.size = offset + array.nbytes
+        return self._places[key]
+
+    def chunks(self) -> Iterator[bytes | memoryview]:
+        """Yield the content of the file, array by array."""
+        end = 0
+        for offset, array in self.arrays:
+            yield bytes(offset - end)
+            yield np.ascontiguousarray(array).data.cast("B")
+            end = offset + array.nbytes
+
+
+def split_weights(model: ir.Model, file: WeightFile | None = None) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """Return a model without its weights, and these by name; those in branches stay where they are.
+
+    Args:
+        model: not modified.
+        file: gets the weights, and the model their places there. Without one the places mean nothing: a runtime
+            is to be handed the arrays.
+    """
+    held: list[tuple[ir.Value, ir.TensorProtocol]] = []
+    arrays: dict[str, np.ndarray] = {}
+    places: dict[str, Place] = {}
+    try:
+        for value in _weights(model):
+            tensor, name = value.const_value, value.name
+            assert tensor is not None and name is not None
+            array = np.ascontiguousarray(tensor.numpy())
+            place = places[name] = Place(WEIGHTS, 0, array.nbytes) if file is None else file.add(array)
+            arrays[name] = array
+            held.append((value, tensor))
+            value.const_value = ir.ExternalTensor(
+                place.location, place.offset, place.length, tensor.dtype, shape=ir.Shape(array.shape), name=name
+            )
+        proto = ir.to_proto(model)
+    finally:
+        for value, tensor in held:
+            value.const_value = tensor
+    for initializer in proto.graph.initializer:
+        place = places.get(initializer.name, Place(WEIGHTS, 0, 0))
+        for key, number in ((_PANEL, place.panel), (_TURNED, int(place.turned))):
+            if number:
+                initializer.external_data.add(key=key, value=str(number))
+    return proto, arrays
+
+
+def external_arrays(model: onnx.ModelProto, read: Read, *, where: str) -> dict[str, np.ndarray]:
+    """Return the arrays that a graph refers to, by name; views of a file's bytes where they lie there as they are.
+
+    Args:
+        read: returns the bytes of a file, uint8; called once a file.
+        where: for messages.
+
+    Raises:
+        BundleError: the graph refers to a file that bundles hold no weights in, or to bytes that are not there.
+    """
+    files: dict[str, np.ndarray] = {}
+    arrays = {}
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            location = next((entry.value for entry in tensor.external_data if entry.key == "location"), None)
+            if location not in LOCATIONS:
+                why = f"it is in a file '{location}', not in {' or '.join(LOCATIONS)}"
+                raise BundleError("a weight can't be read", where=f"{where}, {tensor.name}", why=why)
+            if location not in files:
+                files[location] = read(location)
+            arrays[tensor.name] = _view(tensor, files[location], where)
+    return arrays
+
+
+def attach_weights(model: onnx.ModelProto, read: Read, *, where: str) -> ir.Model:
+    """Return a graph with the weights that it refers to, copied only out of panels; errors as `external_arrays`."""
+    arrays = external_arrays(model, read, where=where)
+    for tensor in model.graph.initializer:  # onnx-ir warns of keys that it does not know
+        kept = [entry for entry in tensor.external_data if entry.key not in (_PANEL, _TURNED)]
+        del tensor.external_data[:]
+        tensor.external_data.extend(kept)
+    graph = ir.from_proto(model)
+    for name, array in arrays.items():
+        graph.graph.initializers[name].const_value = ir.tensor(array, name=name)
+    return graph
+
+
+def panels_of(matrix: np.ndarray, packed: np.ndarray) -> int:
+    """Return the panel that a matrix `[K, N]` is packed by (`Place.panel`), 0 if `packed` is something else."""
+    if packed.ndim != 3 or packed.dtype != matrix.dtype or packed.shape[1] != len(matrix):
+        return 0
+    whole = packed.transpose(1, 0, 2).reshape(len(matrix), -1)
+    columns = matrix.shape[1]
+    same = whole.shape[1] >= columns and np.array_equal(whole[:, :columns], matrix)
+    return packed.shape[2] if same and whole.shape[1] - columns < packed.shape[2] else 0
+
+
+def share_weights(first: ir.Model, second: ir.Model) -> None:
+    """Let the second model hold the first one's arrays where they are equal."""
+    known = {_key(v): v.const_value for v in _weights(first)}
+    for value in _weights(second):
+        value.const_value = known.get(_key(value), value.const_value)
+
+
+def _key(value: ir.Value) -> tuple[object, ...]:
+    assert value.const_value is not None
+    array = value.const_value.numpy()
+    return array.dtype, array.shape, digest(array)
+
+
+def _weights(model: ir.Model) -> list[ir.Value]:
+    values = model.graph.initializers.values()
+    return [v for v in values if v.const_value is not None and v.const_value.nbytes >= SMALLEST]
+
+
+def digest(array: np.ndarray) -> str:
+    """Return the SHA-256 of an array's bytes, of whatever type and shape."""
+    return hashlib.sha256(np.ascontiguousarray(array).data.cast("B")).hexdigest()
+
+
+def _view(tensor: onnx.TensorProto, weights: np.ndarray, where: str) -> np.ndarray:
+    entries: Mapping[str, str] = {entry.key: entry.value for entry in tensor.external_data}
+    shape = tuple(tensor.dims)
+    try:
+        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+        offset, length = int(entries.get("offset", "0")), int(entries.get("length", "-1"))
+        panel, turned = int(entries.get(_PANEL, "0")), int(entries.get(_TURNED, "0"))
+    except (KeyError, ValueError) as error:
+        raise BundleError("a weight can't be read", where=f"{where}, {tensor.name}", why=str(error)) from error
+    rows, columns = _matrix(shape, bool(turned))
+    panels = -(-columns // panel) if panel > 0 else 0
+    size = (panels * panel * rows if panel else prod(shape)) * dtype.itemsize
+    if min(shape, default=0) < 0 or length != size or dtype.hasobject or panel < 0 or (panel and not shape):
+        why = f"{length} bytes are no {dtype} of shape {list(shape)}" + (f" in panels of {panel}" if panel else "")
+    elif offset < 0 or offset % dtype.itemsize or offset + length > weights.size:
+        why = f"bytes {offset} to {offset + length} of {weights.size}"
+    else:
+        found = weights[offset : offset + length].view(dtype)
+        if not panel:
+            return found.reshape(shape)
+        matrix = found.reshape(panels, rows, panel).transpose(1, 0, 2).reshape(rows, -1)[:, :columns]
+        return np.ascontiguousarray(matrix.T if turned else matrix).reshape(shape)
+    raise BundleError("a weight can't be read", where=f"{where}, {tensor.name}", why=why)
+
+
+def _matrix(shape: tuple[int, ...], turned: bool) -> tuple[int, int]:
+    """Return K and N of an array that is a factor of a product, see `Place`."""
+    if not shape:
+        return 1, 1
+    return (prod(shape[1:]), shape[0]) if turned else (prod(shape[:-1]), shape[-1])

@@ -1,0 +1,1 @@
+"""Running artifacts: sessions, the oracle, golden data, and comparisons between them."""

@@ -1,0 +1,183 @@
+"""Steps with forced decisions: they exercise every gate, whatever a clip makes it decide.
+
+A gate that is idle on a clip proves nothing of its lowering. So the artifact's forced variant, which has the lowerings
+and kernels of the one that ships, runs frames of the golden clip under decisions that are drawn for this: everything,
+nothing, reuse of what was skipped, tiles that become active, and mixtures, which differ from gate to gate so that
+errors don't cancel. What PyTorch gives under the same decisions travels with the golden data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from dvexport.actions import COMPUTE, REUSE, SKIP
+from dvexport.decision_names import FORCE, decision_key, forced_name
+from dvexport.errors import BundleError
+from dvexport.graph.graph import depends_on_input, whole_clip_of
+from dvexport.passes.expose_probes import decision_values
+from dvexport.run.possible import possible_actions
+from dvexport.run.session import Decisions, Step
+
+__all__ = ["STEPS", "ForcedRun", "draw", "pack", "unpack"]
+
+STEPS = 8
+"""Forced frames at least: one round of what `draw` goes through."""
+
+_FRAMES, _LOGITS = "forced_frames", "forced_logits"
+Key = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class ForcedRun:
+    """One run from a reset.
+
+    Attributes:
+        frames: int64 `[T]`: which of the golden frames are fed.
+        decisions: of each frame.
+        logits: float32 `[T, K]`, what the reference gives; None before it ran.
+    """
+
+    frames: np.ndarray
+    decisions: Sequence[Decisions]
+    logits: np.ndarray | None = None
+
+    def steps(self) -> list[Step]:
+        """Return the reference's results as steps."""
+        assert self.logits is not None
+        return [Step(row, dict(given)) for row, given in zip(self.logits, self.decisions, strict=True)]
+
+    def with_logits(self, logits: np.ndarray) -> ForcedRun:
+        """Return the run with the reference's results."""
+        return replace(self, logits=logits)
+
+
+def draw(traced: ir.Model, own: Decisions, golden_frames: int, run_frames: int | None) -> list[ForcedRun]:
+    """Return runs that take every gate through all it can decide, the same each time; none where nothing decides.
+
+    A model that reads a clip as one gets none either: a run of it has no frames to go through.
+
+    Args:
+        traced: gate level. Gates that share a decision get the same one.
+        own: the decisions of a frame, which those that depend on no input stay.
+        golden_frames: how many there are to feed.
+        run_frames: frames of a run; None for a stream, which takes any number.
+    """
+    decided = {key: value for key, value in decision_values(traced).items() if key[1] != "tokens"}
+    free = [value for value in decided.values() if depends_on_input(value)]
+    if not free or whole_clip_of(traced) is not None:
+        return []
+    length = run_frames or STEPS
+    count = -(-STEPS // length) * length
+    gates, numbers = list(dict.fromkeys(gate for gate, _ in decided)), {value: i for i, value in enumerate(free)}
+    by_value: dict[ir.Value, list[np.ndarray]] = {}
+    for (gate, kind), value in decided.items():
+        if value in by_value:
+            continue
+        one = _Gate(gates.index(gate), numbers.get(value, 0), own[gate, kind].shape)
+        if value not in numbers:
+            by_value[value] = [own[gate, kind]] * count
+        else:
+            by_value[value] = one.tiles(count) if kind == "tiles" else one.actions(count, possible_actions(value))
+    steps = [{key: by_value[value][i] for key, value in decided.items()} for i in range(count)]
+    return [
+        ForcedRun(np.arange(at, at + length) % golden_frames, steps[at : at + length]) for at in range(0, count, length)
+    ]
+
+
+@dataclass(frozen=True)
+class _Gate:
+    """Draws one decision of a gate: eight frames a round, the gates' parts exchanged in every other round.
+
+    What a model may have no finite result for comes last: nothing.
+
+    Attributes:
+        gate: its index; gates of odd index compute without tiles where others skip with all tiles.
+        number: of the decision, for its own draws.
+        shape: of one frame's decision.
+    """
+
+    gate: int
+    number: int
+    shape: tuple[int, ...]
+
+    def actions(self, count: int, allowed: tuple[int, ...]) -> list[np.ndarray]:
+        """Mixed; computed; reused; two mixtures with every pair of actions; skipped or computed; reused; skipped."""
+        return [self._action(i, allowed) for i in range(count)]
+
+    def tiles(self, count: int) -> list[np.ndarray]:
+        """Mixed; all; all; two mixtures with every pair of states; all or none; all; none."""
+        return [self._tiles(i) for i in range(count)]
+
+    def _odd(self, index: int) -> bool:
+        return (self.gate + index // STEPS) % 2 == 1
+
+    def _action(self, index: int, allowed: tuple[int, ...]) -> np.ndarray:
+        whole = {1: COMPUTE, 2: REUSE, 5: COMPUTE if self._odd(index) else SKIP, 6: REUSE, 7: SKIP}.get(index % STEPS)
+        if whole is None:
+            return np.array(allowed, np.int64)[self._mixed(index, len(allowed))]
+        least, most = allowed[0], allowed[-1]
+        return np.full(self.shape, whole if whole in allowed else least if whole == SKIP else most, np.int64)
+
+    def _tiles(self, index: int) -> np.ndarray:
+        whole = {1: True, 2: True, 5: not self._odd(index), 6: True, 7: False}.get(index % STEPS)
+        if whole is None:
+            return self._mixed(index, 2) == 1
+        return np.full(self.shape, whole)
+
+    def _mixed(self, index: int, kinds: int) -> np.ndarray:
+        """Return as many of each kind, shuffled; of an odd frame and the next one, as many of each pair."""
+        size = int(np.prod(self.shape))
+        order = np.random.default_rng([self.number, (index + 1) // 2]).permutation(size)
+        return (order // (1 if index % 2 else kinds) % kinds).reshape(self.shape)
+
+
+def pack(runs: Sequence[ForcedRun]) -> dict[str, np.ndarray]:
+    """Return the runs as arrays of the golden data, a byte for a decision; nothing for no runs."""
+    if not runs:
+        return {}
+    logits = [step.logits for run in runs for step in run.steps()]
+    frames = np.stack([run.frames for run in runs])
+    arrays = {_FRAMES: frames, _LOGITS: np.stack(logits).reshape(*frames.shape, -1)}
+    for key in runs[0].decisions[0]:
+        values = np.stack([[given[key] for given in run.decisions] for run in runs])
+        arrays[forced_name(*key)] = values if values.dtype == bool else values.astype(np.uint8)
+    return arrays
+
+
+def unpack(golden: Mapping[str, np.ndarray], where: str) -> list[ForcedRun]:
+    """Return the runs that `pack` stored, none where there are none.
+
+    Raises:
+        BundleError: arrays are missing or don't fit each other.
+    """
+    stored = {decision_key(name, FORCE): array for name, array in golden.items() if name.startswith(FORCE)}
+    frames, logits = golden.get(_FRAMES), golden.get(_LOGITS)
+    if frames is None and logits is None and not stored:
+        return []
+    if frames is None or logits is None or not _fit(frames, logits, stored, len(golden["frames"])):
+        raise BundleError("the golden data is incomplete", where=where, why="its forced steps don't fit each other")
+    return [
+        ForcedRun(
+            frames[i],
+            [
+                {key: a[i, t] if a.dtype == bool else a[i, t].astype(np.int64) for key, a in stored.items()}
+                for t in range(frames.shape[1])
+            ],
+            logits[i],
+        )
+        for i in range(len(frames))
+    ]
+
+
+def _fit(frames: np.ndarray, logits: np.ndarray, stored: Mapping[Key, np.ndarray], available: int) -> bool:
+    if frames.ndim != 2 or not frames.size or frames.dtype != np.int64 or logits.ndim != 3 or not stored:
+        return False
+    if frames.min() < 0 or frames.max() >= available or logits.dtype != np.float32:
+        return False
+    types = {"action": np.uint8, "tiles": np.bool_}
+    right = all(array.ndim > 2 and array.dtype == types.get(key[1]) for key, array in stored.items())
+    return right and all(array.shape[:2] == frames.shape for array in (logits, *stored.values()))

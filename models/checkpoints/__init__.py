@@ -1,0 +1,1 @@
+"""Checkpoints of official code and of Hugging Face, read into our networks."""

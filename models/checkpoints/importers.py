@@ -1,0 +1,309 @@
+"""Turns a checkpoint into a model: recognise the layout, infer the options, ask for the others, check, load.
+
+Keys and shapes tell depth, gated stages, history, actions, hidden sizes, sharing and classes, and whether and
+where TSM shifts. They don't tell the number of frames, the input size, or the shift of AdaFuse and D-STEP: those
+are asked for. `dvexport.models.checkpoints.untold` has the rule for every option.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from dvexport.errors import CheckpointError, UsageError
+from dvexport.models.checkpoints.checkpoint import Checkpoint, read_checkpoint
+from dvexport.models.checkpoints.layouts import Layout, infer_mobilenet, infer_resnet, recognise
+from dvexport.models.checkpoints.transformer_layouts import (
+    infer_video_swin,
+    infer_vit,
+    recognise_transformer,
+    swin_name,
+    vit_name,
+)
+from dvexport.models.checkpoints.untold import ROLES, as_settings, questions, refusal
+from dvexport.models.config import CONFIGS, ViTConfig, parse_settings
+
+__all__ = ["ImportPlan", "ImportReport", "contradiction", "load_weights", "plan_import"]
+
+_FREE = ("frames", "size")
+"""Asked of a foreign file; of one that tells them, the same weights may be run with others."""
+_IDENTITY = {
+    "resnet": ("depth", "channel_gates", "tile_gates"),
+    "vit": ("embed_dim", "depth"),
+    "video_swin": ("embed_dim", "depths"),
+}
+"""Options that make one zoo model another, by family."""
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What an import found out, and what it had to assume.
+
+    Attributes:
+        path: the checkpoint.
+        layout: name of the layout.
+        inferred: options that the weights tell, and that the name of the model tells.
+        given: options set by name that the weights do not tell.
+        assumed: options that nothing told, at the official defaults; set them by name to overrule.
+    """
+
+    path: str
+    layout: str
+    inferred: dict[str, Any] = field(default_factory=dict)
+    given: dict[str, Any] = field(default_factory=dict)
+    assumed: dict[str, Any] = field(default_factory=dict)
+
+    def lines(self) -> list[str]:
+        """Return the report for a person."""
+        lines = [f"{self.path}: {self.layout} layout"]
+        if self.inferred:
+            lines.append("  inferred: " + _joined(self.inferred))
+        if self.given:
+            lines.append("  given:    " + _joined(self.given))
+        if self.assumed:
+            lines.append("  assumed:  " + _joined(self.assumed) + "  (overrule with --set)")
+        return lines
+
+
+def _joined(options: Mapping[str, Any]) -> str:
+    return " ".join(as_settings(options))
+
+
+@dataclass(frozen=True)
+class ImportPlan:
+    """A checkpoint that fits a zoo model, before the model is built.
+
+    Attributes:
+        options: every option of the model, explicit ones first, then inferred, then defaults.
+        state: the weights under dvexport's names.
+        report: what was inferred and assumed.
+    """
+
+    options: dict[str, Any]
+    state: dict[str, Tensor]
+    report: ImportReport
+
+
+def plan_import(
+    path: str | Path,
+    name: str,
+    family: str,
+    defaults: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    *,
+    assume_defaults: bool = False,
+) -> ImportPlan:
+    """Read a checkpoint for the zoo model `name` and settle every option.
+
+    Args:
+        path: the file.
+        name, family, defaults: the zoo model, its family and its options.
+        settings: options given by name, which outrank what is assumed.
+        assume_defaults: take the defaults of what nothing tells instead of asking.
+
+    Raises:
+        UntoldError: if nothing tells an option that changes the numbers.
+        CheckpointError: if the file can't be read safely or is of another model.
+        UsageError: if a setting contradicts the weights.
+    """
+    checkpoint = read_checkpoint(path)
+    if checkpoint.metadata is not None:
+        return _plan_own(checkpoint, name, family, settings)
+    layout = _recognise(checkpoint.state, str(path))
+    facts = _infer(layout, str(path))
+    # A transformer's size and the direction of a shift may be given by name; a ResNet's depth is its zoo name.
+    free = settings if family in _TRANSFORMERS else {k: v for k, v in settings.items() if k == "shift"}
+    mismatch = _mismatch(family, {**defaults, **free}, layout, facts)
+    if mismatch:
+        raise CheckpointError(
+            f"the checkpoint is of another model than {name}",
+            where=str(path),
+            why=mismatch,
+            hint=_other_model(layout.family, facts),
+        )
+    told = {**_named(defaults), **facts}
+    if facts.get("shift") == "bidirectional":
+        # The official layout marks that a block is shifted, not the direction: that is for the name to say.
+        told["shift"] = facts["shift"] = settings.get("shift", defaults["shift"])
+    for option, value in facts.items():
+        if option in settings and settings[option] != value:
+            raise contradiction({option: settings[option]}, {option: value}, "checkpoint", str(path), "its weights say")
+    options = {**defaults, **told, **settings}
+    asked = questions(family, options, told, settings)
+    if asked and not assume_defaults:
+        raise refusal(asked, f"{path} ({layout.kind} layout)")
+    _check_tokens(layout, options, str(path))
+    given = {option: value for option, value in settings.items() if option not in facts}
+    inferred = {option: value for option, value in told.items() if option not in given}
+    assumed = {question.option: question.default for question in asked}
+    return ImportPlan(options, layout.state, ImportReport(str(path), layout.kind, inferred, given, assumed))
+
+
+def _named(defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that the zoo has names for: the shift of models without gates, D-STEP's two versions."""
+    named = {}
+    if "shift" in defaults and not defaults.get("channel_gates"):
+        named["shift"] = defaults["shift"]
+    if defaults.get("tile_gates"):
+        named["semantics"] = defaults["semantics"]
+    return named
+
+
+def contradiction(given: Mapping[str, Any], found: Mapping[str, Any], source: str, where: str, says: str) -> UsageError:
+    """Return the error for a setting that a file contradicts; `says` begins the reason, such as `its config says`."""
+    return UsageError(
+        f"{_joined(given)} contradicts the {source}",
+        where=where,
+        why=f"{says} {_joined(found)}",
+        hint=f"leave {' and '.join(given)} out",
+    )
+
+
+def _check_tokens(layout: Layout, options: Mapping[str, Any], where: str) -> None:
+    """Raise UsageError if a stored table of positions is that of another number of tokens."""
+    if layout.positions is None:
+        return
+    config, tokens = ViTConfig(**options), layout.positions.shape[1]
+    if config.tokens != tokens:
+        raise UsageError(
+            f"{_joined({'frames': config.frames, 'size': config.size})} contradict the checkpoint",
+            where=f"{where}: pos_embed",
+            why=f"it has positions for {tokens} tokens, and these are {config.tokens}",
+            hint="set frames and size as they were in training",
+        )
+
+
+def _other_model(family: str, facts: Mapping[str, Any]) -> str:
+    likely = likely_name(family, facts)
+    if likely:
+        return f"use {likely}, the most likely model"
+    return "--set shift=none" if family == "mobilenet" else "give its size with --set, see the options"
+
+
+def _plan_own(checkpoint: Checkpoint, name: str, family: str, settings: Mapping[str, Any]) -> ImportPlan:
+    """Plan a checkpoint that `save_checkpoint` wrote: it says everything itself."""
+    about = checkpoint.metadata
+    assert about is not None
+    if about.get("architecture") != name:
+        raise CheckpointError(
+            f"the checkpoint is of another model than {name}",
+            where=str(checkpoint.path),
+            why=f"it was saved as {about.get('architecture')}",
+            hint=f"use {about.get('architecture')}",
+        )
+    known = parse_settings(CONFIGS[family], about.get("settings", {}))
+    for option, value in settings.items():
+        free = option in _FREE or ROLES[family][option] in ("chosen", "training")
+        if not free and known.get(option, value) != value:
+            said = {option: known[option]}
+            raise contradiction({option: value}, said, "checkpoint", str(checkpoint.path), "it was trained with")
+    report = ImportReport(str(checkpoint.path), "dvexport")
+    return ImportPlan({**known, **settings}, checkpoint.state, report)
+
+
+_INFER = {
+    "resnet": infer_resnet,
+    "mobilenet": infer_mobilenet,
+    "vit": infer_vit,
+    "video_swin": infer_video_swin,
+}
+_TRANSFORMERS = ("vit", "video_swin")
+
+
+def _recognise(state: Mapping[str, Any], where: str) -> Layout:
+    return recognise_transformer(state, where) or recognise(state, where)
+
+
+def _infer(layout: Layout, where: str) -> dict[str, Any]:
+    return _INFER[layout.family](layout, where)
+
+
+def likely_name(family: str, facts: Mapping[str, Any]) -> str | None:
+    """Return the zoo name of the model that inferred options describe, None if there is none."""
+    if family in _TRANSFORMERS:
+        return vit_name(facts) if family == "vit" else swin_name(facts)
+    if family == "mobilenet":
+        by_shift = {"bidirectional": "tsm_mobilenetv2", "none": None, None: "tsm_online_mobilenetv2"}
+        return by_shift[facts.get("shift")]
+    suffix = f"resnet{facts['depth']}"
+    if facts["tile_gates"]:
+        return f"dstep_{suffix}"
+    if facts["channel_gates"]:
+        last_only = facts["depth"] == 50 and facts.get("enabled_stages") == (3,)
+        return f"adafuse_{suffix}_last" if last_only else f"adafuse_{suffix}"
+    return f"tsm_{suffix}" if facts.get("shift") == "bidirectional" else f"tsn_{suffix}"
+
+
+def _mismatch(family: str, defaults: Mapping[str, Any], layout: Layout, facts: Mapping[str, Any]) -> str:
+    """Return in what the checkpoint is another model than the one with `defaults`, empty if in nothing."""
+    if layout.family != family:
+        return f"its layers are those of a {layout.family}"
+    differing = [o for o in _IDENTITY.get(family, ()) if o in facts and facts[o] != defaults[o]]
+    if "shift" in facts and _shifts(facts) != _shifts(defaults):
+        differing.append("shift")
+    return "its weights say " + _joined({o: facts[o] for o in differing}) if differing else ""
+
+
+def _shifts(options: Mapping[str, Any]) -> bool:
+    return options["shift"] != "none"
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, where: str) -> None:
+    """Put `state` into `model`, every key of it.
+
+    Layers that blocks share may stand under the first block only.
+
+    Raises:
+        CheckpointError: if keys are missing or left over, or shapes differ; the first few are named.
+    """
+    own: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    known_at: dict[int, str] = {}
+    complete = {}
+    for key, value in own.items():
+        first = known_at.setdefault(id(value), key)
+        source = key if key in state else first
+        if source in state:
+            complete[key] = state[source]
+        elif key.endswith("num_batches_tracked"):
+            complete[key] = value
+    present = [key for key in own if key in complete]
+    problems = [
+        ("missing", [key for key in own if key not in complete]),
+        ("unexpected", [key for key in state if key not in own]),
+        (
+            "of another shape",
+            [
+                f"{key} {tuple(complete[key].shape)} instead of {tuple(own[key].shape)}"
+                for key in present
+                if complete[key].shape != own[key].shape
+            ],
+        ),
+        (
+            "of another type",
+            [
+                f"{key} {complete[key].dtype} instead of {own[key].dtype}"
+                for key in present
+                if complete[key].is_floating_point() != own[key].is_floating_point()
+            ],
+        ),
+    ]
+    found = [f"{len(keys)} {kind}: {', '.join(keys[:3])}" for kind, keys in problems if keys]
+    if found:
+        raise CheckpointError(
+            "the checkpoint's keys don't fit the model", where=where, why="; ".join(found), hint=_hint(state)
+        )
+    model.load_state_dict(complete)
+
+
+def _hint(state: Mapping[str, Tensor]) -> str | None:
+    """Return which zoo model the keys belong to, None if they tell nothing."""
+    try:
+        layout = _recognise(state, "")
+        likely = likely_name(layout.family, _infer(layout, ""))
+        return f"the most likely model is {likely}" if likely else None
+    except CheckpointError:
+        return None

@@ -1,0 +1,1 @@
+"""The networks of the zoo, and the policies that gate them."""

@@ -1,0 +1,1 @@
+"""Token pruning of video transformers."""

@@ -1,0 +1,1 @@
+"""Training: recipes, losses, the procedural motion data set."""

@@ -1,0 +1,327 @@
+"""The device catalogue: what a lowering and a backend need to know of a device, by product name.
+
+One TOML file a device in `catalog/`; a path to such a file is accepted wherever a name is. See
+docs/adding-a-target.md for the keys.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+
+from dvexport.errors import UsageError, unknown_name
+from dvexport.targets.runtime import DEFAULT_THREADS, MOST_THREADS
+from dvexport.targets.tvm.machine.rates import Parameters, Rates
+
+__all__ = [
+    "HOST",
+    "Cost",
+    "Cpu",
+    "Onnx",
+    "Quantity",
+    "Runtimes",
+    "Target",
+    "Tflite",
+    "Tvm",
+    "host_name",
+    "load",
+    "load_file",
+    "measured_table",
+    "names",
+    "path_of",
+    "runs_here",
+    "with_measured",
+]
+
+HOST = "host"
+"""Stands for the catalogue entry that fits the machine dvexport runs on."""
+
+_CATALOG = Path(__file__).parent / "catalog"
+_MEASURED = {Rates: "[runtimes.tvm.rates]", Parameters: "[runtimes.tvm.parameters]"}
+"""Tables that `dvexport tune` writes."""
+
+Positive = Annotated[int, Field(ge=1)]
+Version = Annotated[str, Field(pattern=r"^\d+(\.\d+)*$")]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class Cpu(_Table):
+    """The cores worth using: the big cluster where there are two kinds.
+
+    Attributes:
+        model: what its maker calls it.
+        triple: LLVM target triple.
+        mcpu: LLVM processor name.
+        features: LLVM features beyond those of `mcpu`, such as `+neon`.
+        lanes: float32 lanes of a vector register.
+        cores: number of these cores.
+        all_cores: number of all cores, small ones included; None where one entry stands for processors that differ.
+        l1_kib, l2_kib, l3_kib: data caches in KiB; l1 and l2 as one core sees them, l3 of all, 0: none.
+    """
+
+    model: str
+    triple: Annotated[str, Field(pattern=r"^[a-z0-9_]+(-[a-z0-9_]+){1,3}$")]
+    mcpu: str
+    features: list[Annotated[str, Field(pattern=r"^[+-][a-z0-9_.-]+$")]] = []
+    lanes: Literal[1, 2, 4, 8, 16]
+    cores: Positive
+    all_cores: Positive | None = None
+    l1_kib: Positive
+    l2_kib: Annotated[int, Field(ge=0)]
+    l3_kib: Annotated[int, Field(ge=0)] = 0
+
+    @field_validator("all_cores")
+    @classmethod
+    def _no_fewer(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and value < info.data.get("cores", value):
+            raise ValueError("they include the cores worth using, and are no fewer")
+        return value
+
+    @property
+    def most_threads(self) -> int:
+        """How many threads a native plan is laid out for: one a core, of every kind.
+
+        Whether a thread on a small core helps is for who runs it to say, and its memory is small. Where the cores are
+        unknown it is `DEFAULT_THREADS`, or `cores` if they are more; in no case above `MOST_THREADS`.
+        """
+        return min(self.all_cores or max(self.cores, DEFAULT_THREADS), MOST_THREADS)
+
+
+class Quantity(_Table):
+    """A figure and where it is from; `estimated` unless someone measured it on the device."""
+
+    value: Annotated[float, Field(gt=0, allow_inf_nan=False, strict=False)]
+    source: Annotated[str, Field(min_length=1)]
+    estimated: bool
+
+
+class Onnx(_Table):
+    """ONNX Runtime: the opset to emit and the oldest version that may run it."""
+
+    opset: Annotated[int, Field(ge=13)]
+    min_version: Version
+
+
+class Tvm(_Table):
+    """Compiled kernels with a C runtime of our own: nothing needs to be installed on the device.
+
+    Attributes:
+        rates: how long a kernel's units of work take there (`dvexport tune`); None: estimated.
+        parameters: what its convolution kernels are generated with (`dvexport tune`); None: as for its instruction set.
+        winograd: whether convolutions may be Winograd's, two to three times as fast where they apply, for
+            weights that take up to three times the memory.
+    """
+
+    rates: Rates | None = None
+    parameters: Parameters | None = None
+    winograd: bool = True
+
+
+class Tflite(_Table):
+    """LiteRT, or tflite-runtime up to 2.14: the oldest version that may run it."""
+
+    min_version: Version
+
+
+class Runtimes(_Table):
+    """What can execute there; at least one."""
+
+    onnx: Onnx | None = None
+    tvm: Tvm | None = None
+    tflite: Tflite | None = None
+
+    @property
+    def available(self) -> list[str]:
+        """Names of the backends that this device takes."""
+        return [name for name in type(self).model_fields if getattr(self, name) is not None]
+
+
+class Cost(_Table):
+    """One measured point of the cost table that lowerings are chosen by.
+
+    Attributes:
+        kernel: the lowering measured.
+        size: its problem size, a text or numbers, as that lowering defines it.
+        ms: median milliseconds.
+        threads: threads it ran on.
+    """
+
+    kernel: str
+    size: str | list[int]
+    ms: Annotated[float, Field(gt=0, allow_inf_nan=False, strict=False)]
+    threads: Positive = 1
+
+
+class Target(_Table):
+    """A device.
+
+    Attributes:
+        name: how to ask for it.
+        title: product name.
+        memory_mib: memory of the device in MiB (the usual variant).
+        conditional: `lazy` where only the branch taken of an `If` runs, `eager` where both do.
+        dynamic_shapes: whether sizes may be known only at run time.
+        peak_gflops_per_core: float32, a multiply-accumulate counts two.
+        bandwidth_gb_per_s: of main memory, all cores, 1e9 bytes.
+        costs: measured points; empty: choose by the figures above.
+        costs_source: on what and when the costs were measured.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
+    title: str
+    memory_mib: Positive
+    conditional: Literal["lazy", "eager"]
+    dynamic_shapes: bool
+    cpu: Cpu
+    peak_gflops_per_core: Quantity
+    bandwidth_gb_per_s: Quantity
+    runtimes: Runtimes
+    costs: list[Cost] = []
+    costs_source: str | None = None
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Target:
+        if not self.runtimes.available:
+            raise ValueError("runtimes: name at least one of onnx, tvm, tflite")
+        if self.costs and not self.costs_source:
+            raise ValueError("costs_source: say on what the costs were measured")
+        return self
+
+
+def names() -> list[str]:
+    """Return the names of the catalogue, in order; `host` is accepted beside them."""
+    return sorted(path.stem for path in _CATALOG.glob("*.toml"))
+
+
+def load(name_or_path: str | Path) -> Target:
+    """Return the device of that name, of the machine itself for `host`, or of a TOML file.
+
+    `host` is the entry that fits this machine, with the cores that this machine has.
+
+    Raises:
+        UsageError: an unknown name, a missing file, or a bad one, with file, key and reason.
+    """
+    target = load_file(path_of(name_or_path))
+    if str(name_or_path) != HOST:
+        return target
+    cores = os.cpu_count() or target.cpu.cores
+    return target.model_copy(update={"cpu": target.cpu.model_copy(update={"cores": cores, "all_cores": cores})})
+
+
+def path_of(name_or_path: str | Path) -> Path:
+    """Return the file of that device; UsageError for an unknown name."""
+    text = str(name_or_path)
+    if text.endswith(".toml"):
+        return Path(name_or_path)
+    name = host_name() if text == HOST else text
+    known = names()
+    if name not in known:
+        raise unknown_name("target", name, [HOST, *known])
+    return _CATALOG / f"{name}.toml"
+
+
+def load_file(path: Path) -> Target:
+    """Return the device that the TOML file at `path` describes; UsageError as `load`."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError("there is no such target file", where=str(path)) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError("the target file can't be read", where=str(path), why=str(error)) from error
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError("the target file is no TOML", where=str(path), why=str(error)) from error
+    try:
+        return Target.model_validate(values)
+    except ValidationError as error:
+        raise _bad_key(path, error) from error
+
+
+def measured_table(measured: Rates | Parameters) -> str:
+    """Return the table of a target file that says what `dvexport tune` measured, rates to four digits."""
+    lines = [f"{name} = {_as_toml(value)}" for name, value in measured.values().items()]
+    source = f"source = {json.dumps(measured.source, ensure_ascii=False)}"
+    return "\n".join([_MEASURED[type(measured)], source, *lines, ""])
+
+
+def _as_toml(value: float | tuple[int, ...]) -> str:
+    if isinstance(value, float):
+        return str(float(f"{value:.4g}"))
+    return str(list(value) if isinstance(value, tuple) else value)
+
+
+def with_measured(text: str, *measured: Rates | Parameters) -> str:
+    """Return the text of a target file with these tables, in place of those it has.
+
+    Args:
+        text: of a file with `[runtimes.tvm]`.
+        measured: of its device.
+
+    Raises:
+        UsageError: compiled kernels are not among its runtimes, or it says so in another way.
+    """
+    for each in measured:
+        header = re.escape(_MEASURED[type(each)])
+        text = re.sub(rf"^{header}\n(?:(?!\[).*\n?)*", "", text, flags=re.MULTILINE)
+    head, line, tail = text.partition("[runtimes.tvm]\n")
+    if not line:
+        raise UsageError("the target file has no line [runtimes.tvm]", hint="add it, and run this again")
+    own, bracket, others = tail.partition("[")
+    tables = "\n".join(measured_table(each) for each in measured)
+    return f"{head}{line}{own.strip()}".rstrip() + f"\n\n{tables}\n{bracket}{others}".rstrip() + "\n"
+
+
+def runs_here(cpu: Cpu) -> bool:
+    """Tell whether code for a processor is for this kind of machine."""
+    return cpu.triple.startswith(_architecture()) and "android" not in cpu.triple
+
+
+def host_name() -> str:
+    """Return the catalogue name that fits this machine; UsageError on a processor without one."""
+    machine = _architecture()
+    if machine == "x86_64":
+        return "x86-64-avx512" if "avx512f" in _cpu_flags() else "x86-64-avx2"
+    if machine == "aarch64":
+        return "arm64"
+    raise UsageError(
+        f"no target of the catalogue fits this machine ({machine})", hint=f"name one of: {', '.join(names())}"
+    )
+
+
+def _architecture() -> str:
+    """Return what this machine is called in target triples, where systems differ."""
+    machine = platform.machine().lower()
+    return {"amd64": "x86_64", "arm64": "aarch64", "armv7l": "armv7"}.get(machine, machine)
+
+
+def _cpu_flags() -> set[str]:
+    """Return the processor's features as Linux names them; empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return set()
+    return {flag for line in lines if line.startswith("flags") for flag in line.partition(":")[2].split()}
+
+
+def _bad_key(path: Path, error: ValidationError) -> UsageError:
+    """Name the first key at fault; where the table as a whole is, its validator's text does."""
+    fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    reason = fault["msg"].removeprefix("Value error, ")
+    key = ".".join(map(str, fault["loc"]))
+    if not key:
+        key, _, reason = reason.partition(": ")
+    return UsageError(
+        f"the target file has a bad key '{key}'",
+        where=str(path),
+        why=reason,
+        hint="docs/adding-a-target.md lists the keys",
+    )

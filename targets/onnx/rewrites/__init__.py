@@ -1,0 +1,1 @@
+"""Rewrites of a lowered graph for what ONNX Runtime does well."""

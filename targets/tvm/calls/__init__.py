@@ -1,0 +1,1 @@
+"""Units of work, written as kernel calls over placed memory."""

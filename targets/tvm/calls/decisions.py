@@ -1,0 +1,133 @@
+"""Lists that kernels read, made from what gates decide. Each is made once a step, however many calls read it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from dvexport.graph.graph import static_shape
+from dvexport.targets.tvm.calls.memory import Buffer, Part
+from dvexport.targets.tvm.calls.program import FLOAT_BYTES, Program
+from dvexport.targets.tvm.kernels import lists
+from dvexport.targets.tvm.kernels.abi import Kernel
+from dvexport.targets.tvm.kernels.conv.direct_data import Window, cell_bounds
+from dvexport.targets.tvm.kernels.plane import Plane
+from dvexport.targets.tvm.machine.machine import Machine
+
+__all__ = ["channel_list", "line_list", "lines_suffice", "not_skipped", "pixel_mask", "run_list"]
+
+_INT_BYTES = 4
+
+
+def channel_list(program: Program, mask: ir.Value | None, count: int, index: int) -> Part:
+    """Return the list of the channels that a mask (bool `[frames, count]`) names in frame `index`, or of all."""
+    if mask is None:
+        return program.constants.add(np.array([count, *range(count)], np.int32))
+    return _channels(program, mask, count, index, lists.channels_from_mask)
+
+
+def not_skipped(program: Program, action: ir.Value, index: int) -> Part:
+    """Return the list of the channels whose action (int64 `[frames, C]`) is not 0, skip."""
+    return _channels(program, action, static_shape(action)[1], index, lists.channels_other_than)
+
+
+def run_list(program: Program, tiles: ir.Value, index: int, table: np.ndarray, run: int) -> Part:
+    """Return the list of the runs (or Winograd tiles) of a frame's active cells.
+
+    Args:
+        tiles: bool `[frames, gh, gw]`.
+        table: `[cells + 1 starts][output offsets][input offsets]`.
+        run: lanes that an entry fills: pixels of a run; 1 for a tile.
+    """
+    cells = int(np.prod(static_shape(tiles)[1:]))
+    total = int(table[cells])
+
+    def make(frame: Part) -> Part:
+        made = Buffer(
+            f"runs of {tiles.name}", lists.run_list_size(lists.runs_capacity(total, run, program.machine)) * 4
+        )
+        shape = program.constants.add(lists.runs_shape(cells, total, run, program.machine))
+        arguments = [frame, program.constants.add(table), shape, made.part()]
+        program.call(lists.cells_to_runs(program.machine), arguments, f"list {tiles.name}", program.gate_of(tiles))
+        return made.part()
+
+    return _once(program, ("runs", tiles, index, run, table.tobytes()), tiles, index, make)
+
+
+def line_list(program: Program, tiles: ir.Value, index: int, plane: Plane) -> Part:
+    """Return the lines of a plane that a convolution over a frame's active cells reads."""
+    grid = _grid(tiles)
+
+    def make(frame: Part) -> Part:
+        made = Buffer(f"lines of {tiles.name}", lists.line_list_size(plane) * _INT_BYTES).part()
+        table = program.constants.add(lists.line_table(plane, grid, plane.pad))
+        shape = program.constants.add(lists.lines_shape(plane, grid))
+        kernel = lists.touched_lines(lists.table_words(grid), program.machine)
+        program.call(kernel, [frame, table, shape, made], f"list {tiles.name}", program.gate_of(tiles))
+        return made
+
+    return _once(program, ("lines", tiles, index, plane), tiles, index, make)
+
+
+def lines_suffice(tiles: ir.Value, plane: Plane, window: Window, size: tuple[int, int]) -> bool:
+    """Tell whether a convolution over active cells of its output reads nothing but `line_list` of those cells.
+
+    With a stride it may not: a cell that does not divide both planes starts at other pixels in each.
+
+    Args:
+        tiles: bool `[frames, gh, gw]`.
+        plane: of the convolution's input.
+        window: of the convolution.
+        size: height and width of its output, in pixels.
+    """
+    axes = zip(_grid(tiles), (plane.height, plane.width), size, range(2), strict=True)
+    return all(_reach_suffices(cells, read, made, window, axis, plane.pad) for cells, read, made, axis in axes)
+
+
+def _reach_suffices(cells: int, read: int, made: int, window: Window, axis: int, halo: int) -> bool:
+    reach = (window.kernel[axis] - 1) * window.dilations[axis] - window.pads[axis]
+    for (start, stop), (low, high) in zip(cell_bounds(cells, made), cell_bounds(cells, read), strict=True):
+        first, last = start * window.strides[axis] - window.pads[axis], (stop - 1) * window.strides[axis] + reach
+        if start < stop and (low == high or first < low - halo or min(last, read - 1) >= high + halo):
+            return False
+    return True
+
+
+def pixel_mask(program: Program, tiles: ir.Value, index: int, plane: Plane) -> Part:
+    """Return a frame's tile mask as a float plane: 1 at active pixels."""
+
+    def make(frame: Part) -> Part:
+        made = Buffer(f"mask of {tiles.name}", plane.size * FLOAT_BYTES).part()
+        shape = program.constants.add(lists.mask_shape(plane, _grid(tiles)))
+        label, gate = f"mask {tiles.name}", program.gate_of(tiles)
+        program.call(lists.mask_from_tiles(program.machine), [frame, shape, made], label, gate)
+        return made
+
+    return _once(program, ("mask", tiles, index, plane), tiles, index, make)
+
+
+def _channels(program: Program, source: ir.Value, count: int, index: int, kernel: Callable[[Machine], Kernel]) -> Part:
+    def make(frame: Part) -> Part:
+        made = Buffer(f"channels of {source.name}", lists.channel_list_size(count) * _INT_BYTES).part()
+        shape = program.constants.add(lists.channels_shape(count))
+        program.call(kernel(program.machine), [frame, shape, made], f"list {source.name}", program.gate_of(source))
+        return made
+
+    return _once(program, ("channels", source, index), source, index, make)
+
+
+def _once(
+    program: Program, key: tuple[object, ...], source: ir.Value, index: int, make: Callable[[Part], Part]
+) -> Part:
+    """Return what `make` made of frame `index` of a decision the first time."""
+    if key not in program.lists:
+        frame = program.frame(program.flat(source), static_shape(source)[0], index)
+        program.lists[key] = make(frame)
+    return program.lists[key]
+
+
+def _grid(tiles: ir.Value) -> tuple[int, int]:
+    _, rows, columns = static_shape(tiles)
+    return rows, columns

@@ -1,0 +1,1 @@
+"""Operators without a kernel of their own, compiled through Relax as islands."""

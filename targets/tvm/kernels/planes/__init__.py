@@ -1,0 +1,1 @@
+"""Kernels over planes: copies, elementwise operators, pooling."""

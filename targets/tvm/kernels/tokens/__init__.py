@@ -1,0 +1,1 @@
+"""Kernels of transformers: matrix products, attention, normalisation, token choice."""

@@ -1,0 +1,1 @@
+"""The processor that kernels are generated for: data only."""

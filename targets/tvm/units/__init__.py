@@ -1,0 +1,1 @@
+"""A graph, cut into units of work."""

@@ -1,0 +1,75 @@
+"""What is computed from constants alone: biases of attention that a trace keeps as tables and places in them.
+
+A graph stays small that way (`dvexport/graph/fold.py`). Kernels read a bias laid out, so it is laid out here, once,
+for the
+weights file; but rows that are chosen along the first axis, such as the few masks of many windows, are chosen by the
+kernel (`kernels/window_attention.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from dvexport.graph.graph import array_of
+
+__all__ = ["chosen_rows", "lay_out"]
+
+
+def lay_out(model: ir.Model) -> None:
+    """Replace what is computed from constants by constants, in place; not rows that are only added to something."""
+    for node in list(model.graph):
+        if node.domain or node.op_type not in _VALUES or _is_added(node):
+            continue
+        arrays = [array_of(value) for value in node.inputs]
+        if any(array is None for array in arrays):
+            continue
+        value, array = node.outputs[0], np.ascontiguousarray(_VALUES[node.op_type](node, arrays))
+        made = ir.Value(name=value.name, shape=ir.Shape(array.shape), const_value=ir.tensor(array, name=value.name))
+        made.dtype = ir.DataType.from_numpy(array.dtype)
+        ir.convenience.replace_all_uses_with(value, made, replace_graph_outputs=True)
+        model.graph.remove(node, safe=True)
+        model.graph.register_initializer(made)
+
+
+def chosen_rows(value: ir.Value | None) -> tuple[np.ndarray, ir.Value] | None:
+    """Return which rows of which constant a value is, None if it is not made that way."""
+    node = None if value is None else value.producer()
+    if node is None or node.op_type != "Gather" or node.domain or _axis(node) != 0:
+        return None
+    table, index = node.inputs
+    rows, places = array_of(table), array_of(index)
+    if table is None or rows is None or places is None or places.ndim != 1:
+        return None
+    return np.where(places < 0, places + len(rows), places), table
+
+
+def _is_added(node: ir.Node) -> bool:
+    users = [user for user, _ in node.outputs[0].uses()]
+    return chosen_rows(node.outputs[0]) is not None and all(user.op_type == "Add" for user in users)
+
+
+def _axis(node: ir.Node) -> int:
+    return node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+
+
+def _transpose(node: ir.Node, arrays: list) -> np.ndarray:
+    given = node.attributes.get("perm")
+    return arrays[0].transpose(given.as_ints() if given is not None else None)
+
+
+def _reshape(node: ir.Node, arrays: list) -> np.ndarray:
+    zero = "allowzero" in node.attributes and node.attributes["allowzero"].as_int()
+    shape = [
+        arrays[0].shape[axis] if not size and not zero else int(size) for axis, size in enumerate(arrays[1].tolist())
+    ]
+    return arrays[0].reshape(shape)
+
+
+_VALUES: dict[str, Callable[[ir.Node, list], np.ndarray]] = {
+    "Gather": lambda node, arrays: np.take(arrays[0], arrays[1], axis=_axis(node)),
+    "Reshape": _reshape,
+    "Transpose": _transpose,
+}

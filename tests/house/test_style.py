@@ -1,0 +1,112 @@
+"""House rules that no linter knows."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ("dvexport", "models", "passes", "targets")
+TEXT = {
+    "",
+    ".cfg",
+    ".css",
+    ".html",
+    ".j2",
+    ".json",
+    ".md",
+    ".py",
+    ".sh",
+    ".svg",
+    ".toml",
+    ".txt",
+    ".yaml",
+    ".yml",
+}
+
+# In pieces, so that this file does not contain what it forbids.
+MACHINE_PATHS = re.compile(
+    r"(?<![\w.])/(?:" + "|".join(["ho" + "me", "ro" + "ot", "wo" + "rk", "Us" + "ers"]) + r")/\w"
+)
+SHARED_FOLDER = ".." + "/shared"
+REGISTRY_HOSTS = re.compile(
+    "|".join([r"pypi\." + "org", r"pythonhosted\." + "org", r"download\.py" + "torch", r"crates\." + "io"])
+)
+
+MOST_LINES = 450
+
+
+def _tracked() -> list[Path]:
+    """Files that are in git or about to be; a source archive without git has every file looked at."""
+    listing = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if listing.returncode:
+        return [path for path in ROOT.rglob("*") if path.is_file() and ".venv" not in path.parts]
+    return [path for name in listing.stdout.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def _modules() -> list[Path]:
+    return [path for folder in SOURCES for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def _name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def test_modules_are_found():
+    found = {_name(path) for path in _modules()}
+    assert {"dvexport/gates.py", "models/zoo.py", "passes/split_paths.py", "targets/catalogue.py"} <= found
+
+
+@pytest.mark.parametrize(
+    ("text", "forbidden"),
+    [("see /ho" + "me/someone/x", True), ("/wo" + "rk/main", True), ("layers/wo" + "rk/main", False)],
+)
+def test_machine_paths_are_recognised(text, forbidden):
+    assert bool(MACHINE_PATHS.search(text)) == forbidden
+
+
+def test_no_file_speaks_of_one_machine():
+    found = []
+    for path in _tracked():
+        if path.suffix not in TEXT:
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+            if MACHINE_PATHS.search(line) or SHARED_FOLDER in line or REGISTRY_HOSTS.search(line):
+                found.append(f"{_name(path)}:{number}: {line.strip()[:100]}")
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("path", _modules(), ids=_name)
+def test_a_module_says_what_it_is_and_what_it_offers(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    if path.name == "__init__.py" and not tree.body:
+        return
+    assert ast.get_docstring(tree), "no docstring"
+    assigned = {t.id for n in tree.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
+    assert path.name in ("__init__.py", "__main__.py") or "__all__" in assigned, "no __all__"
+    assert len(path.read_text(encoding="utf-8").splitlines()) < MOST_LINES, "look for the second idea in it"
+
+
+def test_what_tests_share_is_in_no_test_module():
+    """A test module can be split, renamed or removed without breaking another."""
+    paths = sorted((ROOT / "tests").rglob("*.py"))
+    wrong = [f"{_name(path)} imports {name}" for path in paths for name in _imports(path) if name.startswith("test_")]
+    assert paths
+    assert not wrong, "\n".join(wrong)
+
+
+def _imports(path: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return found
