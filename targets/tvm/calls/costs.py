@@ -2,8 +2,8 @@
 
 A cost model has ten coefficients, nanoseconds on one thread. Eight are over (1, a, b, c, ab, ac, bc, abc): output
 channels, input channels and vectors of pixels (`plan_file.py`). Two are what is waited for weights, a min(b line,
-stream): of few input channels each cache line comes alone, of many all come in a row. They are made of a few rates of the
-machine: what a kernel does is known exactly (`DirectConv`, `WinogradConv`), how long a unit of it takes is measured
+stream): of few input channels each cache line comes alone, of many all come in a row. They are made of a few rates of
+the machine: what a kernel does is known exactly (`DirectConv`, `WinogradConv`), how long a unit of it takes is measured
 (`tune.py`).
 """
 
