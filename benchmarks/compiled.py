@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from dvexport.targets import load
+from dvexport.targets.catalogue import load
 from dvexport.targets.tvm.artifact import NativeArtifact, build_artifact
 from dvexport.targets.tvm.calls.program import ALGORITHMS
 from dvexport.targets.tvm.machine.machine import Machine, machine_of

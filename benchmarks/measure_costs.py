@@ -21,16 +21,17 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
-import dvexport.targets
 from benchmarks.timing import interleave
 from dvexport.errors import UsageError
 from dvexport.graph.graph import DV, FRAMES, OPSET, Builder, static_shape
 from dvexport.graph.state import states_of
 from dvexport.passes.choose_lowering import BY_CHANNEL, BY_TILE, LOWERINGS, ConvShape
 from dvexport.passes.group_channels import even_groups
-from dvexport.passes.pipeline import Plan, lower
+from dvexport.passes.pipeline import Plan
 from dvexport.profile.measure import random_decisions
+from dvexport.targets import catalogue
 from dvexport.targets.onnx.emit import emit
+from dvexport.targets.onnx.passes import lower
 from dvexport.targets.onnx.runtime import OrtSession
 
 BLOCKS = 3
@@ -194,8 +195,8 @@ def _cpu() -> str:
 
 def _rewrite(text: str) -> Path:
     """Put the table at the end of the top level of this machine's catalogue file."""
-    folder = Path(dvexport.targets.__file__).parent / "catalog"
-    path = folder / f"{dvexport.targets.load('host').name}.toml"
+    folder = Path(catalogue.__file__).parent / "catalog"
+    path = folder / f"{catalogue.load('host').name}.toml"
     old = re.sub(r"(?ms)^costs_source = .*?^\]\n+", "", path.read_text(encoding="utf-8"))
     top, _, tables = old.partition("\n[")
     path.write_text(f"{top.rstrip()}\n\n{text}\n\n[{tables}", encoding="utf-8")

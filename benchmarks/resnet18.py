@@ -18,9 +18,10 @@ from dvexport.dialect.flops import flop_table
 from dvexport.graph.state import states_of
 from dvexport.models import zoo
 from dvexport.passes.choose_lowering import Abilities, CostTable
-from dvexport.passes.pipeline import Plan, lower
-from dvexport.targets import load
+from dvexport.passes.pipeline import Plan
+from dvexport.targets.catalogue import load
 from dvexport.targets.onnx.emit import emit
+from dvexport.targets.onnx.passes import lower
 from dvexport.targets.onnx.runtime import OrtSession
 from dvexport.trace import trace
 

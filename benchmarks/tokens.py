@@ -12,13 +12,14 @@ from dvexport.dialect.flops import flop_table
 from dvexport.export import build_model, traced_levels
 from dvexport.graph.graph import TOKENS
 from dvexport.models.zoo import describe
-from dvexport.passes.pipeline import Plan, lower
-from dvexport.profile.call_times import call_times
-from dvexport.profile.node_times import gates_of_nodes, node_times
+from dvexport.passes.pipeline import Plan
 from dvexport.run.golden import moving_texture
 from dvexport.targets.onnx.backend import onnx_variant
 from dvexport.targets.onnx.runtime import OnnxVariant
+from dvexport.targets.onnx.times import gates_of_nodes, node_times
 from dvexport.targets.runtime import Runtime, Variant
+from dvexport.targets.tvm.passes import lower
+from dvexport.targets.tvm.times import call_times
 
 __all__ = ["COLUMNS", "rates", "token_rows"]
 
@@ -88,7 +89,7 @@ def _variants(backend: str, gated: Any, dense: Any, plan: Plan) -> dict[str, Var
         return {"gated": onnx_variant(gated, plan), "dense": onnx_variant(dense, replace(plan, variant="dense"))}
     from dvexport.targets.tvm.artifact import build_artifact
 
-    native = replace(plan, kernels=True)
+    native = plan
     models = {"gated": lower(gated, native).model, "dense": lower(dense, replace(native, variant="dense")).model}
     artifact = build_artifact(models, host(), lambda _: None)
     return {side: artifact.variant(side, plan.frames) for side in models}

@@ -14,10 +14,12 @@ from dvexport.dialect.flops import flop_table
 from dvexport.export import build_model
 from dvexport.graph.state import states_of
 from dvexport.models import zoo
-from dvexport.passes.pipeline import Plan, lower
+from dvexport.passes.pipeline import Plan
 from dvexport.run.session import Session
+from dvexport.targets.onnx import passes
 from dvexport.targets.onnx.emit import emit
 from dvexport.targets.onnx.runtime import OrtSession
+from dvexport.targets.tvm.passes import lower
 from dvexport.trace import trace
 from dvexport.video.clips import read_clip
 
@@ -32,10 +34,10 @@ def trained_rows(model: str, threads: list[int], rounds: int) -> list[dict[str, 
     source = build_model(model, None, {}).model
     traced = trace(source, source.preprocess.size)
     models = {
-        "gated": lower(traced, Plan(kernels=True)).model,
-        "dense": lower(traced, Plan(kernels=True, variant="dense")).model,
+        "gated": lower(traced, Plan()).model,
+        "dense": lower(traced, Plan(variant="dense")).model,
     }
-    dense = lower(traced, Plan(variant="dense")).model
+    dense = passes.lower(traced, Plan(variant="dense")).model
     compiled = compile_network(models, host())
     clips = [read_clip(path, source.preprocess).frames for path in _clips()]
     table, rows = flop_table(traced), []

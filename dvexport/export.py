@@ -35,6 +35,7 @@ from dvexport.graph.graph import DV, gate_name, static_shape, whole_clip_of
 from dvexport.graph.onnx_file import model_apart, model_bytes
 from dvexport.graph.state import states_of
 from dvexport.graph.weights import WEIGHTS, share_weights
+from dvexport.modes import MODES
 from dvexport.passes.choose_lowering import Abilities, CostTable
 from dvexport.passes.expose_probes import decision_values
 from dvexport.passes.pipeline import Lowered, Plan
@@ -53,9 +54,7 @@ from dvexport.trace import trace
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["MODES", "build_model", "export", "file_digest", "traced_levels"]
-
-MODES = ("stream", "clip")
+__all__ = ["build_model", "export", "file_digest", "traced_levels"]
 
 _TOOLS = ("dvexport", "onnx", "onnx-ir", "onnxscript", "torch")
 

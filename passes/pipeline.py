@@ -1,45 +1,33 @@
-"""The order of the passes: one table for each variant of a model."""
+"""The order of the passes: those that every backend shares, then the backend's own."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import onnx_ir as ir
 
 from dvexport.errors import DvexportError, PassError, unknown_name
+from dvexport.modes import MODES
 from dvexport.passes.check_dialect import CheckDialect
-from dvexport.passes.choose_kernels import ChooseKernels
-from dvexport.passes.choose_lowering import Abilities, Choice, ChooseLowering, CostTable, Rates
+from dvexport.passes.choose_lowering import Abilities, Choice, CostTable, Rates
 from dvexport.passes.clean_up import CleanUp
 from dvexport.passes.drop_gates import DropGates
 from dvexport.passes.expose_probes import ExposeProbes, ForceDecisions
 from dvexport.passes.fold_scores import FoldScores
-from dvexport.passes.fuse_residual import FuseResidual
-from dvexport.passes.group_channels import ChannelStatistics, GroupChannels
-from dvexport.passes.lower_channels import LowerChannels
-from dvexport.passes.lower_groups import LowerGroups
+from dvexport.passes.group_channels import ChannelStatistics
 from dvexport.passes.lower_masked import LowerMasked
 from dvexport.passes.mark_decisions import MarkDecisions
 from dvexport.passes.propagate_inactive import PropagateInactive
 from dvexport.passes.set_frames import SetClip, SetStream
 from dvexport.passes.share_pooling import SharePooling
 from dvexport.passes.simplify import Simplify
-from dvexport.passes.skip_idle import SkipIdle
-from dvexport.passes.split_paths import SplitPaths
-from dvexport.passes.tiles.keep_rows import KeepRows
-from dvexport.passes.tiles.lower_tiles import LowerTiles
-from dvexport.passes.update_in_place import UpdateInPlace
 
-__all__ = ["Lowered", "PassRecord", "Plan", "lower"]
+__all__ = ["BackendPasses", "Chooser", "Lowered", "PassRecord", "Plan", "lower"]
 
-MODES = ("stream", "clip")
 VARIANTS = ("gated", "dense", "masked")
-_KERNELS = ("SparseConv", "Merge", "SelectTokens")
-_IDLE = 0.15
-"""Expected share of active tiles below which most frames leave most gates alone. With 60 % of the tiles active the
-conditionals made a step 7 % slower, with none a fifth faster (ONNX Runtime, shipped models)."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +41,6 @@ class Plan:
         forced: take decisions from inputs (`expose_probes.forced_name`) instead of from the gates.
         abilities, costs, rates, overrides: see `ChooseLowering`.
         statistics: channel actions seen in calibration, by gate, for `GroupChannels`.
-        kernels: the backend has kernels for `SparseConv` and `Merge`: gates are left to them.
     """
 
     mode: str = "stream"
@@ -65,7 +52,6 @@ class Plan:
     rates: Mapping[str, Rates] = field(default_factory=dict)
     overrides: Mapping[str, str] = field(default_factory=dict)
     statistics: Mapping[str, ChannelStatistics] = field(default_factory=dict)
-    kernels: bool = False
 
     def __post_init__(self) -> None:
         """UsageError on a mode or variant that is none."""
@@ -84,6 +70,17 @@ class PassRecord:
     seconds: float
 
 
+@runtime_checkable
+class Chooser(Protocol):
+    """A pass that decides what becomes of every gate.
+
+    Attributes:
+        choices: what it chose, once it ran.
+    """
+
+    choices: list[Choice]
+
+
 @dataclass
 class Lowered:
     """A model of operators that the backend has, with what was decided on the way."""
@@ -93,12 +90,26 @@ class Lowered:
     log: list[PassRecord]
 
 
-def lower(traced: ir.Model, plan: Plan, *, check: bool = False) -> Lowered:
+@dataclass(frozen=True)
+class BackendPasses:
+    """What a backend adds to the common passes.
+
+    Attributes:
+        lowering: the passes that turn gates into operators which the backend has, in order, for a plan.
+        finishing: rewrites of every variant for how the backend's runtime works, after everything else.
+    """
+
+    lowering: Callable[[Plan], Sequence[ir.passes.PassBase]]
+    finishing: Callable[[], Sequence[ir.passes.PassBase]]
+
+
+def lower(traced: ir.Model, plan: Plan, backend: BackendPasses, *, check: bool = False) -> Lowered:
     """Lower a traced model; the input is not modified.
 
     Args:
         traced: gate level, dynamic frame axis (`dvexport.trace.trace`).
         plan: what to make of it.
+        backend: the passes of the backend that it is lowered for.
         check: check the dialect's legality after every pass (tests do), not only at the end.
 
     Raises:
@@ -107,20 +118,19 @@ def lower(traced: ir.Model, plan: Plan, *, check: bool = False) -> Lowered:
         PassError: a pass broke the model; it and those before it are named.
     """
     model = traced.clone()
-    chooser = (
-        ChooseKernels() if plan.kernels else ChooseLowering(plan.abilities, plan.costs, plan.rates, plan.overrides)
-    )
+    steps = [*_table(plan, backend), *backend.finishing()]
     log: list[PassRecord] = []
-    for step in _table(plan, chooser):
+    for step in steps:
         _apply(step, model, log)
         if check:
             _apply(CheckDialect(), model, log)
     _apply(CheckDialect(), model, log)
-    return Lowered(model, chooser.choices, log)
+    choices = [choice for step in steps if isinstance(step, Chooser) for choice in step.choices]
+    return Lowered(model, choices, log)
 
 
-def _table(plan: Plan, chooser: ChooseLowering | ChooseKernels) -> list[ir.passes.PassBase]:
-    """Return the passes of a plan, in order."""
+def _table(plan: Plan, backend: BackendPasses) -> list[ir.passes.PassBase]:
+    """Return the passes of a plan in order, up to the backend's finishing ones."""
     frames = SetStream() if plan.mode == "stream" else SetClip(plan.frames)
     head: list[ir.passes.PassBase] = [Simplify(), PropagateInactive(), SharePooling(), FoldScores(), frames]
     if plan.variant == "dense":
@@ -130,32 +140,7 @@ def _table(plan: Plan, chooser: ChooseLowering | ChooseKernels) -> list[ir.passe
         head.append(ForceDecisions())
     if plan.variant == "masked":
         return [*head, LowerMasked(), CleanUp()]
-    if plan.kernels:
-        return [*head, chooser, SplitPaths(), FuseResidual(), CleanUp(), LowerMasked(keep=_KERNELS), CleanUp()]
-    idle: list[ir.passes.PassBase] = [SkipIdle()] if _mostly_idle(plan) else []
-    return [
-        *head,
-        chooser,
-        GroupChannels(plan.statistics),
-        SplitPaths(),
-        FuseResidual(),
-        LowerTiles(),
-        KeepRows(),
-        LowerChannels(),
-        LowerGroups(),
-        CleanUp(),  # before masking, so that nothing unused is expanded
-        LowerMasked(),
-        CleanUp(),
-        *idle,
-        UpdateInPlace(),
-        CleanUp(),
-    ]
-
-
-def _mostly_idle(plan: Plan) -> bool:
-    """Tell whether conditionals around whole gates pay: they cost busy gates more than idle ones save."""
-    active = [rates.tiles for rates in plan.rates.values()]
-    return plan.abilities.conditional == "lazy" and bool(active) and sum(active) / len(active) < _IDLE
+    return [*head, *backend.lowering(plan)]
 
 
 def _apply(step: ir.passes.PassBase, model: ir.Model, log: list[PassRecord]) -> None:

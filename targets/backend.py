@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
     from dvexport.bundle.archive import Bundle
     from dvexport.bundle.manifest import Manifest
-    from dvexport.passes.pipeline import Lowered, Plan
+    from dvexport.passes.pipeline import BackendPasses, Lowered, Plan
 
-__all__ = ["Backend", "Built"]
+__all__ = ["Backend", "Built", "Progress", "not_available"]
 
 Progress = Callable[[str], None]
 
@@ -51,9 +51,13 @@ class Backend(Protocol):
 
     Attributes:
         tools: packages whose versions have a part in an artifact.
+        passes: what it adds to the passes that every backend shares.
+        remedy: what to try where an artifact is no faster than its dense version.
     """
 
     tools: tuple[str, ...]
+    passes: BackendPasses
+    remedy: str
 
     def check(self, device: Target, lowering: Mapping[str, str]) -> None:
         """Raise UsageError where a request can't be met, DeviceError where a package is missing."""
@@ -74,8 +78,9 @@ class Backend(Protocol):
         """Return the name and version of what executes a bundle's artifact on this machine."""
 
 
-def _not_available(what: str, device: Target) -> UsageError:
+def not_available(what: str, device: Target) -> UsageError:
+    """Return the error for a device that a backend's artifacts do not run on."""
     return UsageError(
         f"target '{device.name}' does not run {what}",
-        why=f"its runtimes are: {', '.join(device.runtimes.available)}",
+        why=f"its runtimes are: {', '.join(device.backends)}",
     )

@@ -6,56 +6,42 @@ docs/adding-a-target.md for the keys.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from dvexport.errors import UsageError, unknown_name
+from dvexport.targets.discover import BACKENDS, PLANNED, part_of
 from dvexport.targets.runtime import DEFAULT_THREADS, MOST_THREADS
-from dvexport.targets.tvm.machine.rates import Parameters, Rates
+from dvexport.targets.table import Positive, Table
 
 __all__ = [
     "HOST",
     "Cost",
     "Cpu",
-    "Onnx",
     "Quantity",
-    "Runtimes",
     "Target",
-    "Tflite",
-    "Tvm",
     "host_name",
     "load",
     "load_file",
-    "measured_table",
     "names",
     "path_of",
     "runs_here",
-    "with_measured",
 ]
+
+TableT = TypeVar("TableT", bound=Table)
 
 HOST = "host"
 """Stands for the catalogue entry that fits the machine dvexport runs on."""
 
 _CATALOG = Path(__file__).parent / "catalog"
-_MEASURED = {Rates: "[runtimes.tvm.rates]", Parameters: "[runtimes.tvm.parameters]"}
-"""Tables that `dvexport tune` writes."""
-
-Positive = Annotated[int, Field(ge=1)]
-Version = Annotated[str, Field(pattern=r"^\d+(\.\d+)*$")]
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-
-class Cpu(_Table):
+class Cpu(Table):
     """The cores worth using: the big cluster where there are two kinds.
 
     Attributes:
@@ -72,7 +58,7 @@ class Cpu(_Table):
     model: str
     triple: Annotated[str, Field(pattern=r"^[a-z0-9_]+(-[a-z0-9_]+){1,3}$")]
     mcpu: str
-    features: list[Annotated[str, Field(pattern=r"^[+-][a-z0-9_.-]+$")]] = []
+    features: list[Annotated[str, Field(pattern=r"^[+-][a-z0-9_.-]+$")]] = Field(default_factory=list)
     lanes: Literal[1, 2, 4, 8, 16]
     cores: Positive
     all_cores: Positive | None = None
@@ -97,7 +83,7 @@ class Cpu(_Table):
         return min(self.all_cores or max(self.cores, DEFAULT_THREADS), MOST_THREADS)
 
 
-class Quantity(_Table):
+class Quantity(Table):
     """A figure and where it is from; `estimated` unless someone measured it on the device."""
 
     value: Annotated[float, Field(gt=0, allow_inf_nan=False, strict=False)]
@@ -105,48 +91,7 @@ class Quantity(_Table):
     estimated: bool
 
 
-class Onnx(_Table):
-    """ONNX Runtime: the opset to emit and the oldest version that may run it."""
-
-    opset: Annotated[int, Field(ge=13)]
-    min_version: Version
-
-
-class Tvm(_Table):
-    """Compiled kernels with a C runtime of our own: nothing needs to be installed on the device.
-
-    Attributes:
-        rates: how long a kernel's units of work take there (`dvexport tune`); None: estimated.
-        parameters: what its convolution kernels are generated with (`dvexport tune`); None: as for its instruction set.
-        winograd: whether convolutions may be Winograd's, two to three times as fast where they apply, for
-            weights that take up to three times the memory.
-    """
-
-    rates: Rates | None = None
-    parameters: Parameters | None = None
-    winograd: bool = True
-
-
-class Tflite(_Table):
-    """LiteRT, or tflite-runtime up to 2.14: the oldest version that may run it."""
-
-    min_version: Version
-
-
-class Runtimes(_Table):
-    """What can execute there; at least one."""
-
-    onnx: Onnx | None = None
-    tvm: Tvm | None = None
-    tflite: Tflite | None = None
-
-    @property
-    def available(self) -> list[str]:
-        """Names of the backends that this device takes."""
-        return [name for name in type(self).model_fields if getattr(self, name) is not None]
-
-
-class Cost(_Table):
+class Cost(Table):
     """One measured point of the cost table that lowerings are chosen by.
 
     Attributes:
@@ -162,7 +107,7 @@ class Cost(_Table):
     threads: Positive = 1
 
 
-class Target(_Table):
+class Target(Table):
     """A device.
 
     Attributes:
@@ -175,6 +120,7 @@ class Target(_Table):
         bandwidth_gb_per_s: of main memory, all cores, 1e9 bytes.
         costs: measured points; empty: choose by the figures above.
         costs_source: on what and when the costs were measured.
+        runtimes: what can execute there, by backend: the backend's own table, or the values where it is planned.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
@@ -185,17 +131,50 @@ class Target(_Table):
     cpu: Cpu
     peak_gflops_per_core: Quantity
     bandwidth_gb_per_s: Quantity
-    runtimes: Runtimes
-    costs: list[Cost] = []
+    runtimes: dict[str, Any]
+    costs: list[Cost] = Field(default_factory=list)
     costs_source: str | None = None
+
+    def runtime(self, table: type[TableT]) -> TableT | None:
+        """Return what the device says of a backend, by the type of the backend's table; None: it does not run there."""
+        return next((said for said in self.tables if isinstance(said, table)), None)
+
+    @property
+    def tables(self) -> list[Table]:
+        """What the device says of each backend of this release."""
+        return [said for said in self.runtimes.values() if isinstance(said, Table)]
+
+    @property
+    def backends(self) -> list[str]:
+        """Names of the backends that the device takes."""
+        return sorted(self.runtimes)
+
+    @field_validator("runtimes")
+    @classmethod
+    def _tables(cls, runtimes: dict[str, Any]) -> dict[str, Any]:
+        return {name: _runtime_table(name, values) for name, values in runtimes.items()}
 
     @model_validator(mode="after")
     def _coherent(self) -> Target:
-        if not self.runtimes.available:
-            raise ValueError("runtimes: name at least one of onnx, tvm, tflite")
+        if not self.runtimes:
+            raise ValueError(f"runtimes: name at least one of {', '.join((*BACKENDS, *PLANNED))}")
         if self.costs and not self.costs_source:
             raise ValueError("costs_source: say on what the costs were measured")
         return self
+
+
+def _runtime_table(backend: str, values: Any) -> Any:
+    """Return `[runtimes.BACKEND]` as that backend reads it; ValueError with the key at fault."""
+    if backend in PLANNED:
+        return values
+    if backend not in BACKENDS:
+        raise ValueError(f"{backend}: Extra inputs are not permitted")
+    try:
+        return part_of(backend, "table").TABLE.model_validate(values)
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        key = ".".join(map(str, (backend, *fault["loc"])))
+        raise ValueError(f"{key}: {fault['msg'].removeprefix('Value error, ')}") from error
 
 
 def names() -> list[str]:
@@ -246,40 +225,6 @@ def load_file(path: Path) -> Target:
         raise _bad_key(path, error) from error
 
 
-def measured_table(measured: Rates | Parameters) -> str:
-    """Return the table of a target file that says what `dvexport tune` measured, rates to four digits."""
-    lines = [f"{name} = {_as_toml(value)}" for name, value in measured.values().items()]
-    source = f"source = {json.dumps(measured.source, ensure_ascii=False)}"
-    return "\n".join([_MEASURED[type(measured)], source, *lines, ""])
-
-
-def _as_toml(value: float | tuple[int, ...]) -> str:
-    if isinstance(value, float):
-        return str(float(f"{value:.4g}"))
-    return str(list(value) if isinstance(value, tuple) else value)
-
-
-def with_measured(text: str, *measured: Rates | Parameters) -> str:
-    """Return the text of a target file with these tables, in place of those it has.
-
-    Args:
-        text: of a file with `[runtimes.tvm]`.
-        measured: of its device.
-
-    Raises:
-        UsageError: compiled kernels are not among its runtimes, or it says so in another way.
-    """
-    for each in measured:
-        header = re.escape(_MEASURED[type(each)])
-        text = re.sub(rf"^{header}\n(?:(?!\[).*\n?)*", "", text, flags=re.MULTILINE)
-    head, line, tail = text.partition("[runtimes.tvm]\n")
-    if not line:
-        raise UsageError("the target file has no line [runtimes.tvm]", hint="add it, and run this again")
-    own, bracket, others = tail.partition("[")
-    tables = "\n".join(measured_table(each) for each in measured)
-    return f"{head}{line}{own.strip()}".rstrip() + f"\n\n{tables}\n{bracket}{others}".rstrip() + "\n"
-
-
 def runs_here(cpu: Cpu) -> bool:
     """Tell whether code for a processor is for this kind of machine."""
     return cpu.triple.startswith(_architecture()) and "android" not in cpu.triple
@@ -313,12 +258,13 @@ def _cpu_flags() -> set[str]:
 
 
 def _bad_key(path: Path, error: ValidationError) -> UsageError:
-    """Name the first key at fault; where the table as a whole is, its validator's text does."""
+    """Name the first key at fault; where a validator of ours found it, the rest of the key is in its text."""
     fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    reason = fault["msg"].removeprefix("Value error, ")
-    key = ".".join(map(str, fault["loc"]))
-    if not key:
-        key, _, reason = reason.partition(": ")
+    reason, parts = fault["msg"], [str(part) for part in fault["loc"]]
+    if fault["type"] == "value_error":
+        inner, _, reason = reason.removeprefix("Value error, ").partition(": ")
+        parts.append(inner)
+    key = ".".join(parts)
     return UsageError(
         f"the target file has a bad key '{key}'",
         where=str(path),

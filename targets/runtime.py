@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from dvexport.numbers import whole_number
+from dvexport.targets.times import NodeTimes
 
 __all__ = ["DEFAULT_THREADS", "MOST_THREADS", "Port", "Runtime", "Variant", "checked_threads"]
 
@@ -59,7 +60,7 @@ class Runtime(Protocol):
         """Run one step over every input; DeviceError if the runtime fails."""
 
     def end_profile(self) -> Any:
-        """Return what was recorded of all steps so far; only if opened with `profile`."""
+        """Return what was recorded of all steps so far, for `Variant.times`; only if opened with `profile`."""
 
     def close(self) -> None:
         """Free everything; a closed runtime can't be used (DeviceError), and may be closed again."""
@@ -74,4 +75,13 @@ class Variant(Protocol):
         Raises:
             UsageError: more threads than the runtime takes, or no number of them.
             DeviceError: the runtime is missing, or can't load it.
+        """
+
+    def times(self, recording: Any, gates: Collection[str], dense: Any) -> NodeTimes:
+        """Return what a recording of this variant says of its nodes and gates.
+
+        Args:
+            recording: of the same steps twice, as `Runtime.end_profile` returned it; the first time is a warm-up.
+            gates: names of the gates.
+            dense: the dense variant of the same bundle.
         """

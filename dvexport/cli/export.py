@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dvexport.cli.options import BACKENDS, MODES, parse_choice, parse_pairs, path_option
+from dvexport.cli.options import parse_choice, parse_pairs, path_option
 from dvexport.cli.output import checklist, file_size, print_lines
 from dvexport.errors import UntoldError
+from dvexport.modes import MODES
+from dvexport.targets.discover import BACKENDS
 
 if TYPE_CHECKING:
     from dvexport.bundle.manifest import Manifest, ModelEntry

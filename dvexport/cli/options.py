@@ -11,9 +11,7 @@ import click
 from dvexport.errors import UsageError, unknown_name
 
 __all__ = [
-    "BACKENDS",
     "FORCEABLE",
-    "MODES",
     "bundle_argument",
     "json_flag",
     "parse_choice",
@@ -25,8 +23,6 @@ __all__ = [
     "trust_flag",
 ]
 
-BACKENDS = ("onnx", "tvm", "tflite")
-MODES = ("stream", "clip")
 FORCEABLE = ("channels", "tiles")
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import click
 
@@ -10,8 +10,7 @@ from dvexport.cli.options import json_flag
 from dvexport.cli.output import print_fields, print_json, print_table
 
 if TYPE_CHECKING:
-    from dvexport.targets import Target
-    from dvexport.targets.catalogue import Quantity
+    from dvexport.targets.catalogue import Quantity, Target
 
 __all__ = ["targets"]
 
@@ -24,7 +23,7 @@ def targets(name: str | None, as_json: bool) -> None:
 
     NAME is one of the catalogue, a .toml file, or `host` for this machine.
     """
-    from dvexport import targets as catalogue
+    from dvexport.targets import catalogue
 
     if name is not None:
         _one(catalogue.load(name), as_json)
@@ -33,7 +32,7 @@ def targets(name: str | None, as_json: bool) -> None:
     if as_json:
         print_json([target.model_dump(mode="json") for target in found])
         return
-    rows = [(t.name, t.cpu.mcpu, str(t.cpu.cores), " ".join(t.runtimes.available), t.title) for t in found]
+    rows = [(t.name, t.cpu.mcpu, str(t.cpu.cores), " ".join(t.backends), t.title) for t in found]
     print_table(("target", "processor", "cores", "backends", "device"), rows, right=("cores",))
 
 
@@ -54,30 +53,22 @@ def _one(target: Target, as_json: bool) -> None:
             ("cores", str(cpu.cores) + (f" of {cpu.all_cores}" if cpu.all_cores and cpu.all_cores > cpu.cores else "")),
             (
                 "threads",
-                f"up to {cpu.most_threads} in native bundles" if target.runtimes.tvm else "as the runtime takes",
+                f"up to {cpu.most_threads} in native bundles" if "tvm" in target.runtimes else "as the runtime takes",
             ),
             ("caches", caches),
             ("memory", f"{target.memory_mib} MiB"),
             ("peak", _figure(target.peak_gflops_per_core, "GFLOP/s a core")),
             ("bandwidth", _figure(target.bandwidth_gb_per_s, "GB/s")),
-            ("backends", " ".join(target.runtimes.available)),
+            ("backends", " ".join(target.backends)),
             ("conditional", f"{target.conditional}: {runs}"),
             ("dynamic shapes", "yes" if target.dynamic_shapes else "no"),
             (
                 "cost table",
                 f"{len(target.costs)} points" + (f", {target.costs_source}" if target.costs else ""),
             ),
-            ("kernel rates", _measured(target, "rates", "estimated from lanes and peak")),
-            ("kernel parameters", _measured(target, "parameters", "those of its instruction set")),
+            *(fact for table in target.tables for fact in table.facts()),
         ]
     )
-
-
-def _measured(target: Target, table: Literal["rates", "parameters"], otherwise: str) -> str:
-    if target.runtimes.tvm is None:
-        return "none"
-    measured = getattr(target.runtimes.tvm, table)
-    return measured.source if measured else f"{otherwise} (dvexport tune measures them)"
 
 
 def _figure(quantity: Quantity, unit: str) -> str:

@@ -15,7 +15,7 @@ from dvexport.cli.output import checklist, print_json, print_lines
 from dvexport.errors import DeviceError, UsageError
 
 if TYPE_CHECKING:
-    from dvexport.targets import Target
+    from dvexport.targets.catalogue import Target
     from dvexport.targets.tvm.machine.rates import Parameters, Rates
     from dvexport.targets.tvm.tuning.fit import Fit
 
@@ -43,6 +43,7 @@ def tune(target: str, output: Path | None, seconds: float, keep_parameters: bool
     """
     from dvexport.files import atomic_write, writable_output
     from dvexport.targets import catalogue
+    from dvexport.targets.tvm.tuning import target_file
 
     device = catalogue.load(target)
     _check(device)
@@ -69,11 +70,11 @@ def tune(target: str, output: Path | None, seconds: float, keep_parameters: bool
     if output is not None:
         text = catalogue.path_of(target).read_text(encoding="utf-8")
         with atomic_write(output) as temporary:
-            temporary.write_text(catalogue.with_measured(text, *measured), encoding="utf-8")
+            temporary.write_text(target_file.with_measured(text, *measured), encoding="utf-8")
     if as_json:
         print_json(_as_json(device, made, machine.parameters))
         return
-    print_lines(*[catalogue.measured_table(each) for each in measured])
+    print_lines(*[target_file.measured_table(each) for each in measured])
     print_lines(*_quality(made))
 
 
@@ -85,8 +86,9 @@ def _source() -> str:
 
 def _check(device: Target) -> None:
     from dvexport.targets.catalogue import runs_here
+    from dvexport.targets.tvm.table import TvmTable
 
-    if device.runtimes.tvm is None:
+    if device.runtime(TvmTable) is None:
         raise UsageError("compiled kernels are not among the target's runtimes", where=device.name)
     if not runs_here(device.cpu):
         raise DeviceError(

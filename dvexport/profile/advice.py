@@ -9,6 +9,7 @@ import numpy as np
 
 from dvexport.passes.choose_lowering import KERNELS
 from dvexport.profile.result import GateStats, GateStep, ProfileResult, StepTimes
+from dvexport.targets.registry import backend_of
 
 __all__ = ["Advice", "advise", "better_lowering", "decisions", "overhead_share"]
 
@@ -220,7 +221,7 @@ def _whole(result: ProfileResult) -> Iterator[Advice]:
     if result.realisation is None:
         yield Advice("info", None, "No dense artifact was measured: speed-up and realisation are unknown.")
     elif result.speedup is not None and result.speedup < 1:
-        text = f"The gated artifact is slower than the dense one (speed-up {result.speedup:.2f}): {_remedies(result)}."
+        text = f"The gated artifact is slower than the dense one (speed-up {result.speedup:.2f}): {_remedy(result)}."
         yield Advice("warning", None, text)
     elif result.realisation < LOW_REALISATION:
         yield Advice(
@@ -237,13 +238,10 @@ def _whole(result: ProfileResult) -> Iterator[Advice]:
         )
 
 
-def _remedies(result: ProfileResult) -> str:
+def _remedy(result: ProfileResult) -> str:
     if result.tokens and not result.gates:
         return "drop more tokens, or ship the dense one"
-    if result.backend == "tvm":
-        return "train sparser decisions, or ship a model without gates"
-    other = "try --backend tvm, whose kernels follow each decision"
-    return f"{other}, or the lowerings named below, or ship a model without gates"
+    return backend_of(result.backend).remedy
 
 
 def _spread(result: ProfileResult) -> Iterator[Advice]:

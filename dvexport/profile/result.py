@@ -17,8 +17,8 @@ import numpy as np
 
 from dvexport.errors import UsageError
 from dvexport.files import atomic_write
-from dvexport.profile.roles import node_role
 from dvexport.profile.samples import MinMeanMax, StepTimes, ratio
+from dvexport.targets.times import NodeTime
 
 __all__ = [
     "ClipInfo",
@@ -27,7 +27,6 @@ __all__ = [
     "GateStep",
     "Method",
     "MinMeanMax",
-    "NodeTime",
     "ProfileResult",
     "StepStats",
     "StepTimes",
@@ -159,39 +158,6 @@ class TokenStage:
     tokens: int
     keep: int
     left: list[list[list[int]]] | None = None
-
-
-@dataclass
-class NodeTime:
-    """One node of the gated artifact.
-
-    Args:
-        node, op: name and operator type.
-        gate: the gate it belongs to; None outside the gates.
-        median_us: over all steps.
-        start_us: from the begin of the one step that the timeline shows.
-        duration_us: in that step; None: the median stands in.
-        decides: it is part of what takes the gate's decision.
-    """
-
-    node: str
-    op: str
-    gate: str | None
-    median_us: float
-    start_us: float = 0.0
-    duration_us: float | None = None
-    decides: bool = False
-
-    @property
-    def role(self) -> str:
-        """`compute`, `decide`, `move`, `control` or `other` (see `roles.node_role`)."""
-        role = node_role(self.op)
-        return "decide" if self.decides and role != "control" else role
-
-    @property
-    def timeline_us(self) -> float:
-        """Duration to draw in the timeline, microseconds."""
-        return self.median_us if self.duration_us is None else self.duration_us
 
 
 @dataclass

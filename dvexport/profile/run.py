@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,11 +12,9 @@ from dvexport.actions import COMPUTE, REUSE, SKIP
 from dvexport.dialect.flops import ExecutedFlops, FlopTable
 from dvexport.errors import DeviceError, UsageError, unknown_name
 from dvexport.graph.graph import TOKENS
-from dvexport.profile.call_times import call_times
 from dvexport.profile.clip import ProfileClip, load_clip
 from dvexport.profile.environment import device_info
 from dvexport.profile.measure import Measured, interleaved, random_decisions, warm_up
-from dvexport.profile.node_times import NodeTimes, child_scopes, gates_of_nodes, node_times
 from dvexport.profile.result import (
     GateStats,
     GateStep,
@@ -30,9 +28,9 @@ from dvexport.profile.token_stages import token_stages
 from dvexport.run.open import open_variant, variant_of
 from dvexport.run.run import label_of, probabilities
 from dvexport.run.session import Decisions, Session, Step
-from dvexport.targets.onnx.runtime import OnnxVariant
 from dvexport.targets.registry import backend_of
 from dvexport.targets.runtime import Variant
+from dvexport.targets.times import NodeTimes
 
 if TYPE_CHECKING:
     from dvexport.bundle.archive import Bundle
@@ -99,9 +97,10 @@ def profile(
     device_state = device_info(threads, backend_of(manifest.backend).runtime(manifest), manifest.target)
     measured, measured_dense = interleaved(gated, dense, played.frames, forced, repeats)
     tell("time every node")
-    fixed = child_scopes(dense_model.model, gates) if isinstance(dense_model, OnnxVariant) else set()
-    nodes = _recorded(gated_model, manifest, threads, played, forced, gates, fixed)
-    dense_nodes = _recorded(dense_model, manifest, threads, played, None, gates, fixed)
+    nodes, dense_nodes = (
+        model.times(_recording(model, manifest, threads, played, given), gates, dense_model)
+        for model, given in ((gated_model, forced), (dense_model, None))
+    )
     flops = FlopTable.from_dict(manifest.flops)
     executed = flops.executed([step.decisions for step in measured.steps])
     return ProfileResult(
@@ -154,24 +153,15 @@ def _forced(manifest: Manifest, session: Session, rates: Mapping[str, float], fr
     return random_decisions(session.decisions, rates, 1 if session.whole_clip else frames, tokens=tokens)
 
 
-def _recorded(
-    model: Variant,
-    manifest: Manifest,
-    threads: int,
-    played: ProfileClip,
-    forced: Sequence[Decisions] | None,
-    gates: Collection[str],
-    fixed: Collection[str],
-) -> NodeTimes:
-    """Run a few steps twice, recorded node by node, and tell of the second time."""
+def _recording(
+    model: Variant, manifest: Manifest, threads: int, played: ProfileClip, forced: Sequence[Decisions] | None
+) -> Any:
+    """Return the recording of a few steps, run twice."""
     session = open_variant(model, manifest, threads=threads, profile=True)
     count = len(played.frames) if manifest.mode == "clip" else min(_RECORDED_STEPS, len(played.frames))
     for _ in range(2):
         session.run_clip(played.frames[:count], forced[:count] if forced else None)
-    if not isinstance(model, OnnxVariant):
-        return call_times(session.runtime.end_profile(), skip=1 if session.whole_clip else count)
-    skip = 1 if manifest.mode == "clip" else count
-    return node_times(session.runtime.end_profile(), gates_of_nodes(model.model, gates, fixed), skip)
+    return session.runtime.end_profile()
 
 
 def _steps(

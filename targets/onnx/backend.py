@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 from dvexport.errors import unknown_name
 from dvexport.graph.graph import depends_on_input, whole_clip_of
 from dvexport.graph.weights import WeightFile, external_arrays
-from dvexport.targets.backend import Built, Progress, _not_available
+from dvexport.targets.backend import Built, Progress, not_available
 from dvexport.targets.catalogue import Target
+from dvexport.targets.onnx.passes import PASSES
+from dvexport.targets.onnx.table import OnnxTable
 from dvexport.targets.runtime import Variant
 
 if TYPE_CHECKING:
@@ -23,13 +25,18 @@ if TYPE_CHECKING:
     from dvexport.passes.pipeline import Plan
     from dvexport.targets.onnx.runtime import OnnxVariant
 
-__all__ = ["onnx_variant", "plan_of"]
+__all__ = ["BACKEND", "OnnxBackend", "onnx_variant", "plan_of"]
 
 
 class OnnxBackend:
     """Standard operators for ONNX Runtime."""
 
     tools: tuple[str, ...] = ("onnxruntime",)
+    passes = PASSES
+    remedy = (
+        "try --backend tvm, whose kernels follow each decision, or the lowerings named below, "
+        "or ship a model without gates"
+    )
 
     def check(self, device: Target, lowering: Mapping[str, str]) -> None:
         """See `Backend`."""
@@ -38,22 +45,23 @@ class OnnxBackend:
         for kind in lowering.values():
             if kind not in LOWERINGS:
                 raise unknown_name("lowering", kind, LOWERINGS)
-        if device.runtimes.onnx is None:
-            raise _not_available("ONNX Runtime", device)
+        if device.runtime(OnnxTable) is None:
+            raise not_available("ONNX Runtime", device)
 
     def build(
         self, traced: ir.Model, plan: Plan, device: Target, tell: Progress, dense: ir.Model | None = None
     ) -> Built:
         """See `Backend`. The dense variant is made from the bundle when it is asked for."""
         from dvexport.graph.state import states_of
-        from dvexport.passes.pipeline import lower
         from dvexport.targets.onnx.emit import ARTIFACT, emit, emit_apart
+        from dvexport.targets.onnx.passes import lower
         from dvexport.targets.onnx.runtime import OnnxVariant
 
-        assert device.runtimes.onnx is not None
+        said = device.runtime(OnnxTable)
+        assert said is not None
         tell("lower the gates")
         lowered = lower(traced, plan)
-        opset, file = device.runtimes.onnx.opset, WeightFile()
+        opset, file = said.opset, WeightFile()
         again = replace(plan, forced=True, overrides={choice.gate: choice.lowering for choice in lowered.choices})
         if whole_clip_of(traced) is None:
             gated = OnnxVariant(emit(lowered.model, opset=opset), states_of(lowered.model))
@@ -105,8 +113,8 @@ def _forced_onnx(gated: OnnxVariant, gate_level: ir.Model, plan: Plan) -> Varian
 def onnx_variant(gate_level: ir.Model, plan: Plan) -> Variant:
     """Lower a gate-level model as `plan` says, for ONNX Runtime on this machine."""
     from dvexport.graph.state import states_of
-    from dvexport.passes.pipeline import lower
     from dvexport.targets.onnx.emit import emit_apart
+    from dvexport.targets.onnx.passes import lower
     from dvexport.targets.onnx.runtime import OnnxVariant
 
     lowered = lower(gate_level, plan)
@@ -125,3 +133,6 @@ def plan_of(manifest: Manifest, variant: str) -> Plan:
         forced=variant == "forced",
         overrides={gate.name: gate.lowering for gate in manifest.gates if gate.kind != "tokens"},
     )
+
+
+BACKEND = OnnxBackend()

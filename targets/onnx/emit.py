@@ -14,9 +14,6 @@ from dvexport.errors import UsageError
 from dvexport.graph.graph import DV, OPSET
 from dvexport.graph.onnx_file import _graphs, _proto, _serialized
 from dvexport.graph.weights import WeightFile
-from dvexport.targets.onnx.rewrites.gelu import expand_gelu
-from dvexport.targets.onnx.rewrites.key_biases import fold_key_biases
-from dvexport.targets.onnx.rewrites.windows import loop_windows
 
 __all__ = ["ARTIFACT", "emit", "emit_apart"]
 
@@ -60,10 +57,6 @@ def emit_apart(
 
 
 def _at_opset(lowered: ir.Model, opset: int, file: WeightFile | None) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
-    lowered = lowered.clone()
-    expand_gelu(lowered)
-    fold_key_biases(lowered)
-    loop_windows(lowered)
     proto, weights = _proto(lowered, file)
     if opset < OPSET:
         _lower_opset(proto, opset)

@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,9 +22,10 @@ from dvexport.errors import DeviceError
 from dvexport.targets.runtime import MOST_THREADS, Port, checked_threads
 
 if TYPE_CHECKING:
-    import onnx
+    from dvexport.targets.onnx.times import NodeProfile
+    from dvexport.targets.times import NodeTimes
 
-__all__ = ["NodeProfile", "OnnxVariant", "OrtSession", "StateSpec"]
+__all__ = ["OnnxVariant", "OrtSession", "StateSpec"]
 
 _DTYPES: dict[str, np.dtype] = {
     "tensor(float)": np.dtype(np.float32),
@@ -62,14 +63,6 @@ class StateSpec(Protocol):
     @property
     def in_place(self) -> bool:
         """Whether the output may have the memory of the input."""
-
-
-@dataclass(frozen=True)
-class NodeProfile:
-    """What ONNX Runtime recorded: its trace events, and the graph that it made of the model and ran."""
-
-    events: list[dict[str, Any]]
-    graph: onnx.ModelProto
 
 
 class OrtSession:
@@ -150,6 +143,8 @@ class OrtSession:
         """Return what was recorded of all steps so far; recording ends."""
         import onnx
 
+        from dvexport.targets.onnx.times import NodeProfile
+
         self._check_open()
         assert self._profile_folder is not None, "the session was not made with profile=True"
         events = json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
@@ -228,6 +223,13 @@ class OnnxVariant:
     def open(self, *, threads: int = 1, profile: bool = False) -> OrtSession:
         """Open it; see `OrtSession`."""
         return OrtSession(self.model, self.states, weights=self.weights, threads=threads, profile=profile)
+
+    def times(self, recording: NodeProfile, gates: Collection[str], dense: OnnxVariant) -> NodeTimes:
+        """See `Variant`. What the dense version has below a gate's module is no part of the gate."""
+        from dvexport.targets.onnx.times import child_scopes, gates_of_nodes, node_times
+
+        owners = gates_of_nodes(self.model, gates, child_scopes(dense.model, gates))
+        return node_times(recording, owners, skip=recording.steps // 2)
 
 
 def _checked(threads: int) -> int:

@@ -6,7 +6,7 @@ forced, cost a plan of some kilobytes each and travel along: a device can measur
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,12 +23,13 @@ from dvexport.targets.tvm.calls.memory import Constants
 from dvexport.targets.tvm.calls.program import ALGORITHMS
 from dvexport.targets.tvm.machine.machine import Machine
 from dvexport.targets.tvm.plan_file import plan_bytes
-from dvexport.targets.tvm.session import NativeSession
+from dvexport.targets.tvm.session import CallTime, NativeSession
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from dvexport.bundle.archive import Bundle
+    from dvexport.targets.times import NodeTimes
 
 __all__ = ["FOLDER", "NativeArtifact", "NativeVariant", "build_artifact", "read_variant"]
 
@@ -59,6 +60,12 @@ class NativeVariant:
         if session.inputs["frames"].shape[0] == self.frames:
             return session
         return _Clip(session, self.frames)
+
+    def times(self, recording: Sequence[Sequence[CallTime]], gates: Collection[str], dense: NativeVariant) -> NodeTimes:
+        """See `Variant`. A plan says itself to which gate a call belongs."""
+        from dvexport.targets.tvm.times import call_times
+
+        return call_times(recording, skip=len(recording) // 2)
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 from dvexport.errors import TraceError, UsageError
 from dvexport.graph.weights import WeightFile
-from dvexport.targets.backend import Built, Progress, _not_available
+from dvexport.targets.backend import Built, Progress, not_available
 from dvexport.targets.catalogue import HOST, Target, load, runs_here
 from dvexport.targets.runtime import Variant
+from dvexport.targets.tvm.passes import PASSES
+from dvexport.targets.tvm.table import TvmTable
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -19,20 +21,22 @@ if TYPE_CHECKING:
     from dvexport.bundle.manifest import Manifest
     from dvexport.passes.pipeline import Lowered, Plan
 
-__all__ = []
+__all__ = ["BACKEND", "TvmBackend"]
 
 
 class TvmBackend:
     """Kernels compiled with TVM, a static plan and a C runtime of our own."""
 
     tools: tuple[str, ...] = ("apache-tvm", "ziglang")
+    passes = PASSES
+    remedy = "train sparser decisions, or ship a model without gates"
 
     def check(self, device: Target, lowering: Mapping[str, str]) -> None:
         """See `Backend`."""
         from dvexport.targets.tvm.build.compile import check_tools
 
-        if device.runtimes.tvm is None:
-            raise _not_available("compiled kernels", device)
+        if device.runtime(TvmTable) is None:
+            raise not_available("compiled kernels", device)
         if lowering:
             raise UsageError(
                 "backend 'tvm' takes no lowerings",
@@ -49,10 +53,11 @@ class TvmBackend:
         from dvexport.targets.tvm.machine.machine import machine_for
 
         tell("lower the gates")
-        lowered = _native_variants(traced, replace(plan, kernels=True), dense)
+        lowered = _native_variants(traced, plan, dense)
         models = {name: made.model for name, made in lowered.items()}
-        assert device.runtimes.tvm is not None
-        algorithms = ("direct", "winograd") if device.runtimes.tvm.winograd else ("direct",)
+        said = device.runtime(TvmTable)
+        assert said is not None
+        algorithms = ("direct", "winograd") if said.winograd else ("direct",)
         threads = device.cpu.most_threads
         artifact = build_artifact(models, machine_for(device), tell, algorithms, threads)
         twin = artifact
@@ -77,7 +82,7 @@ class TvmBackend:
 
 def _native_variants(traced: ir.Model, plan: Plan, dense: ir.Model | None = None) -> dict[str, Lowered]:
     """Return every variant lowered for kernels. A clip of a causal model is its stream, step by step."""
-    from dvexport.passes.pipeline import lower
+    from dvexport.targets.tvm.passes import lower
 
     plans = {"gated": plan, "dense": replace(plan, variant="dense"), "forced": replace(plan, forced=True)}
     levels = {name: dense if name == "dense" and dense is not None else traced for name in plans}
@@ -87,3 +92,6 @@ def _native_variants(traced: ir.Model, plan: Plan, dense: ir.Model | None = None
         if plan.mode == "stream":
             raise
     return {name: lower(levels[name], one) for name, one in plans.items()}
+
+
+BACKEND = TvmBackend()

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from dvexport import targets
 from dvexport.errors import UsageError
 from dvexport.targets import catalogue
 from dvexport.targets.tvm.machine.rates import Parameters
+from dvexport.targets.tvm.tuning import target_file
 
 CATALOG = Path(catalogue.__file__).parent / "catalog"
 REAL = (CATALOG / "raspberry-pi-5.toml").read_text()
@@ -26,19 +26,19 @@ def changed(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("name", targets.names())
+@pytest.mark.parametrize("name", catalogue.names())
 def test_every_device_of_the_catalogue(name):
-    target = targets.load(name)
+    target = catalogue.load(name)
     assert target.name == name
     for quantity in (target.peak_gflops_per_core, target.bandwidth_gb_per_s):
         assert quantity.estimated != quantity.source.startswith("measured")
-    assert target.runtimes.available
+    assert target.backends
     assert target.cpu.l1_kib <= (target.cpu.l2_kib or target.cpu.l1_kib)
     assert (target.cpu.lanes == 4) == (target.cpu.triple.startswith(("aarch64", "armv7")))
 
 
 def test_the_devices_people_ask_for_are_there():
-    assert set(targets.names()) >= {
+    assert set(catalogue.names()) >= {
         "android-arm64",
         "raspberry-pi-4",
         "raspberry-pi-5",
@@ -53,7 +53,7 @@ def test_the_devices_people_ask_for_are_there():
 def test_the_compiler_knows_every_processor():
     """The names LLVM has; a wrong one would only show when something is compiled."""
     known = {"cortex-a7", "cortex-a53", "cortex-a72", "cortex-a76", "cortex-a77", "x86-64-v3", "x86-64-v4"}
-    assert {targets.load(name).cpu.mcpu for name in targets.names()} <= known
+    assert {catalogue.load(name).cpu.mcpu for name in catalogue.names()} <= known
 
 
 @pytest.mark.parametrize(
@@ -68,43 +68,43 @@ def test_the_compiler_knows_every_processor():
 def test_host_is_the_entry_that_fits_the_machine(monkeypatch, machine, flags, name):
     monkeypatch.setattr(catalogue.platform, "machine", lambda: machine)
     monkeypatch.setattr(catalogue, "_cpu_flags", lambda: flags)
-    assert targets.load("host").name == name
+    assert catalogue.load("host").name == name
 
 
 @pytest.mark.parametrize(("machine", "most"), [(1, 1), (2, 2), (12, 12), (32, 32), (33, 32)])
 def test_a_plan_for_this_machine_is_laid_out_for_its_cores(monkeypatch, machine, most):
     monkeypatch.setattr(catalogue.os, "cpu_count", lambda: machine)
-    cpu = targets.load("host").cpu
+    cpu = catalogue.load("host").cpu
     assert (cpu.cores, cpu.all_cores, cpu.most_threads) == (machine, machine, most)
 
 
 def test_a_plan_is_laid_out_for_every_core_of_a_device():
     """Small ones count; an entry for processors that differ in their cores has the default."""
-    found = {name: targets.load(name).cpu.most_threads for name in targets.names()}
+    found = {name: catalogue.load(name).cpu.most_threads for name in catalogue.names()}
     four = {"raspberry-pi-4", "raspberry-pi-5", "rv1126"}
-    assert found == {name: 4 if name in four else 8 for name in targets.names()}
+    assert found == {name: 4 if name in four else 8 for name in catalogue.names()}
 
 
 @pytest.mark.parametrize(("cores", "most"), [("cores = 2", 8), ("cores = 12", 12), ("cores = 2\nall_cores = 6", 6),
                                              ("cores = 40\nall_cores = 64", 32)])  # fmt: skip
 def test_threads_of_a_target_file(changed, cores, most):
-    assert targets.load(changed("cores = 4\nall_cores = 4", cores)).cpu.most_threads == most
+    assert catalogue.load(changed("cores = 4\nall_cores = 4", cores)).cpu.most_threads == most
 
 
 def test_a_machine_that_nothing_fits(monkeypatch):
     monkeypatch.setattr(catalogue.platform, "machine", lambda: "riscv64")
     with pytest.raises(UsageError, match=r"fits this machine \(riscv64\)"):
-        targets.load("host")
+        catalogue.load("host")
 
 
 def test_an_unknown_name_suggests_the_nearest():
     with pytest.raises(UsageError, match=r"unknown target 'raspberypi5'\n  try: did you mean raspberry-pi-5"):
-        targets.load("raspberypi5")
+        catalogue.load("raspberypi5")
 
 
 def test_a_path_is_accepted_wherever_a_name_is(changed):
     path = changed('title = "Raspberry Pi 5"', 'title = "My board"')
-    assert targets.load(path).title == targets.load(str(path)).title == "My board"
+    assert catalogue.load(path).title == catalogue.load(str(path)).title == "My board"
 
 
 def test_a_cost_table(changed):
@@ -124,7 +124,7 @@ ms = 2.5
 
 [cpu]
 """
-    target = targets.load(changed("[cpu]\n", costs))
+    target = catalogue.load(changed("[cpu]\n", costs))
     assert [(cost.kernel, cost.size, cost.ms, cost.threads) for cost in target.costs] == [
         ("tiles", [64, 56, 56], 1.0, 4),
         ("dense", "resnet18", 2.5, 1),
@@ -154,7 +154,7 @@ ms = 2.5
 def test_a_bad_file_gives_file_key_and_reason(changed, old, new, key, why):
     path = changed(old, new)
     with pytest.raises(UsageError) as caught:
-        targets.load(path)
+        catalogue.load(path)
     message = str(caught.value)
     assert f"bad key '{key}'" in message
     assert f"where: {path}" in message
@@ -166,21 +166,21 @@ def test_a_device_without_a_runtime(changed):
     path = changed("", "")
     path.write_text(head + "[runtimes]\n")
     with pytest.raises(UsageError, match=r"bad key 'runtimes'(.|\n)*at least one of onnx, tvm, tflite"):
-        targets.load(path)
+        catalogue.load(path)
 
 
 def test_files_that_are_no_target_file(tmp_path):
     with pytest.raises(UsageError, match="no such target file"):
-        targets.load(tmp_path / "no.toml")
+        catalogue.load(tmp_path / "no.toml")
     (tmp_path / "a.toml").write_text("name = \n")
     with pytest.raises(UsageError, match=r"no TOML(.|\n)*line 1, column 8"):
-        targets.load(tmp_path / "a.toml")
+        catalogue.load(tmp_path / "a.toml")
     (tmp_path / "b.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match="can't be read"):
-        targets.load(tmp_path / "b.toml")
+        catalogue.load(tmp_path / "b.toml")
     (tmp_path / "c.toml").mkdir()
     with pytest.raises(UsageError, match="can't be read"):
-        targets.load(tmp_path / "c.toml")
+        catalogue.load(tmp_path / "c.toml")
 
 
 def test_the_example_of_the_documentation(tmp_path):
@@ -188,25 +188,25 @@ def test_the_example_of_the_documentation(tmp_path):
     example = text.split("```toml\n")[1].split("```")[0]
     assert tomllib.loads(example)
     (tmp_path / "board.toml").write_text(example)
-    assert targets.load(tmp_path / "board.toml").costs
+    assert catalogue.load(tmp_path / "board.toml").costs
 
 
 @pytest.fixture
 def rates():
     """Rates of a catalogue entry."""
-    return targets.load("x86-64-avx512").runtimes.tvm.rates
+    return catalogue.load("x86-64-avx512").runtimes["tvm"].rates
 
 
 def test_rates_are_put_into_a_target_file(tmp_path, rates):
     path = tmp_path / "board.toml"
-    path.write_text(catalogue.with_measured(REAL, rates))
-    loaded = targets.load(path)
-    assert loaded.runtimes.tvm.rates == rates
-    assert loaded.runtimes.tflite == targets.load("raspberry-pi-5").runtimes.tflite
+    path.write_text(target_file.with_measured(REAL, rates))
+    loaded = catalogue.load(path)
+    assert loaded.runtimes["tvm"].rates == rates
+    assert loaded.runtimes["tflite"] == catalogue.load("raspberry-pi-5").runtimes["tflite"]
     faster = dataclasses.replace(rates, product=0.01, source='measured "here"')
-    path.write_text(catalogue.with_measured(path.read_text(), faster))
+    path.write_text(target_file.with_measured(path.read_text(), faster))
     assert path.read_text().count("[runtimes.tvm.rates]") == 1
-    assert targets.load(path).runtimes.tvm.rates == faster
+    assert catalogue.load(path).runtimes["tvm"].rates == faster
 
 
 @pytest.fixture
@@ -218,18 +218,18 @@ def parameters():
 def test_both_tables_are_put_into_a_target_file(tmp_path, rates, parameters):
     """What the file says of its own stays, and what it has measured before goes."""
     own = REAL.replace("[runtimes.tvm]\n", "[runtimes.tvm]\nwinograd = false\n")
-    before = catalogue.with_measured(own, rates, parameters)
-    text = catalogue.with_measured(before, rates, dataclasses.replace(parameters, tall=9))
+    before = target_file.with_measured(own, rates, parameters)
+    text = target_file.with_measured(before, rates, dataclasses.replace(parameters, tall=9))
     assert [text.count(header) for header in ("[runtimes.tvm.rates]", "[runtimes.tvm.parameters]")] == [1, 1]
     (tmp_path / "board.toml").write_text(text)
-    tvm = targets.load(tmp_path / "board.toml").runtimes.tvm
+    tvm = catalogue.load(tmp_path / "board.toml").runtimes["tvm"]
     assert (tvm.winograd, tvm.rates, tvm.parameters) == (False, rates, dataclasses.replace(parameters, tall=9))
-    assert catalogue.with_measured(text, rates, parameters) == before
+    assert target_file.with_measured(text, rates, parameters) == before
 
 
 def test_rates_need_a_table_of_their_own(rates):
     with pytest.raises(UsageError, match=r"no line \[runtimes.tvm\]"):
-        catalogue.with_measured(REAL.replace("[runtimes.tvm]", "[runtimes]\ntvm = {}"), rates)
+        target_file.with_measured(REAL.replace("[runtimes.tvm]", "[runtimes]\ntvm = {}"), rates)
 
 
 @pytest.mark.parametrize(
@@ -252,10 +252,10 @@ def test_rates_need_a_table_of_their_own(rates):
 def test_what_is_bad_in_a_measured_table_is_named(tmp_path, rates, parameters, old, new, key, why):
     path = tmp_path / "board.toml"
     header = f"[runtimes.tvm.{key.split('.')[0]}]\n"
-    head, table, tail = catalogue.with_measured(REAL, rates, parameters).partition(header)
+    head, table, tail = target_file.with_measured(REAL, rates, parameters).partition(header)
     assert old in tail
     path.write_text(head + table + tail.replace(old, new, 1))
     with pytest.raises(UsageError) as caught:
-        targets.load(path)
+        catalogue.load(path)
     assert f"bad key 'runtimes.tvm.{key}'" in str(caught.value)
     assert any(part in caught.value.why for part in why.split("|"))

@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from dvexport.errors import UsageError
-from dvexport.passes.pipeline import Plan, lower
+from dvexport.passes.pipeline import Plan
+from dvexport.targets.onnx.passes import lower
 from dvexport.targets.tvm.artifact import build_artifact
 from dvexport.targets.tvm.units.cut import cut
 from dvexport.trace import trace

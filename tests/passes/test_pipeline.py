@@ -14,8 +14,9 @@ from oracle_check import traced
 from dvexport.errors import PassError, UsageError
 from dvexport.graph.state import states_of
 from dvexport.models import zoo
-from dvexport.passes import pipeline
-from dvexport.passes.pipeline import Plan, lower
+from dvexport.passes.pipeline import Plan
+from dvexport.targets.onnx import passes
+from dvexport.targets.onnx.passes import lower
 from dvexport.trace import trace
 
 MODELS = ["dstep_resnet18", "adafuse_resnet18", "dstep_paper_resnet18"]
@@ -79,7 +80,7 @@ class Breaks(ir.passes.InPlacePass):
 
 
 def test_a_failing_pass_is_named(monkeypatch):
-    monkeypatch.setattr(pipeline, "KeepRows", Breaks)
+    monkeypatch.setattr(passes, "KeepRows", Breaks)
     with pytest.raises(PassError, match="pass Breaks failed") as error:
         lower(traced("dstep", "even"), Plan())
     assert error.value.why == "as asked"

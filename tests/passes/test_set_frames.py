@@ -12,8 +12,9 @@ from dvexport import gates
 from dvexport.errors import TraceError
 from dvexport.graph.state import states_of
 from dvexport.models import zoo
-from dvexport.passes.pipeline import Plan, lower
+from dvexport.passes.pipeline import Plan
 from dvexport.passes.set_frames import SetClip, SetStream
+from dvexport.targets.onnx.passes import lower
 from dvexport.trace import trace
 
 CAUSAL = """g (float[frames,2,4,4] x, float[3,2,3,3] W, int64[frames,3] action, float[1,2,4,4] zeros)

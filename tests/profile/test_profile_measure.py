@@ -16,12 +16,11 @@ from dvexport.profile import profile, profile_frames
 from dvexport.profile.clip import load_clip
 from dvexport.profile.environment import device_info
 from dvexport.profile.measure import interleaved, random_decisions, warm_up
-from dvexport.profile.node_times import Owner, child_scopes, gates_of_nodes, node_times
 from dvexport.profile.report import render_html
 from dvexport.profile.result import ProfileResult
 from dvexport.run.open import open_session, variant_of
 from dvexport.run.session import Step
-from dvexport.targets.onnx.runtime import NodeProfile
+from dvexport.targets.onnx.times import NodeProfile, Owner, child_scopes, gates_of_nodes, node_times
 from dvexport.video.clips import write_clip
 
 DSTEP, ADAFUSE = "dstep_resnet18", "adafuse_resnet18"

@@ -22,10 +22,10 @@ from dvexport.errors import CheckFailed, CheckpointError, ClipError, DeviceError
 from dvexport.graph import onnx_file
 from dvexport.models import zoo
 from dvexport.models.checkpoints.checkpoint import save_checkpoint
-from dvexport.passes import pipeline
 from dvexport.run import golden
 from dvexport.run.calibrate import gate_rates, gate_statistics
 from dvexport.run.session import Step
+from dvexport.targets.onnx import passes
 from dvexport.targets.onnx.emit import emit
 from dvexport.targets.onnx.runtime import OrtSession
 from dvexport.video.clips import write_clip
@@ -212,8 +212,8 @@ def test_a_lowering_can_be_overruled_gate_by_gate(tmp_path, dstep_again):
 
 def test_a_calibration_clip_sets_the_expected_rates(tmp_path, dstep_again, monkeypatch):
     write_clip(tmp_path / "clip.mp4", np.random.default_rng(0).integers(0, 255, (8, 80, 80, 3), np.uint8), 8)
-    plans, lower = [], pipeline.lower
-    monkeypatch.setattr(pipeline, "lower", lambda traced, plan: plans.append(plan) or lower(traced, plan))
+    plans, lower = [], passes.lower
+    monkeypatch.setattr(passes, "lower", lambda traced, plan: plans.append(plan) or lower(traced, plan))
     dstep_again(tmp_path / "x.dvx", calibrate=tmp_path / "clip.mp4")
     (plan,) = plans
     assert len(plan.rates) == 8

@@ -9,8 +9,8 @@ from graphs import data, graph, node_of, ops, run
 
 from dvexport.graph.graph import static_shape
 from dvexport.targets.onnx.rewrites import windows
-from dvexport.targets.onnx.rewrites.key_biases import fold_key_biases
-from dvexport.targets.onnx.rewrites.windows import loop_windows
+from dvexport.targets.onnx.rewrites.key_biases import FoldKeyBiases
+from dvexport.targets.onnx.rewrites.windows import LoopWindows
 
 WINDOWS, PLACES, HEADS, DEPTH = 6, 8, 2, 4
 TOKENS, CHANNELS = WINDOWS * PLACES, HEADS * DEPTH
@@ -84,7 +84,7 @@ def body_of(model: ir.Model) -> ir.Graph:
 def test_windows_are_looped_over(sums):
     model, given = model_of(sums)
     (wanted,) = run(model, **given).values()
-    loop_windows(model)
+    LoopWindows()(model)
     assert not {"Softmax", "MatMul", "Split"} & set(ops(model))
     body = body_of(model)
     assert [list(value.shape) for value in body.outputs] == [[2, PLACES, HEADS, DEPTH]]
@@ -95,7 +95,7 @@ def test_windows_are_looped_over(sums):
 def test_what_windows_share_stays_outside():
     """Rows are chosen from, biases and masks read where they are; only what differs by window is cut."""
     model, _ = model_of(SHIFTED)
-    loop_windows(model)
+    LoopWindows()(model)
     scan = node_of(model, "Scan")
     cut = {tuple(value.shape) for value in body_of(model).inputs}
     assert cut == {(2,), (2, 1, 1, PLACES), (2 * PLACES,)} and len(scan.inputs) == len(cut)
@@ -114,7 +114,7 @@ def test_what_is_no_attention_alone_is_left(old, new):
     model = graph(text, scale=np.float32(1), heads=np.array([WINDOWS, PLACES, HEADS, DEPTH]),
                   joined=np.array([1, TOKENS, CHANNELS]))  # fmt: skip
     before = ops(model)
-    loop_windows(model)
+    LoopWindows()(model)
     assert ops(model) == before
 
 
@@ -122,7 +122,7 @@ def test_scores_that_fit_a_cache_are_left(monkeypatch):
     monkeypatch.setattr(windows, "_WORTH", WINDOWS * HEADS * PLACES * PLACES * 4)
     model, _ = model_of(PLAIN)
     before = ops(model)
-    loop_windows(model)
+    LoopWindows()(model)
     assert ops(model) == before
 
 
@@ -145,7 +145,7 @@ def test_a_value_read_window_by_window_and_as_a_whole_is_left():
         "table": data(WINDOWS, 1, 1, PLACES, seed=2), "which": np.arange(WINDOWS)[::-1].copy(),
     }  # fmt: skip
     (wanted,) = run(model, **given).values()
-    loop_windows(model)
+    LoopWindows()(model)
     (got,) = run(model, **given).values()
     np.testing.assert_allclose(got, wanted, atol=1e-6)
 
@@ -154,14 +154,14 @@ def test_a_bias_of_keys_becomes_a_column():
     model, given = model_of(DROPPED)
     (wanted,) = run(model, **given).values()
     assert ops(model).count("Add") == 2
-    fold_key_biases(model)
+    FoldKeyBiases()(model)
     sums = [node for node in model.graph if node.op_type == "Add" and static_shape(node.outputs[0])[2] == PLACES]
     assert len(sums) == 1, "the bias by position stays"
     product = next(node for node in model.graph if node.op_type == "MatMul")
     assert [static_shape(value)[-2:] for value in product.inputs] == [(PLACES, DEPTH + 1), (DEPTH + 1, PLACES)]
     (got,) = run(model, **given).values()
     np.testing.assert_allclose(got, wanted, atol=1e-6)
-    loop_windows(model)
+    LoopWindows()(model)
     assert "MatMul" not in ops(model)
     (looped,) = run(model, **given).values()
     np.testing.assert_allclose(looped, wanted, atol=1e-6)
@@ -170,5 +170,5 @@ def test_a_bias_of_keys_becomes_a_column():
 def test_a_mask_that_differs_by_query_is_added():
     model, _ = model_of(SHIFTED)
     before = ops(model)
-    fold_key_biases(model)
+    FoldKeyBiases()(model)
     assert sorted(ops(model)) == sorted(before)

@@ -28,7 +28,8 @@ from oracle_check import (
 
 from dvexport.graph.state import states_of
 from dvexport.passes.expose_probes import forced_name
-from dvexport.passes.pipeline import Plan, lower
+from dvexport.passes.pipeline import Plan
+from dvexport.targets.onnx.passes import lower
 
 CASES = cases()
 GATES = 3

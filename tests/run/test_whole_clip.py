@@ -22,7 +22,7 @@ from dvexport.errors import CheckFailed, ClipError, TraceError, UsageError
 from dvexport.export import export
 from dvexport.graph.weights import WEIGHTS
 from dvexport.models.base import VideoModel, imagenet_preprocess
-from dvexport.passes.pipeline import Plan, lower
+from dvexport.passes.pipeline import Plan
 from dvexport.profile import profile
 from dvexport.profile.clip import load_clip
 from dvexport.profile.report import render_html
@@ -33,6 +33,7 @@ from dvexport.run.golden import moving_texture, torch_steps
 from dvexport.run.open import open_session
 from dvexport.run.run import run
 from dvexport.run.session import Step
+from dvexport.targets.onnx.passes import lower
 from dvexport.tokens import survivors
 from dvexport.trace import trace
 from dvexport.verify import verify

@@ -15,13 +15,14 @@ from torch import nn
 
 from dvexport.export import build_model
 from dvexport.models.base import VideoModel
-from dvexport.passes.pipeline import Plan, lower
+from dvexport.passes.pipeline import Plan
 from dvexport.run.golden import moving_texture, sample_clip
 from dvexport.run.session import Step, steps_of
 from dvexport.targets import catalogue
 from dvexport.targets.runtime import Runtime
 from dvexport.targets.tvm.artifact import NativeArtifact, build_artifact
 from dvexport.targets.tvm.machine.machine import Machine, machine_of
+from dvexport.targets.tvm.passes import lower
 from dvexport.trace import trace
 from dvexport.video.clips import read_clip
 
@@ -50,7 +51,7 @@ def machine_for(target: str) -> Machine:
 
 def variants(model: ir.Model, mode: str, frames: int, names: tuple[str, ...] = _NAMES) -> dict[str, ir.Model]:
     """A traced model lowered for kernels, by variant."""
-    plan = Plan(mode=mode, frames=frames, kernels=True)
+    plan = Plan(mode=mode, frames=frames)
     plans = {"gated": plan, "dense": replace(plan, variant="dense"), "forced": replace(plan, forced=True)}
     return {name: lower(model, plans[name], check=True).model for name in names}
 

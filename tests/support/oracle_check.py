@@ -25,9 +25,10 @@ from dvexport.graph.state import states_of
 from dvexport.passes import update_in_place
 from dvexport.passes.expose_probes import forced_name
 from dvexport.passes.group_channels import ChannelStatistics
-from dvexport.passes.pipeline import Lowered, Plan, lower
+from dvexport.passes.pipeline import Lowered, Plan
 from dvexport.passes.tiles import lower_tiles
 from dvexport.targets.onnx.emit import emit
+from dvexport.targets.onnx.passes import lower
 from dvexport.targets.onnx.runtime import OrtSession
 from dvexport.trace import trace
 

@@ -9,21 +9,32 @@ import onnx_ir as ir
 
 from dvexport.graph.graph import Builder, replace_node
 
-__all__ = ["expand_gelu"]
+__all__ = ["ExpandGelu"]
 
 
-def expand_gelu(model: ir.Model) -> None:
+class ExpandGelu(ir.passes.InPlacePass):
     """Write every `Gelu` as what ONNX Runtime makes its fused kernels of: x / sqrt(2), Erf, + 1, times x, times 1/2.
 
-    In place. The approximation by tanh is left alone: `emit` refuses it below opset 20.
+    The approximation by tanh is left alone: `emit` refuses it below opset 20.
     """
-    for node in list(model.graph.all_nodes()):
-        approximate = node.attributes.get("approximate")
-        if node.op_type != "Gelu" or node.domain or (approximate and approximate.as_string() != "none"):
-            continue
-        (x,) = node.inputs
-        assert x is not None
-        build = Builder(metadata=node.metadata_props)
-        one, half, root = (build.const(v, np.float32) for v in (1.0, 0.5, math.sqrt(2)))
-        share = build.op("Add", build.op("Erf", build.op("Div", x, root)), one)
-        replace_node(node, build, [build.op("Mul", build.op("Mul", x, share), half)])
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite the graph and those inside its nodes."""
+        found = [node for node in model.graph.all_nodes() if _is_exact(node)]
+        for node in found:
+            _expand(node)
+        return ir.passes.PassResult(model, modified=bool(found))
+
+
+def _is_exact(node: ir.Node) -> bool:
+    approximate = node.attributes.get("approximate")
+    return node.op_type == "Gelu" and not node.domain and (not approximate or approximate.as_string() == "none")
+
+
+def _expand(node: ir.Node) -> None:
+    (x,) = node.inputs
+    assert x is not None
+    build = Builder(metadata=node.metadata_props)
+    one, half, root = (build.const(v, np.float32) for v in (1.0, 0.5, math.sqrt(2)))
+    share = build.op("Add", build.op("Erf", build.op("Div", x, root)), one)
+    replace_node(node, build, [build.op("Mul", build.op("Mul", x, share), half)])

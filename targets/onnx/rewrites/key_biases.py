@@ -14,20 +14,26 @@ import onnx_ir as ir
 
 from dvexport.graph.graph import Builder, array_of, known_shape
 
-__all__ = ["fold_key_biases"]
+__all__ = ["FoldKeyBiases"]
 
 _AXES = 4
 """Windows, heads, queries, keys."""
 
 
-def fold_key_biases(model: ir.Model) -> None:
-    """Take sums of scores and a bias `[windows or 1, 1, 1, keys]` into the product that makes the scores; in place."""
-    for node in list(model.graph):
-        if node.op_type != "Softmax" or node.domain:
-            continue
-        while (found := _found(node)) is not None:
-            _fold(*found)
-    model.graph.sort()  # a bias may be made after the product that takes it now
+class FoldKeyBiases(ir.passes.InPlacePass):
+    """Take sums of scores and a bias `[windows or 1, 1, 1, keys]` into the product that makes the scores."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Fold bias after bias before every softmax."""
+        folded = 0
+        for node in list(model.graph):
+            if node.op_type != "Softmax" or node.domain:
+                continue
+            while (found := _found(node)) is not None:
+                _fold(*found)
+                folded += 1
+        model.graph.sort()  # a bias may be made after the product that takes it now
+        return ir.passes.PassResult(model, modified=folded > 0)
 
 
 def _found(softmax: ir.Node) -> tuple[ir.Node, ir.Value, ir.Value, ir.Node] | None:

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from dvexport.graph.graph import OPSET, Builder, array_of, known_shape, replace_node
 
-__all__ = ["loop_windows"]
+__all__ = ["LoopWindows"]
 
 _CHUNK = 4 << 20
 """Bytes of scores that an iteration makes: about what a core's cache holds. At 196 to 784 tokens a window that is one
@@ -55,22 +55,34 @@ class _Region:
     read: dict[ir.Value, _Axis] = field(default_factory=dict)
 
 
-def loop_windows(model: ir.Model) -> None:
-    """Put every attention in windows whose scores are large into a loop; in place, the same numbers."""
-    order = {node: place for place, node in enumerate(model.graph)}
-    for node in order:
-        if node.op_type != "Softmax" or node.domain or not _is_large(node):
-            continue
-        last = _result(node)
-        if last is not None:
-            windows = known_shape(node.outputs[0])[0]
-            region = _grown(last, windows)
-            if node in region.nodes and _is_clear(region):
-                _loop(region, last, sorted(region.nodes, key=order.__getitem__), windows // _chunk(node))
+class LoopWindows(ir.passes.InPlacePass):
+    """Put every attention in windows whose scores are large into a loop: the same numbers."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite attention by attention."""
+        order = {node: place for place, node in enumerate(model.graph)}
+        loops = [_loop_around(node, order) for node in order if _is_large(node)]
+        return ir.passes.PassResult(model, modified=any(loops))
 
 
-def _is_large(softmax: ir.Node) -> bool:
-    shape = known_shape(softmax.outputs[0])
+def _loop_around(softmax: ir.Node, order: Mapping[ir.Node, int]) -> bool:
+    """Put the attention of a softmax into a loop, if it is one in windows; tell whether it was."""
+    last = _result(softmax)
+    if last is None:
+        return False
+    windows = known_shape(softmax.outputs[0])[0]
+    region = _grown(last, windows)
+    if softmax not in region.nodes or not _is_clear(region):
+        return False
+    _loop(region, last, sorted(region.nodes, key=order.__getitem__), windows // _chunk(softmax))
+    return True
+
+
+def _is_large(node: ir.Node) -> bool:
+    """Tell whether a node is a softmax over the scores of windows that are worth a loop."""
+    if node.op_type != "Softmax" or node.domain:
+        return False
+    shape = known_shape(node.outputs[0])
     return len(shape) == _AXES and shape[0] > 1 and prod(shape) * _FLOAT_BYTES > _WORTH
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dvexport.targets.tvm.machine.rates import Parameters, Rates, estimate
+from dvexport.targets.tvm.table import TvmTable
 
 if TYPE_CHECKING:
     from dvexport.targets.catalogue import Cpu, Target
@@ -82,6 +83,6 @@ def machine_of(cpu: Cpu) -> Machine:
 
 def machine_for(target: Target) -> Machine:
     """Return what code for a device is generated for, with its rates, or those that its peak suggests."""
-    machine, said = machine_of(target.cpu), target.runtimes.tvm
+    machine, said = machine_of(target.cpu), target.runtime(TvmTable)
     rates = (said.rates if said else None) or estimate(machine.lanes, target.peak_gflops_per_core.value)
     return replace(machine, rates=rates, parameters=said.parameters if said else None)

@@ -19,8 +19,6 @@ from dvexport.errors import UsageError
 from dvexport.graph.graph import DECIDES, DV, array_of, source_of
 from dvexport.targets.tvm.kernels.plane import MOST_STEP
 from dvexport.targets.tvm.units.owners import gate_owners
-from dvexport.targets.tvm.units.patches import embed_patches
-from dvexport.targets.tvm.units.tables import lay_out
 from dvexport.targets.tvm.units.transformers import token_units
 from dvexport.targets.tvm.units.unit import Unit
 
@@ -30,7 +28,6 @@ PLANAR_KINDS = ("conv", "max_pool", "merge", "relu", "add", "concat", "slice")
 """Kinds of units whose outputs are held as planes."""
 
 _IMAGE_RANK = 4
-_KEEPS_TYPE = frozenset({"Conv", "Relu", "Add", "Mul", "Sub", "Div", "MaxPool", "AveragePool", "Clip"})
 
 
 @dataclass
@@ -55,12 +52,9 @@ def cut(model: ir.Model, gates: Collection[str] = ()) -> list[Unit]:
     """Return the units of a model, in an order in which they can run.
 
     Args:
-        model: frames fixed; standard operators, `SparseConv` and `Merge`.
+        model: frames fixed, as the backend's passes leave it (`targets/tvm/passes.py`); not modified.
         gates: names of the gates, so that what a dense model does in their place is told apart.
     """
-    embed_patches(model)
-    lay_out(model)
-    _fill_in(model)
     nodes = list(model.graph)
     planar = _planar_values(model)
     units: list[Unit] = list(token_units(model, planar))
@@ -86,19 +80,6 @@ def cut(model: ir.Model, gates: Collection[str] = ()) -> list[Unit]:
 def is_planar(value: ir.Value) -> bool:
     """Tell whether a value has an image's shape and type."""
     return value.shape is not None and len(value.shape) == _IMAGE_RANK and value.dtype == ir.DataType.FLOAT
-
-
-def _fill_in(model: ir.Model) -> None:
-    """Give results the type of their operands, and what a Relu reads its shape: expansions leave them out."""
-    for node in model.graph:
-        read = node.inputs[0] if node.inputs else None
-        if read is None:
-            continue
-        if node.op_type == "Relu" and read.shape is None:
-            read.shape = node.outputs[0].shape
-        for value in node.outputs:
-            if value.type is None and node.op_type in _KEEPS_TYPE:
-                value.type = read.type
 
 
 def _interleave(units: Iterable[Unit], islands: list[Unit], levels: dict[ir.Node, int]) -> Iterator[Unit]:

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dvexport.graph.graph import DV, array_of, static_shape
-from dvexport.targets.tvm.units.tables import chosen_rows
+from dvexport.targets.tvm.rewrites.tables import chosen_rows
 from dvexport.targets.tvm.units.unit import Unit
 from dvexport.targets.tvm.units.views import View, is_dense, is_static, view_of
 

@@ -164,7 +164,7 @@ def test_choices_are_judged_by_the_faster_kernel():
 
 def test_rates_of_a_target_reach_its_machine():
     target = catalogue.load("x86-64-avx512")
-    measured = target.runtimes.tvm.rates
+    measured = target.runtimes["tvm"].rates
     assert measured.source.startswith("measured")
     assert costs.rates_of(machine_for(target)) == measured
 

@@ -18,7 +18,7 @@ from dvexport.targets.tvm.tuning import parameters
 from dvexport.targets.tvm.tuning.parameters import candidates, choose_parameters
 from dvexport.targets.tvm.tuning.tune import Layer
 
-COMPILED = [name for name in catalogue.names() if catalogue.load(name).runtimes.tvm is not None]
+COMPILED = [name for name in catalogue.names() if "tvm" in catalogue.load(name).runtimes]
 OWN = Parameters((4, 4), (3, 5), 9, 0, (6, 4), "mine")
 SMALL = (Layer(3, 1, 16, 16, 28, 7), Layer(3, 1, 16, 16, 28), Layer(3, 1, 16, 16, 8), Layer(1, 1, 32, 16, 14))
 

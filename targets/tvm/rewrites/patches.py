@@ -9,21 +9,26 @@ import onnx_ir as ir
 
 from dvexport.graph.graph import Builder, array_of, static_shape
 
-__all__ = ["embed_patches"]
+__all__ = ["EmbedPatches"]
 
 _LEAST_STRIDE = 4
 """Pixels from which windows are patches; smaller ones are convolutions' own business."""
 
 
-def embed_patches(model: ir.Model) -> None:
-    """Replace convolutions, of any number of axes, whose windows lie side by side; in place.
+class EmbedPatches(ir.passes.InPlacePass):
+    """Replace convolutions, of any number of axes, whose windows lie side by side.
 
     Y = conv(X) is patches `[N * places, C * window]` times weights, as `[N, places, channels]`. What turns the
     result into just that (a flattening and a transposition) vanishes; any other reader gets it turned back.
     """
-    for node in list(model.graph):
-        if node.op_type == "Conv" and not node.domain and _lies_side_by_side(node):
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite convolution by convolution."""
+        convolutions = [node for node in model.graph if node.op_type == "Conv" and not node.domain]
+        found = [node for node in convolutions if _lies_side_by_side(node)]
+        for node in found:
             _replace(model, node)
+        return ir.passes.PassResult(model, modified=bool(found))
 
 
 def _lies_side_by_side(node: ir.Node) -> bool:

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from dvexport.graph.graph import TOKENS
-from dvexport.profile.node_times import NodeTimes
-from dvexport.profile.result import NodeTime
-from dvexport.profile.roles import node_role
+from dvexport.targets.roles import node_role
+from dvexport.targets.times import NodeTime, NodeTimes
 from dvexport.targets.tvm.session import CallTime
 
 __all__ = ["call_times"]

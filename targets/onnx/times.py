@@ -17,16 +17,29 @@ import numpy as np
 import onnx
 
 from dvexport.graph.graph import DECIDES
-from dvexport.profile.result import NodeTime
-from dvexport.profile.roles import node_role
-from dvexport.targets.onnx.runtime import NodeProfile
+from dvexport.targets.roles import node_role
+from dvexport.targets.times import NodeTime, NodeTimes
 
-__all__ = ["NodeTimes", "Owner", "child_scopes", "gates_of_nodes", "node_times"]
+__all__ = ["NodeProfile", "Owner", "child_scopes", "gates_of_nodes", "node_times"]
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
-_SUFFIX = "_kernel_time"
+_RUN, _SUFFIX = "model_run", "_kernel_time"
+"""Names of a step's event, and of the end of a node's."""
 _BLOCKED = "_nchwc"
 """What the runtime adds to the name of a value for the node that makes it in its blocked layout."""
+
+
+@dataclass(frozen=True)
+class NodeProfile:
+    """What ONNX Runtime recorded: its trace events, and the graph that it made of the model and ran."""
+
+    events: list[dict[str, Any]]
+    graph: onnx.ModelProto
+
+    @property
+    def steps(self) -> int:
+        """How many steps were recorded."""
+        return sum(event["name"] == _RUN for event in self.events)
 
 
 class Owner(NamedTuple):
@@ -34,14 +47,6 @@ class Owner(NamedTuple):
 
     gate: str
     decides: bool = False
-
-
-@dataclass(frozen=True)
-class NodeTimes:
-    """Medians over the steps: of every node in microseconds, of every gate's nodes together in ms."""
-
-    nodes: list[NodeTime]
-    gate_ms: dict[str, float]
 
 
 def node_times(profile: NodeProfile, gate_of: Mapping[str, Owner], skip: int) -> NodeTimes:
@@ -82,7 +87,7 @@ class _Step:
 
 
 def _steps(events: list[dict[str, Any]]) -> list[_Step]:
-    runs = sorted((e for e in events if e["name"] == "model_run"), key=lambda e: e["ts"])
+    runs = sorted((e for e in events if e["name"] == _RUN), key=lambda e: e["ts"])
     steps = [_Step(e["ts"], e["dur"], []) for e in runs]
     starts = np.array([step.start for step in steps])
     kernels = [e for e in events if e.get("cat") == "Node" and e["name"].endswith(_SUFFIX)]

@@ -1,9 +1,8 @@
 """What is computed from constants alone: biases of attention that a trace keeps as tables and places in them.
 
 A graph stays small that way (`dvexport/graph/fold.py`). Kernels read a bias laid out, so it is laid out here, once,
-for the
-weights file; but rows that are chosen along the first axis, such as the few masks of many windows, are chosen by the
-kernel (`kernels/window_attention.py`).
+for the weights file; but rows that are chosen along the first axis, such as the few masks of many windows, are chosen
+by the kernel (`kernels/window_attention.py`).
 """
 
 from __future__ import annotations
@@ -15,23 +14,32 @@ import onnx_ir as ir
 
 from dvexport.graph.graph import array_of
 
-__all__ = ["chosen_rows", "lay_out"]
+__all__ = ["LayOutTables", "chosen_rows"]
 
 
-def lay_out(model: ir.Model) -> None:
-    """Replace what is computed from constants by constants, in place; not rows that are only added to something."""
-    for node in list(model.graph):
-        if node.domain or node.op_type not in _VALUES or _is_added(node):
-            continue
-        arrays = [array_of(value) for value in node.inputs]
-        if any(array is None for array in arrays):
-            continue
-        value, array = node.outputs[0], np.ascontiguousarray(_VALUES[node.op_type](node, arrays))
-        made = ir.Value(name=value.name, shape=ir.Shape(array.shape), const_value=ir.tensor(array, name=value.name))
-        made.dtype = ir.DataType.from_numpy(array.dtype)
-        ir.convenience.replace_all_uses_with(value, made, replace_graph_outputs=True)
-        model.graph.remove(node, safe=True)
-        model.graph.register_initializer(made)
+class LayOutTables(ir.passes.InPlacePass):
+    """Replace what is computed from constants by constants; not rows that are only added to something."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Lay out node by node, in order: what one makes may be all that the next one reads."""
+        laid = 0
+        for node in list(model.graph):
+            if node.domain or node.op_type not in _VALUES or _is_added(node):
+                continue
+            arrays = [array_of(value) for value in node.inputs]
+            if all(array is not None for array in arrays):
+                _lay_out(model, node, arrays)
+                laid += 1
+        return ir.passes.PassResult(model, modified=laid > 0)
+
+
+def _lay_out(model: ir.Model, node: ir.Node, arrays: list) -> None:
+    value, array = node.outputs[0], np.ascontiguousarray(_VALUES[node.op_type](node, arrays))
+    made = ir.Value(name=value.name, shape=ir.Shape(array.shape), const_value=ir.tensor(array, name=value.name))
+    made.dtype = ir.DataType.from_numpy(array.dtype)
+    ir.convenience.replace_all_uses_with(value, made, replace_graph_outputs=True)
+    model.graph.remove(node, safe=True)
+    model.graph.register_initializer(made)
 
 
 def chosen_rows(value: ir.Value | None) -> tuple[np.ndarray, ir.Value] | None:
