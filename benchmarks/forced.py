@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from dvexport.decisions import FORCED, decision_key, forced_name
 from dvexport.graph.graph import static_shape
-from dvexport.passes.expose_probes import forced_name
 from dvexport.profile.measure import random_decisions
 
 __all__ = ["decisions", "group_decisions"]
@@ -31,7 +31,7 @@ def _shapes(model: ir.Model) -> dict[tuple[str, str], tuple[int, ...]]:
     found = {}
     for value in model.graph.inputs:
         name = value.name or ""
-        if name.startswith("force."):
-            gate, kind = name.removeprefix("force.").rsplit(".", 1)
+        if key := decision_key(name, FORCED):
+            gate, kind = key
             found[gate, kind] = static_shape(value)[1:]
     return found

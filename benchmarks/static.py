@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from benchmarks.forced import decisions
+from dvexport.decisions import FORCED, decision_key
 from dvexport.dialect.flops import FlopTable
 from dvexport.export import build_model
 
@@ -75,7 +76,7 @@ def frame() -> np.ndarray:
 
 def executed(table: FlopTable, feeds: Mapping[str, np.ndarray]) -> float:
     """Fraction of the dense MACs that forced decisions ask for, policies left out."""
-    one = {tuple(name.removeprefix("force.").rsplit(".", 1)): value for name, value in feeds.items()}
+    one = {decision_key(name, FORCED): value for name, value in feeds.items()}
     return (table.executed([one]).frames[0] - table.decisions) / table.dense  # type: ignore[list-item]
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from benchmarks.compiled import host
 from benchmarks.timing import Timing, take_turns
+from dvexport.decisions import TOKENS
 from dvexport.dialect.flops import flop_table
 from dvexport.export import build_model, traced_levels
-from dvexport.graph.graph import TOKENS
 from dvexport.models.zoo import describe
 from dvexport.passes.pipeline import Plan
 from dvexport.run.golden import moving_texture
@@ -140,4 +140,4 @@ def _choosing(variant: Variant, feeds: dict[str, Any], threads: int) -> str:
         times = call_times(run.end_profile(), skip=1)
     nodes = [node for node in times.nodes if node.role != "control"]  # these enclose others
     total = sum(node.median_us for node in nodes)
-    return f"{sum(node.median_us for node in nodes if node.gate == TOKENS) / total:.1%}"
+    return f"{sum(node.median_us for node in nodes if node.gate == TOKENS.name) / total:.1%}"

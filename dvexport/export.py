@@ -28,6 +28,7 @@ from dvexport.bundle.manifest import (
     TokenEntry,
 )
 from dvexport.bundle.trust import has_code, remember
+from dvexport.decisions import ACTION, TILES, TOKENS
 from dvexport.dialect.flops import flop_table
 from dvexport.errors import CheckpointError, TraceError, UsageError, unknown_name
 from dvexport.files import writable_output
@@ -297,7 +298,7 @@ def traced_levels(net: Any) -> tuple[ir.Model, ir.Model | None]:
         TraceError: a model that can't be traced, or chooses tokens and has no dense version.
     """
     traced = trace(net, net.preprocess.size)
-    if not any(kind == "tokens" for _, kind in decision_values(traced)):
+    if not any(kind == TOKENS.name for _, kind in decision_values(traced)):
         return traced, None
     if not hasattr(net, "without_pruning"):
         raise TraceError(
@@ -327,7 +328,7 @@ def _calibration(traced: ir.Model, frames: np.ndarray | None) -> list[Step]:
     """Return the decisions on the calibration frames; none without frames or decisions."""
     from dvexport.run.oracle import Oracle
 
-    if frames is None or not any(kind != "tokens" for _, kind in decision_values(traced)):
+    if frames is None or not any(kind != TOKENS.name for _, kind in decision_values(traced)):
         return []
     return Oracle(traced).run_clip(frames)
 
@@ -387,8 +388,12 @@ def _gates(traced: ir.Model, lowered: Lowered) -> list[GateEntry]:
             widths.setdefault(gate_name(node), static_shape(node.inputs[1])[0])  # type: ignore[arg-type]
     entries = []
     for choice in lowered.choices:
-        names = [name for name, kind in (("channels", "action"), ("tiles", "tiles")) if (choice.gate, kind) in decided]
-        tiles = decided.get((choice.gate, "tiles"))
+        names = [
+            name
+            for name, kind in ((ACTION.over, ACTION.name), (TILES.over, TILES.name))
+            if (choice.gate, kind) in decided
+        ]
+        tiles = decided.get((choice.gate, TILES.name))
         assert tiles is None or tiles.shape is not None
         grid = None if tiles is None else (int(tiles.shape[1]), int(tiles.shape[2]))  # type: ignore[index,arg-type]
         entries.append(
@@ -425,7 +430,7 @@ def _token_gate(node: ir.Node) -> GateEntry:
     _, tokens, channels = static_shape(node.inputs[0])
     return GateEntry(
         name=gate_name(node),
-        kind="tokens",
+        kind=TOKENS.over,
         channels=channels,
         tokens=(node.attributes["keep"].as_int(), tokens),
         lowering="top-k",

@@ -15,7 +15,7 @@ from torch.nn.modules import module
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 
-from dvexport.actions import ACTIVATIONS
+from dvexport.activations import ACTIVATIONS
 from dvexport.errors import UsageError, unknown_name
 from dvexport.geometry import output_size
 

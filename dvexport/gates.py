@@ -19,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dvexport.actions import COMPUTE, REUSE, SKIP, name_problem
+from dvexport.decisions import ACTION, TILES, Action
 from dvexport.errors import UsageError
 from dvexport.gate_decisions import checked_action, checked_active_in, checked_keep, checked_tiles
 from dvexport.gate_layers import check_activation, check_conv, check_input, check_norm, conv_attributes
 from dvexport.geometry import output_size
+from dvexport.names import name_problem
 
 __all__ = [
     "COMPUTE",
@@ -39,6 +40,9 @@ __all__ = [
     "token_decisions",
     "upsample_tiles",
 ]
+
+SKIP, REUSE, COMPUTE = (int(action) for action in Action)
+"""The actions of an output channel (AdaFuse, section 3; D-STEP, section 3.1)."""
 
 _tokens: ContextVar[tuple[dict[str, Tensor], Mapping[str, Tensor]] | None] = ContextVar("tokens", default=None)
 
@@ -98,7 +102,7 @@ def forced_decisions(
         if told is not None:
             told(gate, kind, own)
         given = decisions.get((gate, kind))
-        one_hot = kind == "action" and own.is_floating_point()
+        one_hot = kind == ACTION.name and own.is_floating_point()
         return own if given is None or given.shape != (own.shape[:-1] if one_hot else own.shape) else given
 
     token = _forced.set(taken)
@@ -280,8 +284,8 @@ def gated_conv(
         return _traced_gated_conv(x, conv, bn, gate, activation, action, tiles, active_in)
     forced = _forced.get()
     if forced is not None:
-        action = None if action is None else forced(gate, "action", action)
-        tiles = None if tiles is None else forced(gate, "tiles", tiles)
+        action = None if action is None else forced(gate, ACTION.name, action)
+        tiles = None if tiles is None else forced(gate, TILES.name, tiles)
     value = conv(x)
     if bn is not None:
         value = bn(value)

@@ -11,6 +11,7 @@ from math import prod
 
 import numpy as np
 
+from dvexport.decisions import TOKENS
 from dvexport.errors import UsageError
 
 __all__ = ["survivors"]
@@ -45,7 +46,7 @@ def survivors(
             raise UsageError(f"{len(places)} tokens can't be divided into {len(gates)} groups")
         kept = []
         for group, gate in zip(places.reshape(len(gates), -1), gates, strict=True):
-            chosen = decisions.get((gate, "tokens"))
+            chosen = decisions.get((gate, TOKENS.name))
             if chosen is None or (len(chosen) and not 0 <= chosen.min() <= chosen.max() < len(group)):
                 raise UsageError("a decision over tokens is missing, or outside its group", where=gate)
             kept.append(group[chosen])

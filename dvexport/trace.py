@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from dvexport.dialect import operator_of
+from dvexport.dialect.spec import decisions_at
 from dvexport.errors import DvexportError, TraceError
 from dvexport.graph.fold import fold_constants
 from dvexport.graph.graph import DV, FRAMES, OPSET, make_contiguous, mark_whole_clip, source_of
-from dvexport.passes.expose_probes import decisions_at
 
 if TYPE_CHECKING:
     from torch import nn

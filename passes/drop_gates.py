@@ -7,27 +7,17 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from dvexport.graph.graph import DV, gate_name
-from dvexport.graph.state import remove_state, states_of
+from dvexport.dialect.spec import operator_of
 
 __all__ = ["DropGates"]
 
 
 class DropGates(ir.passes.InPlacePass):
-    """Remove decisions and histories from every `GatedConv`; policies become dead code."""
+    """Remove decisions and histories from every operator of the dialect; policies become dead code."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Keep only X, W, B."""
-        names = {state.name for state in states_of(model)}
-        modified = False
-        for node in model.graph:
-            if node.domain != DV or node.op_type != "GatedConv":
-                continue
-            history = f"{gate_name(node)}.history"
-            if len(node.outputs) > 1:
-                if history in names:
-                    remove_state(model, history)
-                node.resize_outputs(1)
-            node.resize_inputs(3)
-            modified = True
-        return ir.passes.PassResult(model, modified)
+        """Ask every operator what it is without its gate."""
+        dropped = [
+            operator.drop_gate(model, node) for node in model.graph if (operator := operator_of(node)) is not None
+        ]
+        return ir.passes.PassResult(model, any(dropped))

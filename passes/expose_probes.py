@@ -11,31 +11,27 @@ from collections.abc import Collection, Mapping
 
 import onnx_ir as ir
 
-from dvexport.decision_names import PROBE, forced_name, probe_name
+from dvexport.decisions import ACTION, KINDS, PROBE, TOKENS, Key, forced_name, probe_name
+from dvexport.dialect.gated_conv import GatedConv
+from dvexport.dialect.spec import decisions_at
 from dvexport.graph.graph import DV, Builder, depends_on_input, fresh_output, gate_name, static_shape
 from dvexport.passes.propagate_inactive import PropagateInactive
 
-__all__ = [
-    "ExposeProbes", "ForceDecisions", "decision_values", "decisions_at", "forced_alone", "forced_name", "probe_name",
-    "used_elsewhere",
-]  # fmt: skip
+__all__ = ["ExposeProbes", "ForceDecisions", "decision_values", "forced_alone", "used_elsewhere"]
 
-_KINDS = {"action": 3, "tiles": 4}
-"""Decision kind to its position among the inputs of `GatedConv`."""
-_PROMISE = 5
-"""Position of `active_in` there."""
+_PROMISE = GatedConv.inputs.index("active_in?")
 
 
-def decision_values(model: ir.Model) -> dict[tuple[str, str], ir.Value]:
+def decision_values(model: ir.Model) -> dict[Key, ir.Value]:
     """Return each decision of a gate-level model by (gate, kind)."""
-    found: dict[tuple[str, str], ir.Value] = {}
+    found: dict[Key, ir.Value] = {}
     for node in model.graph:
         for key, value in decisions_at(node).items():
             found.setdefault(key, value)
     return found
 
 
-def used_elsewhere(model: ir.Model) -> set[tuple[str, str]]:
+def used_elsewhere(model: ir.Model) -> set[Key]:
     """Return the decisions of a gate-level model that anything but a gated convolution reads, promises included."""
     found = decision_values(model)
     return {
@@ -56,16 +52,6 @@ def forced_alone(model: ir.Model) -> bool:
     return not any(depends_on_input(node.inputs[_PROMISE], but=found.values()) for node in _promising(model))
 
 
-def decisions_at(node: ir.Node) -> dict[tuple[str, str], ir.Value]:
-    """Return the decisions that a gate-level node takes, or makes, by (gate, kind)."""
-    if node.domain == DV and node.op_type == "SelectTokens":
-        return {(gate_name(node), "tokens"): node.outputs[1]}
-    if node.domain != DV or node.op_type != "GatedConv":
-        return {}
-    given = {kind: node.inputs[position] for kind, position in _KINDS.items() if position < len(node.inputs)}
-    return {(gate_name(node), kind): value for kind, value in given.items() if value is not None}
-
-
 class ExposeProbes(ir.passes.InPlacePass):
     """Add an output for every decision. Requires: the model is still at gate level."""
 
@@ -83,7 +69,7 @@ class ForceDecisions(ir.passes.InPlacePass):
     The decisions the gates would have taken stay as probes (run `ExposeProbes` before).
     """
 
-    def __init__(self, kinds: tuple[str, ...] = ("action", "tiles", "tokens")) -> None:
+    def __init__(self, kinds: Collection[str] = KINDS.keys()) -> None:
         super().__init__()
         self.kinds = kinds
 
@@ -94,34 +80,33 @@ class ForceDecisions(ir.passes.InPlacePass):
         """
         probes = {v.name for v in model.graph.outputs if (v.name or "").startswith(PROBE)}
         found = {key: v for key, v in decision_values(model).items() if key[1] in self.kinds}
-        forced: dict[tuple[str, str], ir.Value] = {}
+        forced: dict[Key, ir.Value] = {}
         for key, value in found.items():
             forced[key] = ir.Value(name=forced_name(*key), shape=value.shape, type=value.type)
             model.graph.inputs.append(forced[key])
         for gate, kind, value in [*_decisions_read(model, found), *((*key, value) for key, value in found.items())]:
-            if kind == "tokens":
+            if kind == TOKENS.name:
                 _take(value, forced[gate, kind])
             for user, position in list(value.uses()):
                 if user.op_type == "Identity" and user.outputs[0].name in probes:
                     continue
                 own = (gate_name(user), kind)
                 user.replace_input_with(position, forced.get(own, forced[gate, kind]))
-        if "action" in self.kinds:
+        if ACTION.name in self.kinds:
             _keep_promises(model, list(forced.values()))
         return ir.passes.PassResult(model, bool(found))
 
 
-def _decisions_read(model: ir.Model, found: Mapping[tuple[str, str], ir.Value]) -> list[tuple[str, str, ir.Value]]:
+def _decisions_read(model: ir.Model, found: Mapping[Key, ir.Value]) -> list[tuple[str, str, ir.Value]]:
     """Return (gate, kind, value) of each decision of action or tiles, also where a gate's convolutions read copies."""
     read: dict[ir.Value, tuple[str, str, ir.Value]] = {}
     for node in model.graph:
         if node.domain != DV or node.op_type != "GatedConv":
             continue
-        for kind, position in _KINDS.items():
-            value = node.inputs[position] if position < len(node.inputs) else None
-            decision = found.get((gate_name(node), kind))
-            if value is not None and decision is not None and value.shape == decision.shape:
-                read.setdefault(value, (gate_name(node), kind, value))
+        for key, value in decisions_at(node).items():
+            decision = found.get(key)
+            if decision is not None and value.shape == decision.shape:
+                read.setdefault(value, (*key, value))
     return list(read.values())
 
 

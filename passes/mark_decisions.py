@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from dvexport.decisions import TOKENS
 from dvexport.dialect.flops import dense_nodes
-from dvexport.graph.graph import DECIDES, DV, TOKENS
+from dvexport.dialect.spec import operator_of
+from dvexport.graph.graph import DECIDES
 
 __all__ = ["MarkDecisions"]
 
@@ -19,11 +21,16 @@ class MarkDecisions(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Leave models without tokens as they are."""
-        selections = {node for node in model.graph if node.domain == DV and node.op_type == "SelectTokens"}
+        selections = {node for node in model.graph if _selects(node)}
         if not selections:
             return ir.passes.PassResult(model, modified=False)
         kept = dense_nodes(model) - selections
         for node in model.graph:
             if node not in kept:
-                node.metadata_props[DECIDES] = TOKENS
+                node.metadata_props[DECIDES] = TOKENS.name
         return ir.passes.PassResult(model, modified=True)
+
+
+def _selects(node: ir.Node) -> bool:
+    operator = operator_of(node)
+    return operator is not None and TOKENS.name in operator.decisions

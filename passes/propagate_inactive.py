@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from dvexport.decisions import Action
 from dvexport.dialect.spec import operator_of
 from dvexport.graph.graph import DV, Builder, array_of, gate_name, replace_node
 
@@ -60,7 +61,7 @@ def _promise(reader: ir.Node, producer: ir.Node, action: ir.Value) -> bool:
         return False
     build = Builder(metadata=reader.metadata_props)
     shape = list(action.shape or [])
-    skipped = build.op("Equal", action, build.const(0, np.int64), shape=shape, dtype=ir.DataType.BOOL)
+    skipped = build.op("Equal", action, build.const(int(Action.SKIP), np.int64), shape=shape, dtype=ir.DataType.BOOL)
     active = build.op("Not", skipped, shape=shape, dtype=ir.DataType.BOOL)
     if reader.op_type == "GatedConv":
         graph.insert_before(reader, build.nodes)

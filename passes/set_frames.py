@@ -13,8 +13,7 @@ import onnx_ir as ir
 
 from dvexport.dialect.spec import operator_of
 from dvexport.errors import TraceError, UsageError
-from dvexport.graph.graph import FRAMES, Builder, array_of, replace_node, source_of, whole_clip_of
-from dvexport.graph.state import add_state, state_input
+from dvexport.graph.graph import FRAMES, array_of, source_of, whole_clip_of
 
 __all__ = ["SetClip", "SetStream"]
 
@@ -66,56 +65,10 @@ class SetStream(ir.passes.InPlacePass):
             _refuse_mixing(node)
         _substitute(model, 1)
         for node in list(model.graph):
-            if operator_of(node) is None:
-                continue
-            if node.op_type == "Delay":
-                _stream_delay(model, node)
-            elif node.op_type == "FrameMean":
-                _stream_mean(model, node)
-            elif node.op_type == "GatedConv":
-                _stream_history(model, node)
+            operator = operator_of(node)
+            if operator is not None:
+                operator.stream(model, node)
         return ir.passes.PassResult(model, modified=True)
-
-
-def _stream_delay(model: ir.Model, node: ir.Node) -> None:
-    x, init = node.inputs
-    assert x is not None
-    name = node.attributes["name"].as_string()
-    start = array_of(init)
-    if start is None or np.any(start):
-        raise TraceError("a stream's states start as zeros", where=f"{source_of(node)} has another init")
-    read = state_input(model, name, x)
-    replace_node(node, Builder(), [read])
-    add_state(model, name, read, x)
-
-
-def _stream_mean(model: ir.Model, node: ir.Node) -> None:
-    (x,) = node.inputs
-    assert x is not None
-    name = node.attributes["name"].as_string()
-    build = Builder(metadata=node.metadata_props)
-    one = build.const(np.float32(1).reshape(1, 1))
-    total_in, count_in = state_input(model, f"{name}.sum", x), state_input(model, f"{name}.count", one)
-    total, count = build.op("Add", total_in, x), build.op("Add", count_in, one)
-    replace_node(node, build, [build.op("Div", total, count)])
-    add_state(model, f"{name}.sum", total_in, total)
-    add_state(model, f"{name}.count", count_in, count)
-
-
-def _stream_history(model: ir.Model, node: ir.Node) -> None:
-    """Keep V of the previous frame; `split_paths` may replace it by something lazier."""
-    operator = operator_of(node)
-    assert operator is not None
-    inputs = operator.bind(node)
-    if inputs["action"] is None:
-        return
-    u = node.outputs[0]
-    name = f"{node.attributes['gate'].as_string()}.history"
-    read = state_input(model, name, u)
-    node.resize_inputs(len(operator.inputs))
-    node.replace_input_with(6, read)
-    node.resize_outputs(2)
-    add_state(model, name, read, node.outputs[1])
 
 
 def _refuse_mixing(node: ir.Node) -> None:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from dvexport.decisions import Action
 from dvexport.dialect.spec import operator_of
 from dvexport.graph.graph import DV, Builder, gate_name, replace_node, static_shape
 from dvexport.graph.state import add_state, remove_state, state_input, states_of
@@ -104,9 +105,9 @@ class _Split:
         out.shape, out.type = self.node.outputs[0].shape, self.node.outputs[0].type
         return out
 
-    def chosen(self, action: int) -> ir.Value:
+    def chosen(self, action: Action) -> ir.Value:
         """Channels of one action, bool `[N, Cout]`."""
-        return self._bool("Equal", self.inputs["action"], self.build.const(action, np.int64))
+        return self._bool("Equal", self.inputs["action"], self.build.const(int(action), np.int64))
 
     def both(self, a: ir.Value, b: ir.Value) -> ir.Value:
         return self._bool("And", a, b)
@@ -145,8 +146,8 @@ def _clip(split: _Split) -> None:
     build, tiles = split.build, split.tiles
     need = None
     if tiles is not None:
-        now = split.both(tiles, split.any_of(split.chosen(2)))
-        later = split.both(tiles, split.any_of(split.chosen(1)))
+        now = split.both(tiles, split.any_of(split.chosen(Action.COMPUTE)))
+        later = split.both(tiles, split.any_of(split.chosen(Action.REUSE)))
         frames, *grid = static_shape(tiles)
         tail = build.const(np.zeros((1, *grid), bool))
         shifted = build.op(
@@ -167,7 +168,7 @@ def _stream_tiles(split: _Split) -> None:
     read_v = _drop_history(split)
     read_x = state_input(model, f"{split.gate}.x", x)
     stale = state_input(model, f"{split.gate}.stale_tiles", tiles)
-    owed = split.both(split.both(tiles, stale), split.any_of(split.chosen(1)))
+    owed = split.both(split.both(tiles, stale), split.any_of(split.chosen(Action.REUSE)))
     history = split.sparse(read_x, tiles=owed, base=read_v)
     v = split.sparse(x, tiles=tiles, base=read_v)
     now_stale = split.negated(tiles)
@@ -181,7 +182,7 @@ def _stream_channels(split: _Split) -> None:
     """Exactly the channels asked for; V holds the history in the channels reused."""
     model, tiles, x = split.model, split.tiles, split.inputs["X"]
     assert x is not None
-    keep, reuse = split.chosen(2), split.chosen(1)
+    keep, reuse = split.chosen(Action.COMPUTE), split.chosen(Action.REUSE)
     read_v = _drop_history(split)
     read_x = state_input(model, f"{split.gate}.x", x)
     stale = state_input(model, f"{split.gate}.stale_channels", keep)

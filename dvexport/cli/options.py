@@ -11,7 +11,6 @@ import click
 from dvexport.errors import UsageError, unknown_name
 
 __all__ = [
-    "FORCEABLE",
     "bundle_argument",
     "json_flag",
     "parse_choice",
@@ -23,7 +22,6 @@ __all__ = [
     "trust_flag",
 ]
 
-FORCEABLE = ("channels", "tiles")
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -71,10 +69,12 @@ def parse_force(text: str) -> dict[str, float]:
     Raises:
         UsageError: an unknown kind, no number, or one outside 0..1.
     """
+    from dvexport.decisions import OVER
+
     rates = {}
     for kind, value in parse_pairs("--force", filter(None, text.split(","))).items():
-        if kind not in FORCEABLE:
-            raise unknown_name("kind of decision", kind, FORCEABLE)
+        if kind not in OVER:
+            raise unknown_name("kind of decision", kind, OVER)
         rates[kind] = _rate(kind, value)
     if not rates:
         raise UsageError("--force needs at least one rate", hint="--force channels=0.5,tiles=0.5")

@@ -7,7 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from dvexport.actions import ACTIVATIONS
+from dvexport.activations import ACTIVATIONS
 from dvexport.geometry import output_size
 from dvexport.graph.graph import Builder, array_of
 
@@ -29,7 +29,7 @@ CONV_ATTRIBUTES: Mapping[str, Any] = {
     "activation": "none",
     "gate": None,
 }
-"""`pads` is ONNX's (top, left, bottom, right); `activation` one of `dvexport.actions.ACTIVATIONS`."""
+"""`pads` is ONNX's (top, left, bottom, right); `activation` one of `dvexport.activations.ACTIVATIONS`."""
 
 
 def plane_size(value: ir.Value) -> tuple[int, int]:

@@ -18,83 +18,14 @@ from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
-from dvexport.dialect.masks import tile_index
+from dvexport.decisions import ACTION, PROBE
+from dvexport.dialect.gated_macs import Decisions, GatedMacs
 from dvexport.dialect.spec import operator_of
 from dvexport.graph.graph import gate_name
 
 __all__ = ["Decisions", "ExecutedFlops", "FlopTable", "GatedMacs", "dense_nodes", "flop_table", "operator_flops"]
-
-Decisions = Mapping[tuple[str, str], np.ndarray]
-"""One frame's decisions by (gate, `action` or `tiles`): int `[C]` and bool `[gh, gw]`; a leading 1 is allowed.
-Those over tokens change no count: how many go on is fixed."""
-
-
-@dataclass(frozen=True)
-class GatedMacs:
-    """One gated convolution.
-
-    Attributes:
-        gate, node: its gate and its name.
-        cin, cout, taps: channels and kernel area.
-        size: output plane, pixels.
-        acts: its outputs follow the gate's actions.
-        reads: the gate whose actions say which of its input channels are not zero; empty: all are read.
-        tiled: it computes only active tiles.
-    """
-
-    gate: str
-    node: str
-    cin: int
-    cout: int
-    taps: int
-    size: tuple[int, int]
-    acts: bool
-    reads: str
-    tiled: bool
-
-    @property
-    def dense(self) -> int:
-        """MACs of the whole convolution on one frame."""
-        return self.cin * self.cout * self.taps * prod(self.size)
-
-    def executed(self, now: Decisions, before: Decisions | None) -> int:
-        """Return the MACs of one frame; `before` is the previous frame's, None for the first."""
-        tiles = self._tiles(now)
-        pixels = self._pixels(tiles)
-        if not self.acts:
-            return self._inputs(now) * self.cout * self.taps * pixels
-        action = self._action(now)
-        total = int((action == 2).sum()) * pixels * self._inputs(now)
-        if before is not None:
-            was_kept = self._action(before) == 2
-            stale = tiles & ~self._tiles(before)
-            owed = int(((action == 1) & ~was_kept).sum()) * pixels
-            owed += int(((action == 1) & was_kept).sum()) * self._pixels(stale)
-            total += owed * self._inputs(before)
-        return total * self.taps
-
-    def _action(self, decisions: Decisions) -> np.ndarray:
-        return np.asarray(decisions[self.gate, "action"]).reshape(-1)
-
-    def _inputs(self, decisions: Decisions) -> int:
-        """How many input channels the reduction runs over."""
-        if not self.reads:
-            return self.cin
-        return int((np.asarray(decisions[self.reads, "action"]) != 0).sum())
-
-    def _tiles(self, decisions: Decisions) -> np.ndarray:
-        if not self.tiled:
-            return np.ones((1, 1), bool)
-        tiles = np.asarray(decisions[self.gate, "tiles"]).astype(bool)
-        return tiles.reshape(tiles.shape[-2:])
-
-    def _pixels(self, tiles: np.ndarray) -> int:
-        rows = np.bincount(tile_index(self.size[0], tiles.shape[0]), minlength=tiles.shape[0])
-        columns = np.bincount(tile_index(self.size[1], tiles.shape[1]), minlength=tiles.shape[1])
-        return int(rows @ tiles @ columns)
 
 
 @dataclass(frozen=True)
@@ -170,18 +101,15 @@ def flop_table(model: ir.Model, dense: ir.Model | None = None) -> FlopTable:
     fixed = decisions = 0
     gated = []
     for node in model.graph:
-        if operator_of(node) is not None:
-            if node.op_type == "GatedConv":
-                gated.append(_gated(node, actions))
+        operator = operator_of(node)
+        if operator is not None:
+            macs = operator.gated_macs(node, actions)
+            gated += [] if macs is None else [macs]
         elif node in in_dense:
             fixed += _macs(node)
         else:
             decisions += _macs(node)
     return FlopTable(fixed, decisions, gated, None if dense is None else flop_table(dense).fixed)
-
-
-_VALUES = {"SelectTokens": 1}
-"""How many of an operator's first inputs hold values, where it is not three: the others decide."""
 
 
 def operator_flops(model: ir.Model) -> int:
@@ -208,38 +136,16 @@ _LAYER_NORM = 5
 def dense_nodes(model: ir.Model) -> set[ir.Node]:
     """Nodes the logits depend on when every gate computes everything."""
     found: set[ir.Node] = set()
-    waiting = [value.producer() for value in model.graph.outputs if not (value.name or "").startswith("probe.")]
+    waiting = [value.producer() for value in model.graph.outputs if not (value.name or "").startswith(PROBE)]
     while waiting:
         node = waiting.pop()
         if node is None or node in found:
             continue
         found.add(node)
-        inputs = node.inputs[: _VALUES.get(node.op_type, 3)] if operator_of(node) is not None else node.inputs
+        operator = operator_of(node)
+        inputs = node.inputs if operator is None else operator.dense_inputs(node)
         waiting += [value.producer() for value in inputs if value is not None]
     return found
-
-
-def _gated(node: ir.Node, actions: Mapping[ir.Value, str]) -> GatedMacs:
-    operator = operator_of(node)
-    assert operator is not None
-    inputs = operator.bind(node)
-    cout, cin, *kernel = _shape(inputs["W"])
-    size = _shape(node.outputs[0])[2:]
-    return GatedMacs(
-        gate=gate_name(node),
-        node=node.name or "",
-        cin=cin,
-        cout=cout,
-        taps=prod(kernel),
-        size=(size[0], size[1]),
-        acts=inputs["action"] is not None,
-        reads=_gate_behind(inputs["active_in"], actions),
-        tiled=inputs["tiles"] is not None,
-    )
-
-
-_COMPARISONS = {"Not", "Equal", "Greater", "Cast", "Identity"}
-"""What lies between a gate's actions and a promise that some channels are zero."""
 
 
 def _actions(model: ir.Model) -> dict[ir.Value, str]:
@@ -247,19 +153,10 @@ def _actions(model: ir.Model) -> dict[ir.Value, str]:
     found: dict[ir.Value, str] = {}
     for node in model.graph:
         operator = operator_of(node)
-        action = operator.bind(node).get("action") if operator is not None and node.op_type == "GatedConv" else None
+        action = None if operator is None else operator.decided(node).get(ACTION.name)
         if action is not None:
             found.setdefault(action, gate_name(node))
     return found
-
-
-def _gate_behind(active_in: ir.Value | None, actions: Mapping[ir.Value, str]) -> str:
-    """Return the gate whose actions a promise was derived from, or nothing where none is found."""
-    if active_in is None or active_in in actions:
-        return actions.get(active_in, "") if active_in is not None else ""
-    node = active_in.producer()
-    inputs = node.inputs if node is not None and node.op_type in _COMPARISONS else ()
-    return next((gate for value in inputs if (gate := _gate_behind(value, actions))), "")
 
 
 def _macs(node: ir.Node) -> int:

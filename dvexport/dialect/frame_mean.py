@@ -9,7 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 from dvexport.dialect.spec import Operator
-from dvexport.graph.graph import Builder
+from dvexport.graph.graph import Builder, replace_node
+from dvexport.graph.state import add_state, state_input
 
 __all__ = ["FrameMean"]
 
@@ -24,6 +25,19 @@ class FrameMean(Operator):
     inputs = ("X",)
     outputs = ("Y",)
     attributes: ClassVar[Mapping[str, Any]] = {"name": None}
+
+    def stream(self, model: ir.Model, node: ir.Node) -> None:
+        """The running sum and the count are states."""
+        (x,) = node.inputs
+        assert x is not None
+        name = node.attributes["name"].as_string()
+        build = Builder(metadata=node.metadata_props)
+        one = build.const(np.float32(1).reshape(1, 1))
+        total_in, count_in = state_input(model, f"{name}.sum", x), state_input(model, f"{name}.count", one)
+        total, count = build.op("Add", total_in, x), build.op("Add", count_in, one)
+        replace_node(node, build, [build.op("Div", total, count)])
+        add_state(model, f"{name}.sum", total_in, total)
+        add_state(model, f"{name}.count", count_in, count)
 
     def reference(
         self, build: Builder, inputs: Mapping[str, ir.Value | None], attributes: Mapping[str, Any]

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from math import prod
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
+from dvexport.decisions import ACTION, TILES
 from dvexport.dialect.conv import CONV_ATTRIBUTES, activate, conv_problems, conv_shape, dense_conv, infer_conv
+from dvexport.dialect.gated_macs import GatedMacs
 from dvexport.dialect.merge import merge
 from dvexport.dialect.spec import Operator
-from dvexport.graph.graph import Builder
+from dvexport.graph.graph import Builder, gate_name
+from dvexport.graph.state import add_state, remove_state, state_input, states_of
 
 __all__ = ["GatedConv"]
 
@@ -31,6 +35,8 @@ class GatedConv(Operator):
     inputs = ("X", "W", "B?", "action?", "tiles?", "active_in?", "init_history?")
     outputs = ("U", "last_history?")
     attributes = CONV_ATTRIBUTES
+    decisions: ClassVar[Mapping[str, str]] = {ACTION.name: "action", TILES.name: "tiles"}
+    dense = ("X", "W", "B")
 
     def infer(self, node: ir.Node) -> None:
         """U is `[N, Cout, H', W']`."""
@@ -54,6 +60,46 @@ class GatedConv(Operator):
         u = merge(build, v, history, inputs["action"], inputs["tiles"])
         return [u if u is not v else build.op("Identity", v), last]
 
+    def gated_macs(self, node: ir.Node, actions: Mapping[ir.Value, str]) -> GatedMacs:
+        """The whole convolution is the gate's."""
+        inputs = self.bind(node)
+        w, u = inputs["W"], node.outputs[0]
+        assert w is not None and w.shape is not None and u.shape is not None
+        cout, cin, *kernel = (int(size) for size in w.shape)  # type: ignore[arg-type]
+        height, width = (int(size) for size in u.shape[2:])  # type: ignore[arg-type]
+        return GatedMacs(
+            gate=gate_name(node),
+            node=node.name or "",
+            cin=cin,
+            cout=cout,
+            taps=prod(kernel),
+            size=(height, width),
+            acts=inputs["action"] is not None,
+            reads=_gate_behind(inputs["active_in"], actions),
+            tiled=inputs["tiles"] is not None,
+        )
+
+    def drop_gate(self, model: ir.Model, node: ir.Node) -> bool:
+        """Keep X, W and B; policies become dead code."""
+        if len(node.outputs) > 1:
+            history = f"{gate_name(node)}.history"
+            if history in {state.name for state in states_of(model)}:
+                remove_state(model, history)
+            node.resize_outputs(1)
+        node.resize_inputs(len(self.dense))
+        return True
+
+    def stream(self, model: ir.Model, node: ir.Node) -> None:
+        """Keep V of the previous frame; `split_paths` may replace it by something lazier."""
+        if self.bind(node)["action"] is None:
+            return
+        name = f"{gate_name(node)}.history"
+        read = state_input(model, name, node.outputs[0])
+        node.resize_inputs(len(self.inputs))
+        node.replace_input_with(self.inputs.index("init_history?"), read)
+        node.resize_outputs(len(self.outputs))
+        add_state(model, name, read, node.outputs[self.outputs.index("last_history?")])
+
     def problems(self, node: ir.Node) -> list[str]:
         """History needs an action; the weight must be constant."""
         inputs = self.bind(node)
@@ -61,3 +107,16 @@ class GatedConv(Operator):
         if inputs["init_history"] is not None and inputs["action"] is None:
             found.append("has a history but no action")
         return found
+
+
+_COMPARISONS = {"Not", "Equal", "Greater", "Cast", "Identity"}
+"""What lies between a gate's actions and a promise that some channels are zero."""
+
+
+def _gate_behind(active_in: ir.Value | None, actions: Mapping[ir.Value, str]) -> str:
+    """Return the gate whose actions a promise was derived from, or nothing where none is found."""
+    if active_in is None or active_in in actions:
+        return actions.get(active_in, "") if active_in is not None else ""
+    node = active_in.producer()
+    inputs = node.inputs if node is not None and node.op_type in _COMPARISONS else ()
+    return next((gate for value in inputs if (gate := _gate_behind(value, actions))), "")

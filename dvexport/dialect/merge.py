@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
+from dvexport.decisions import Action
 from dvexport.dialect.conv import plane_size
 from dvexport.dialect.masks import channel_mask, share_of, upsample
 from dvexport.dialect.spec import Operator
@@ -21,8 +22,8 @@ def merge(
     """Write `S * ([a=2] V + [a=1] H)` (D-STEP Eq. 1, same-frame mask as in its code)."""
     u = v
     if action is not None:
-        kept = build.op("Mul", v, channel_mask(build, share_of(build, action, 2)))
-        u = build.op("Add", kept, build.op("Mul", history, channel_mask(build, share_of(build, action, 1))))
+        kept = build.op("Mul", v, channel_mask(build, share_of(build, action, Action.COMPUTE)))
+        u = build.op("Add", kept, build.op("Mul", history, channel_mask(build, share_of(build, action, Action.REUSE))))
     if tiles is not None:
         as_float = build.op("Cast", tiles, to=ir.DataType.FLOAT, shape=list(tiles.shape or []), dtype=ir.DataType.FLOAT)
         u = build.op("Mul", u, upsample(build, as_float, plane_size(v)))

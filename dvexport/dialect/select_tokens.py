@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
+from dvexport.decisions import TOKENS
 from dvexport.dialect.spec import Operator
 from dvexport.graph.graph import Builder
 
@@ -24,6 +25,8 @@ class SelectTokens(Operator):
     inputs = ("X", "score")
     outputs = ("kept", "index")
     attributes: ClassVar[Mapping[str, Any]] = {"keep": None, "gate": None}
+    decisions: ClassVar[Mapping[str, str]] = {TOKENS.name: "index"}
+    dense = ("X",)
 
     def infer(self, node: ir.Node) -> None:
         """The token axis becomes `keep`."""

@@ -13,10 +13,12 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
-from dvexport.actions import name_problem
-from dvexport.graph.graph import DV, OPSET, Builder
+from dvexport.decisions import Key
+from dvexport.dialect.gated_macs import GatedMacs
+from dvexport.graph.graph import DV, OPSET, Builder, gate_name
+from dvexport.names import name_problem
 
-__all__ = ["OPERATORS", "Operator", "attach_references", "operator_of"]
+__all__ = ["OPERATORS", "Operator", "attach_references", "decisions_at", "operator_of"]
 
 OPERATORS: dict[str, Operator] = {}
 """Every operator of the dialect by name."""
@@ -27,14 +29,22 @@ class Operator:
 
     A subclass states `name`, `inputs` and `outputs` (names; a trailing `?` marks an optional
     one) and `attributes` (name to default, or None when it must be given), and implements
-    `reference`, `problems` and, if it does arithmetic worth counting, nothing more here:
-    executed FLOPs are counted in `dvexport.dialect.flops`.
+    `reference` and `problems`. What passes ask about a node has an answer here that fits an operator
+    without a gate or a memory; one that has them overrides it:
+
+    - `decisions`: kinds of decisions, and the input or output that holds each (`decided`);
+    - `dense`: the inputs that the dense model needs, None for all;
+    - `gated_macs`: what a node executes, as a function of decisions;
+    - `drop_gate`: the node without its gate;
+    - `stream`: what the node keeps from one frame of a stream to the next.
     """
 
     name: ClassVar[str]
     inputs: ClassVar[tuple[str, ...]]
     outputs: ClassVar[tuple[str, ...]]
     attributes: ClassVar[Mapping[str, Any]] = {}
+    decisions: ClassVar[Mapping[str, str]] = {}
+    dense: ClassVar[tuple[str, ...] | None] = None
 
     def __init_subclass__(cls) -> None:
         OPERATORS[cls.name] = cls()
@@ -80,6 +90,38 @@ class Operator:
         given = {name: attribute.value for name, attribute in node.attributes.items()}
         return {**self.attributes, **given}
 
+    def decided(self, node: ir.Node) -> dict[str, ir.Value]:
+        """Return the decisions that a node holds, by kind."""
+        outputs = zip((name.rstrip("?") for name in self.outputs), node.outputs, strict=False)
+        held = {**self.bind(node), **dict(outputs)}
+        found = {kind: held.get(name) for kind, name in self.decisions.items()}
+        return {kind: value for kind, value in found.items() if value is not None}
+
+    def dense_inputs(self, node: ir.Node) -> list[ir.Value]:
+        """Return the inputs that matter when every gate computes everything."""
+        wanted = self.bind(node)
+        names = wanted if self.dense is None else self.dense
+        return [value for name in names if (value := wanted[name]) is not None]
+
+    def gated_macs(self, node: ir.Node, actions: Mapping[ir.Value, str]) -> GatedMacs | None:
+        """Return how many MACs a node executes as a function of decisions; None: it has none that a gate governs.
+
+        Args:
+            actions: the first gate that takes each action of the model.
+        """
+        return None
+
+    def drop_gate(self, model: ir.Model, node: ir.Node) -> bool:
+        """Make the node what it is in the dense model, in place; return whether anything changed."""
+        return False
+
+    def stream(self, model: ir.Model, node: ir.Node) -> None:
+        """Turn what the node keeps across frames into states of the model, in place; one frame a step.
+
+        Raises:
+            TraceError: it starts from something else than zeros.
+        """
+
     def expand(self, node: ir.Node, build: Builder) -> Sequence[ir.Value]:
         """Write the reference of `node` into `build`, over the node's own inputs."""
         return self.reference(build, self.bind(node), self.attributes_of(node))
@@ -88,6 +130,13 @@ class Operator:
 def operator_of(node: ir.Node) -> Operator | None:
     """Return the specification of a dialect node, or None for any other node."""
     return OPERATORS.get(node.op_type) if node.domain == DV else None
+
+
+def decisions_at(node: ir.Node) -> dict[Key, ir.Value]:
+    """Return the decisions that a gate-level node takes, or makes."""
+    operator = operator_of(node)
+    held = {} if operator is None else operator.decided(node)
+    return {(gate_name(node), kind): value for kind, value in held.items()}
 
 
 def attach_references(model: ir.Model) -> ir.Model:

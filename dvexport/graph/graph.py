@@ -16,7 +16,6 @@ __all__ = [
     "DV",
     "FRAMES",
     "OPSET",
-    "TOKENS",
     "Builder",
     "array_of",
     "branch",
@@ -39,8 +38,6 @@ DOMAINS = ("", "ai.onnx", DV)
 """Domains of all operators: the standard one by both its names, and ours. Those of others may do anything."""
 DECIDES = "dv.decides"
 """Metadata of a node that is there for decisions: of which kind (`passes/mark_decisions.py`)."""
-TOKENS = "tokens"
-"""The kind of decisions over tokens; in profiles the gate that they all belong to."""
 FRAMES = "frames"
 """The symbol of the frame axis in a traced model."""
 OPSET = 20

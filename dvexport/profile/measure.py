@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dvexport.actions import COMPUTE, SKIP
+from dvexport.decisions import KINDS, Key
 from dvexport.run.session import Decisions, Session, Step
 
 __all__ = ["Measured", "interleaved", "random_decisions", "warm_up"]
@@ -91,7 +91,7 @@ def _measured(runs: list[list[Step]], mode: str) -> Measured:
 
 
 def random_decisions(
-    shapes: Mapping[tuple[str, str], tuple[int, ...]],
+    shapes: Mapping[Key, tuple[int, ...]],
     rates: Mapping[str, float],
     frames: int,
     seed: int = 0,
@@ -100,30 +100,18 @@ def random_decisions(
     """Return decisions for every frame, drawn anew for each gate and frame.
 
     Args:
-        shapes: of one frame's decisions, by (gate, `action` or `tiles`).
-        rates: `channels` and `tiles`, 0 to 1; 1 where left out. Of a gate's n channels exactly
-            round(rate * n) are computed and the others skipped; likewise its tiles. Of tokens as many are
-            drawn as the gate keeps.
+        shapes: of one frame's decisions.
+        rates: by what is decided over (`decisions.OVER`), 0 to 1; 1 where left out. Of a gate's n channels exactly
+            round(rate * n) are computed and the others skipped; likewise its tiles. As many tokens are drawn as the
+            gate keeps.
         seed: the same decisions for the same seed.
         tokens: by gate, how many tokens it chooses from.
     """
-    rng = np.random.default_rng(seed)
-    return [{key: _drawn(rng, key, shape, rates, tokens or {}) for key, shape in shapes.items()} for _ in range(frames)]
-
-
-def _drawn(
-    rng: np.random.Generator,
-    key: tuple[str, str],
-    shape: tuple[int, ...],
-    rates: Mapping[str, float],
-    tokens: Mapping[str, int],
-) -> np.ndarray:
-    gate, kind = key
-    if kind == "tokens":
-        return rng.permutation(tokens[gate])[: shape[0]].astype(np.int64)
-    count = int(np.prod(shape))
-    rate = rates.get("channels" if kind == "action" else "tiles", 1.0)
-    chosen = np.zeros(count, bool)
-    chosen[rng.permutation(count)[: round(rate * count)]] = True
-    chosen = chosen.reshape(shape)
-    return np.where(chosen, COMPUTE, SKIP).astype(np.int64) if kind == "action" else chosen
+    rng, among = np.random.default_rng(seed), tokens or {}
+    return [
+        {
+            (gate, kind): KINDS[kind].draw(rng, shape, rates.get(KINDS[kind].over, 1.0), among.get(gate, 0))
+            for (gate, kind), shape in shapes.items()
+        }
+        for _ in range(frames)
+    ]

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dvexport.actions import COMPUTE, REUSE, SKIP
+from dvexport.decisions import ACTION, OVER, TILES, TOKENS, Action
 from dvexport.dialect.flops import ExecutedFlops, FlopTable
 from dvexport.errors import DeviceError, UsageError, unknown_name
-from dvexport.graph.graph import TOKENS
 from dvexport.profile.clip import ProfileClip, load_clip
 from dvexport.profile.environment import device_info
 from dvexport.profile.measure import Measured, interleaved, random_decisions, warm_up
@@ -36,9 +35,8 @@ if TYPE_CHECKING:
     from dvexport.bundle.archive import Bundle
     from dvexport.bundle.manifest import GateEntry, Manifest
 
-__all__ = ["FORCEABLE", "profile", "profile_frames"]
+__all__ = ["profile", "profile_frames"]
 
-FORCEABLE = ("channels", "tiles", "tokens")
 DEFAULT_RUNS = 10
 _RECORDED_STEPS = 12
 """Steps recorded node by node, after as many to warm up."""
@@ -86,7 +84,7 @@ def profile(
     played = load_clip(bundle, clip)
     tell("make the dense version")
     manifest = bundle.manifest
-    convolving = [gate for gate in manifest.gates if gate.kind != "tokens"]
+    convolving = [gate for gate in manifest.gates if gate.kind != TOKENS.over]
     gates = [gate.name for gate in convolving]
     gated_model, dense_model = variant_of(bundle, "forced" if rates else "gated"), variant_of(bundle, "dense")
     gated, dense = (open_variant(model, manifest, threads=threads) for model in (gated_model, dense_model))
@@ -118,7 +116,7 @@ def profile(
         gates=[_gate_stats(gate, executed, flops, nodes, dense_nodes) for gate in convolving],
         nodes=nodes.nodes,
         tokens=token_stages(manifest, measured.steps[0].decisions),
-        tokens_ms=nodes.gate_ms.get(TOKENS),
+        tokens_ms=nodes.gate_ms.get(TOKENS.name),
         whole_clip=gated.whole_clip,
     )
 
@@ -134,11 +132,11 @@ def _check_request(manifest: Manifest, device: str, rates: Mapping[str, float], 
     if runs < 1:
         raise UsageError("runs are at least 1", why=f"runs={runs}")
     for kind, rate in rates.items():
-        if kind not in FORCEABLE:
-            raise unknown_name("kind of decision", kind, FORCEABLE)
+        if kind not in OVER:
+            raise unknown_name("kind of decision", kind, OVER)
         if not 0 <= rate <= 1:
             raise UsageError(f"a rate is from 0 to 1, not {rate}", where=kind)
-        if kind == "tokens" and rate != 1:
+        if kind == TOKENS.over and rate != 1:
             raise UsageError(
                 f"tokens can't be forced at a rate of {rate:g}",
                 why="how many go on is fixed when the model is exported",
@@ -187,9 +185,9 @@ def _steps(
 
 
 def _gate_step(gate: GateEntry, step: Step) -> GateStep:
-    action = step.decisions.get((gate.name, "action"), np.full(gate.channels, COMPUTE))
-    skip, reuse, compute = (int((action == kind).sum()) for kind in (SKIP, REUSE, COMPUTE))
-    tiles = step.decisions.get((gate.name, "tiles"))
+    action = step.decisions.get((gate.name, ACTION.name), np.full(gate.channels, Action.COMPUTE))
+    skip, reuse, compute = (int((action == kind).sum()) for kind in (Action.SKIP, Action.REUSE, Action.COMPUTE))
+    tiles = step.decisions.get((gate.name, TILES.name))
     if tiles is None:
         return GateStep(skip, reuse, compute)
     return GateStep(skip, reuse, compute, int(tiles.sum()), tiles.size, tiles.astype(int).tolist())

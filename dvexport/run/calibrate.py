@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dvexport.actions import COMPUTE, REUSE, SKIP
+from dvexport.decisions import ACTION, TILES, Action
 from dvexport.passes.choose_lowering import Rates
 from dvexport.passes.group_channels import ChannelStatistics, group_rate
 from dvexport.run.session import Step
@@ -22,17 +22,17 @@ def gate_rates(steps: Sequence[Step]) -> dict[str, Rates]:
     """
     rates = {}
     for gate in dict.fromkeys(gate for step in steps for gate, _ in step.decisions):
-        tiles, action = _stacked(steps, gate, "tiles"), _stacked(steps, gate, "action")
+        tiles, action = _stacked(steps, gate, TILES.name), _stacked(steps, gate, ACTION.name)
         compute = active = groups = 1.0
         if action is not None:
             reused_next = np.zeros(action.shape, bool)
-            reused_next[:-1] = action[1:] == REUSE
-            compute = float(np.mean((action == COMPUTE) | reused_next))
-            active = float(np.mean(action != SKIP))
+            reused_next[:-1] = action[1:] == Action.REUSE
+            compute = float(np.mean((action == Action.COMPUTE) | reused_next))
+            active = float(np.mean(action != Action.SKIP))
             groups = group_rate(action)
         owed = 0.0
         if tiles is not None and action is not None:
-            reuses = (action[1:] == REUSE).any(axis=1)
+            reuses = (action[1:] == Action.REUSE).any(axis=1)
             owed = float(np.sum((tiles[1:] & ~tiles[:-1])[reuses]) / tiles.size)
         rates[gate] = Rates(1.0 if tiles is None else float(tiles.mean()), compute, active, groups, owed)
     return rates
@@ -40,8 +40,8 @@ def gate_rates(steps: Sequence[Step]) -> dict[str, Rates]:
 
 def gate_statistics(steps: Sequence[Step]) -> dict[str, ChannelStatistics]:
     """Return the actions of every gate over the frames of one clip."""
-    gates = dict.fromkeys(gate for step in steps for gate, kind in step.decisions if kind == "action")
-    return {gate: ChannelStatistics(_stacked(steps, gate, "action")) for gate in gates}  # type: ignore[arg-type]
+    gates = dict.fromkeys(gate for step in steps for gate, kind in step.decisions if kind == ACTION.name)
+    return {gate: ChannelStatistics(_stacked(steps, gate, ACTION.name)) for gate in gates}  # type: ignore[arg-type]
 
 
 def _stacked(steps: Sequence[Step], gate: str, kind: str) -> np.ndarray | None:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dvexport.decisions import KINDS, TOKENS
 from dvexport.run.session import Step
 
 __all__ = [
@@ -60,8 +61,8 @@ class Difference:
     total: int
 
     def __str__(self) -> str:
-        what = {"tiles": "tiles", "tokens": "tokens"}.get(self.kind, "channels")
-        return f"gate '{self.gate}', frame {self.frame}: {self.count} of {self.total} {what} decided otherwise"
+        decided = f"{self.count} of {self.total} {KINDS[self.kind].over} decided otherwise"
+        return f"gate '{self.gate}', frame {self.frame}: {decided}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields."""
@@ -92,12 +93,12 @@ def decision_rows(name: str, got: Sequence[Step], want: Sequence[Step]) -> list[
     """Return the rows that count differing decisions, tokens apart; none where a side shows no decisions."""
     rows = []
     found = list(_differences(got, want))
-    for what, among in (("decisions", [d for d in found if d[2] != "tokens"]),
-                        ("tokens", [d for d in found if d[2] == "tokens"])):  # fmt: skip
+    for what, among in (("decisions", [d for d in found if d[2] != TOKENS.name]),
+                        (TOKENS.over, [d for d in found if d[2] == TOKENS.name])):  # fmt: skip
         total, differing = sum(d[4] for d in among), sum(d[3] for d in among)
         if not total:
             continue
-        limit = max(2, int(total * TOKENS_LIMIT)) if what == "tokens" else int(total * DECISIONS_LIMIT)
+        limit = max(2, int(total * TOKENS_LIMIT)) if what == TOKENS.over else int(total * DECISIONS_LIMIT)
         rows.append(Row(f"{name}: {what} that differ, of {total}", differing, limit, differing <= limit))
     return rows
 

@@ -14,8 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from dvexport.actions import COMPUTE, REUSE, SKIP
-from dvexport.decision_names import FORCE, decision_key, forced_name
+from dvexport.decisions import ACTION, FORCED, TILES, TOKENS, Action, decision_key, forced_name
 from dvexport.errors import BundleError
 from dvexport.graph.graph import depends_on_input, whole_clip_of
 from dvexport.passes.expose_probes import decision_values
@@ -66,7 +65,7 @@ def draw(traced: ir.Model, own: Decisions, golden_frames: int, run_frames: int |
         golden_frames: how many there are to feed.
         run_frames: frames of a run; None for a stream, which takes any number.
     """
-    decided = {key: value for key, value in decision_values(traced).items() if key[1] != "tokens"}
+    decided = {key: value for key, value in decision_values(traced).items() if key[1] != TOKENS.name}
     free = [value for value in decided.values() if depends_on_input(value)]
     if not free or whole_clip_of(traced) is not None:
         return []
@@ -81,7 +80,7 @@ def draw(traced: ir.Model, own: Decisions, golden_frames: int, run_frames: int |
         if value not in numbers:
             by_value[value] = [own[gate, kind]] * count
         else:
-            by_value[value] = one.tiles(count) if kind == "tiles" else one.actions(count, possible_actions(value))
+            by_value[value] = one.tiles(count) if kind == TILES.name else one.actions(count, possible_actions(value))
     steps = [{key: by_value[value][i] for key, value in decided.items()} for i in range(count)]
     return [
         ForcedRun(np.arange(at, at + length) % golden_frames, steps[at : at + length]) for at in range(0, count, length)
@@ -116,11 +115,17 @@ class _Gate:
         return (self.gate + index // STEPS) % 2 == 1
 
     def _action(self, index: int, allowed: tuple[int, ...]) -> np.ndarray:
-        whole = {1: COMPUTE, 2: REUSE, 5: COMPUTE if self._odd(index) else SKIP, 6: REUSE, 7: SKIP}.get(index % STEPS)
+        whole = {
+            1: Action.COMPUTE,
+            2: Action.REUSE,
+            5: Action.COMPUTE if self._odd(index) else Action.SKIP,
+            6: Action.REUSE,
+            7: Action.SKIP,
+        }.get(index % STEPS)
         if whole is None:
             return np.array(allowed, np.int64)[self._mixed(index, len(allowed))]
         least, most = allowed[0], allowed[-1]
-        return np.full(self.shape, whole if whole in allowed else least if whole == SKIP else most, np.int64)
+        return np.full(self.shape, whole if whole in allowed else least if whole == Action.SKIP else most, np.int64)
 
     def _tiles(self, index: int) -> np.ndarray:
         whole = {1: True, 2: True, 5: not self._odd(index), 6: True, 7: False}.get(index % STEPS)
@@ -154,7 +159,7 @@ def unpack(golden: Mapping[str, np.ndarray], where: str) -> list[ForcedRun]:
     Raises:
         BundleError: arrays are missing or don't fit each other.
     """
-    stored = {decision_key(name, FORCE): array for name, array in golden.items() if name.startswith(FORCE)}
+    stored = {key: array for name, array in golden.items() if (key := decision_key(name, FORCED))}
     frames, logits = golden.get(_FRAMES), golden.get(_LOGITS)
     if frames is None and logits is None and not stored:
         return []
@@ -178,6 +183,6 @@ def _fit(frames: np.ndarray, logits: np.ndarray, stored: Mapping[Key, np.ndarray
         return False
     if frames.min() < 0 or frames.max() >= available or logits.dtype != np.float32:
         return False
-    types = {"action": np.uint8, "tiles": np.bool_}
+    types = {ACTION.name: np.uint8, TILES.name: np.bool_}
     right = all(array.ndim > 2 and array.dtype == types.get(key[1]) for key, array in stored.items())
     return right and all(array.shape[:2] == frames.shape for array in (logits, *stored.values()))

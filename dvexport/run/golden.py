@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dvexport.decision_names import probe_name
+from dvexport.decisions import ACTION, TILES, TOKENS, probe_name
 from dvexport.run.forced import ForcedRun
 from dvexport.run.forced import pack as forced_arrays
 from dvexport.run.session import Decisions, Step
@@ -64,21 +64,21 @@ def torch_steps(model: nn.Module, frames: np.ndarray, follow: Sequence[Step] = (
     from dvexport import gates
 
     given = follow[0].decisions.items() if follow else ()
-    taken = {gate: torch.from_numpy(value)[None] for (gate, kind), value in given if kind == "tokens"}
+    taken = {gate: torch.from_numpy(value)[None] for (gate, kind), value in given if kind == TOKENS.name}
     with torch.no_grad(), gates.token_decisions(taken) as tokens:
         logits = model.eval()(torch.from_numpy(frames)).numpy()
     decided = [_decision_arrays(d) for d in model.decisions()] if hasattr(model, "decisions") else []  # type: ignore[operator]
     merged = {key: value for arrays in decided for key, value in arrays.items()}
-    merged |= {(gate, "tokens"): index.numpy() for gate, index in tokens.items()}
+    merged |= {(gate, TOKENS.name): index.numpy() for gate, index in tokens.items()}
     return [Step(logits[i], {key: value[i] for key, value in merged.items()}) for i in range(len(logits))]
 
 
 def _decision_arrays(decision) -> dict[tuple[str, str], np.ndarray]:
     found = {}
     if decision.action is not None:
-        found[decision.gate, "action"] = decision.action.numpy().astype(np.int64)
+        found[decision.gate, ACTION.name] = decision.action.numpy().astype(np.int64)
     if decision.tiles is not None:
-        found[decision.gate, "tiles"] = decision.tiles.numpy() != 0
+        found[decision.gate, TILES.name] = decision.tiles.numpy() != 0
     return found
 
 

@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from dvexport.decisions import KINDS, TOKENS, forced_name
 from dvexport.dialect.spec import attach_references
 from dvexport.graph.onnx_file import model_apart
-from dvexport.passes.expose_probes import ExposeProbes, ForceDecisions, decision_values, forced_name
+from dvexport.passes.expose_probes import ExposeProbes, ForceDecisions, decision_values
 from dvexport.run.session import Step, steps_of
 from dvexport.targets.onnx.runtime import OrtSession
 
@@ -34,9 +35,9 @@ class Oracle:
     def __init__(self, gate_level: ir.Model, *, threads: int = 1, forced: bool = False) -> None:
         model = gate_level.clone()
         decisions = list(decision_values(model))
-        self._forced = [key for key in decisions if forced or key[1] == "tokens"]
+        self._forced = [key for key in decisions if forced or key[1] == TOKENS.name]
         ExposeProbes()(model)
-        ForceDecisions(kinds=("action", "tiles", "tokens") if forced else ("tokens",))(model)
+        ForceDecisions(kinds=KINDS if forced else (TOKENS.name,))(model)
         attach_references(model)
         text, weights = model_apart(model)
         self._runtime = OrtSession(text, weights=weights, threads=threads)

@@ -11,12 +11,12 @@ from itertools import product
 
 import onnx_ir as ir
 
-from dvexport.actions import COMPUTE, REUSE, SKIP
+from dvexport.decisions import Action
 from dvexport.graph.graph import array_of
 
 __all__ = ["possible_actions"]
 
-_ALL = (SKIP, REUSE, COMPUTE)
+_ALL = (Action.SKIP, Action.REUSE, Action.COMPUTE)
 _MOST = 16
 """Values that are followed at most; what may have more counts as unknown."""
 _SAME = {"Identity", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Gather", "Expand", "Flatten", "Cast"}

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from dvexport.actions import COMPUTE, REUSE, SKIP
 from dvexport.bundle.manifest import GateEntry, Seen, SeenFrames
+from dvexport.decisions import ACTION, TILES, TOKENS, Action
 from dvexport.run.session import Decisions, Step
 
 __all__ = ["EVENTS", "GateSeen", "gates_seen", "seen_in", "titles", "with_seen"]
@@ -91,26 +91,28 @@ def gates_seen(
 
 
 def _events(gate: str, now: Decisions, before: Decisions | None) -> list[str]:
-    action, tiles = now.get((gate, "action")), now.get((gate, "tiles"))
-    found = ["chosen"] if (gate, "tokens") in now else []
+    action, tiles = now.get((gate, ACTION.name)), now.get((gate, TILES.name))
+    found = ["chosen"] if (gate, TOKENS.name) in now else []
     if action is not None:
         active = tiles is None or bool(tiles.any())
-        found += ["skipped"] if (action == SKIP).any() else []
+        found += ["skipped"] if (action == Action.SKIP).any() else []
         found += [
-            name for name, kind in (("computed", COMPUTE), ("reused", REUSE)) if active and (action == kind).any()
+            name
+            for name, kind in (("computed", Action.COMPUTE), ("reused", Action.REUSE))
+            if active and (action == kind).any()
         ]
         found += ["stale"] if before is not None and _stale(gate, action, tiles, before) else []
     if tiles is not None:
         count = int(np.count_nonzero(tiles))
         found.append("no_tiles" if not count else "all_tiles" if count == tiles.size else "some_tiles")
-        found += ["new_tiles"] if before is not None and (tiles & ~before[gate, "tiles"]).any() else []
+        found += ["new_tiles"] if before is not None and (tiles & ~before[gate, TILES.name]).any() else []
     return found
 
 
 def _stale(gate: str, action: np.ndarray, tiles: np.ndarray | None, before: Decisions) -> bool:
     """Tell whether a frame reuses, where it is active, what the frame before left out: a channel, or a tile."""
-    reused = action == REUSE
+    reused = action == Action.REUSE
     if not reused.any() or (tiles is not None and not tiles.any()):
         return False
-    new_tiles = tiles is not None and bool((tiles & ~before[gate, "tiles"]).any())
-    return new_tiles or bool((reused & (before[gate, "action"] != COMPUTE)).any())
+    new_tiles = tiles is not None and bool((tiles & ~before[gate, TILES.name]).any())
+    return new_tiles or bool((reused & (before[gate, ACTION.name] != Action.COMPUTE)).any())

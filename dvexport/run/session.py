@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dvexport.decision_names import FORCE, PROBE, decision_key
+from dvexport.decisions import FORCED, KINDS, PROBE, Key, decision_key
 from dvexport.errors import UsageError
 from dvexport.targets.runtime import Runtime
 
 __all__ = ["Decisions", "Session", "Step", "steps_of"]
 
 
-Decisions = dict[tuple[str, str], np.ndarray]
+Decisions = dict[Key, np.ndarray]
 """By gate and kind: `action` int64 `[C]` of 0 skip, 1 reuse, 2 compute; `tiles` bool `[gh, gw]`; `tokens` int64
 `[keep]`, places of the tokens that go on, in their new order."""
 
@@ -59,11 +59,11 @@ class Session:
         rows = int(runtime.outputs["logits"].shape[0])
         self.whole_clip = rows == 1 < self.frames
         self._rows = rows
-        self._forced = {decision_key(name, FORCE): name for name in runtime.inputs if name.startswith(FORCE)}
+        self._forced = {key: name for name in runtime.inputs if (key := decision_key(name, FORCED))}
         self.decisions = {
-            decision_key(name, PROBE): tuple(int(size) for size in port.shape[1:])
+            key: tuple(int(size) for size in port.shape[1:])
             for name, port in runtime.outputs.items()
-            if name.startswith(PROBE)
+            if (key := decision_key(name, PROBE))
         }
 
     def __enter__(self) -> Session:
@@ -83,7 +83,7 @@ class Session:
         """Forget all frames before: the next step is the first of a stream."""
         self.runtime.reset()
 
-    def step(self, frame: np.ndarray, forced: Mapping[tuple[str, str], np.ndarray] | None = None) -> Step:
+    def step(self, frame: np.ndarray, forced: Mapping[Key, np.ndarray] | None = None) -> Step:
         """Run one frame of a stream.
 
         Args:
@@ -98,9 +98,7 @@ class Session:
             raise UsageError("a clip-mode bundle runs whole clips", hint="use run_clip, or export in stream mode")
         return self._run(frame, None if forced is None else [forced])[0]
 
-    def run_clip(
-        self, frames: np.ndarray, forced: Sequence[Mapping[tuple[str, str], np.ndarray]] | None = None
-    ) -> list[Step]:
+    def run_clip(self, frames: np.ndarray, forced: Sequence[Mapping[Key, np.ndarray]] | None = None) -> list[Step]:
         """Run a clip from its first frame: as a fresh stream, or at once in clip mode.
 
         Args:
@@ -122,7 +120,7 @@ class Session:
         self.reset()
         return [self.step(frames[i : i + 1], forced[i] if forced else None) for i in range(len(frames))]
 
-    def _run(self, frames: np.ndarray, forced: Sequence[Mapping[tuple[str, str], np.ndarray]] | None) -> list[Step]:
+    def _run(self, frames: np.ndarray, forced: Sequence[Mapping[Key, np.ndarray]] | None) -> list[Step]:
         self._check_frames(frames)
         feeds = {"frames": frames, **self._forced_feeds(forced)}
         steps = steps_of(self.runtime.run(feeds), self.runtime.seconds)
@@ -141,7 +139,7 @@ class Session:
         if not np.isfinite(frames).all():
             raise UsageError("the input has NaN or infinite values", hint="check the frame's normalisation")
 
-    def _forced_feeds(self, forced: Sequence[Mapping[tuple[str, str], np.ndarray]] | None) -> dict[str, np.ndarray]:
+    def _forced_feeds(self, forced: Sequence[Mapping[Key, np.ndarray]] | None) -> dict[str, np.ndarray]:
         if not self._forced:
             if forced is not None:
                 raise UsageError("only the forced variant takes decisions", hint="open_session(variant='forced')")
@@ -153,9 +151,7 @@ class Session:
             raise UsageError(f"{len(forced)} decisions were given for {rows}")
         return {name: self._stacked(name, key, forced) for key, name in self._forced.items()}
 
-    def _stacked(
-        self, name: str, key: tuple[str, str], forced: Sequence[Mapping[tuple[str, str], np.ndarray]]
-    ) -> np.ndarray:
+    def _stacked(self, name: str, key: Key, forced: Sequence[Mapping[Key, np.ndarray]]) -> np.ndarray:
         port = self.runtime.inputs[name]
         where = f"gate '{key[0]}', {key[1]}"
         if any(key not in decisions for decisions in forced):
@@ -167,17 +163,15 @@ class Session:
                 where=where,
                 why=f"it is {stacked.dtype} of shape {list(stacked.shape[1:])}",
             )
-        if key[1] == "tokens" and stacked.min() < 0:
-            raise UsageError("a token has a place from 0", where=where)
-        if key[1] == "action" and (stacked.min() < 0 or stacked.max() > 2):
-            raise UsageError("an action is 0 skip, 1 reuse or 2 compute", where=where)
+        if problem := KINDS[key[1]].problem(stacked):
+            raise UsageError(problem, where=where)
         return stacked
 
 
 def steps_of(outputs: Mapping[str, np.ndarray], seconds: float) -> list[Step]:
     """Cut the outputs of one run into one `Step` a frame."""
     logits = outputs["logits"]
-    probes = {decision_key(name, PROBE): value for name, value in outputs.items() if name.startswith(PROBE)}
+    probes = {key: value for name, value in outputs.items() if (key := decision_key(name, PROBE))}
     share = seconds / len(logits)
     return [Step(logits[i], {key: value[i] for key, value in probes.items()}, share) for i in range(len(logits))]
 

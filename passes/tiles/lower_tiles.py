@@ -22,6 +22,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from dvexport.decisions import Action
 from dvexport.dialect.masks import share_of
 from dvexport.dialect.spec import operator_of
 from dvexport.graph.graph import DV, Builder, replace_node, static_shape
@@ -228,7 +229,9 @@ def _merged(
         old = build.op("ScatterND", old, where, overlay.values)
     else:
         old = u if history is v else build.op("Gather", to_rows(build, history), pixels, axis=0)
-    keep, reuse = (_by_pixel(build, share_of(build, action, value), pixels, place) for value in (2, 1))
+    keep, reuse = (
+        _by_pixel(build, share_of(build, action, value), pixels, place) for value in (Action.COMPUTE, Action.REUSE)
+    )
     return build.op("Add", build.op("Mul", u, keep), build.op("Mul", old, reuse))
 
 

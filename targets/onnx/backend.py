@@ -8,6 +8,7 @@ from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from dvexport.decisions import TOKENS
 from dvexport.errors import unknown_name
 from dvexport.graph.graph import depends_on_input, whole_clip_of
 from dvexport.graph.weights import WeightFile, external_arrays
@@ -101,7 +102,7 @@ def _forced_onnx(gated: OnnxVariant, gate_level: ir.Model, plan: Plan) -> Varian
     from dvexport.targets.onnx.force import force_artifact
 
     decided = decision_values(gate_level)
-    if any(kind == "tokens" for _, kind in decided):
+    if any(kind == TOKENS.name for _, kind in decided):
         return onnx_variant(gate_level, plan)
     forced, read = force_artifact(gated.model)
     followed = {value for key, value in decided.items() if key in read or not depends_on_input(value)}
@@ -131,7 +132,7 @@ def plan_of(manifest: Manifest, variant: str) -> Plan:
         frames=manifest.inputs[0].shape[0],
         variant="dense" if variant == "dense" else "gated",
         forced=variant == "forced",
-        overrides={gate.name: gate.lowering for gate in manifest.gates if gate.kind != "tokens"},
+        overrides={gate.name: gate.lowering for gate in manifest.gates if gate.kind != TOKENS.over},
     )
 
 

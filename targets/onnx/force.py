@@ -10,7 +10,7 @@ from collections.abc import Collection
 
 import onnx
 
-from dvexport.decision_names import PROBE, decision_key, forced_name
+from dvexport.decisions import PROBE, decision_key, forced_name
 
 __all__ = ["force_artifact"]
 
@@ -21,7 +21,7 @@ def force_artifact(artifact: bytes) -> tuple[bytes, set[tuple[str, str]]]:
     A decision that nothing reads gets no input: it is a constant, or the same value as another one's.
     """
     model = onnx.load_model_from_string(artifact)
-    probes = {out.name: decision_key(out.name, PROBE) for out in model.graph.output if out.name.startswith(PROBE)}
+    probes = {out.name: key for out in model.graph.output if (key := decision_key(out.name, PROBE))}
     read: set[str] = set()
     _redirect(model.graph, probes, read)
     for out in model.graph.output:

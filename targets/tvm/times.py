@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dvexport.graph.graph import TOKENS
+from dvexport.decisions import TOKENS
 from dvexport.targets.roles import node_role
 from dvexport.targets.times import NodeTime, NodeTimes
 from dvexport.targets.tvm.session import CallTime
@@ -40,5 +40,5 @@ def call_times(steps: Sequence[Sequence[CallTime]], skip: int) -> NodeTimes:
 def _node(call: CallTime, median_us: float, start_us: float) -> NodeTime:
     kind, _, value = call.label.partition(" ")
     kernel = f" ({call.kernel})" if call.kernel else ""
-    decides = call.gate == TOKENS or (bool(call.gate) and node_role(kind) == "decide")
+    decides = call.gate == TOKENS.name or (bool(call.gate) and node_role(kind) == "decide")
     return NodeTime(value + kernel, kind, call.gate or None, median_us, start_us, call.seconds * 1e6, decides)

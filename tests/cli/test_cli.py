@@ -114,7 +114,7 @@ def test_wrong_use(call):
         (["profile", "x", "--force", "tiles=2"], "error: --force takes rates from 0 to 1, not '2'"),
         (
             ["profile", "x", "--force", "tile=1"],
-            "error: unknown kind of decision 'tile'\n  try: did you mean tiles?",
+            "error: unknown kind of decision 'tile'\n  try: did you mean tiles, tokens?",
         ),
         (["profile", "x", "--warmup", "inf"], "Invalid value for '--warmup'"),
         (["profile", "x", "--threads", "two"], "Invalid value for '--threads'"),
@@ -328,6 +328,7 @@ def test_pairs_and_rates():
     with pytest.raises(UsageError, match="'a' twice"):
         parse_pairs("--set", ["a=1", "a=2"])
     assert parse_force("channels=0.5,tiles=.25") == {"channels": 0.5, "tiles": 0.25}
+    assert parse_force("tokens=1") == {"tokens": 1.0}
     for text in ("", ",", "tiles", "tiles=x", "tiles=nan", "tiles=-0.1", "tiles=1,tiles=1"):
         with pytest.raises(UsageError):
             parse_force(text)

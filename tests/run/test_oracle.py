@@ -26,8 +26,8 @@ from oracle_check import (
     video,
 )
 
+from dvexport.decisions import forced_name
 from dvexport.graph.state import states_of
-from dvexport.passes.expose_probes import forced_name
 from dvexport.passes.pipeline import Plan
 from dvexport.targets.onnx.passes import lower
 

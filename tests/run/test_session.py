@@ -11,8 +11,9 @@ import pytest
 import torch
 from bundles import FRAMES, SIZE, logits, noise, small_bundle, small_model, torch_logits
 
-from dvexport import actions, gates
+from dvexport import gates
 from dvexport.bundle.levels import read_gate_level
+from dvexport.decisions import Action
 from dvexport.errors import DeviceError, UsageError
 from dvexport.run.open import open_session
 from dvexport.run.oracle import Oracle
@@ -28,7 +29,7 @@ def stream():
 
 
 def test_actions_are_those_of_the_gates():
-    assert (actions.SKIP, actions.REUSE, actions.COMPUTE) == (gates.SKIP, gates.REUSE, gates.COMPUTE)
+    assert tuple(Action) == (gates.SKIP, gates.REUSE, gates.COMPUTE)
 
 
 def test_stream_gives_what_pytorch_gives_frame_by_frame(stream):
@@ -86,7 +87,7 @@ def test_the_oracle_runs_the_gate_level_model_at_any_length(stream):
 
 def _all_computed(session, frames):
     full = {
-        key: np.full(shape, actions.COMPUTE, np.int64) if key[1] == "action" else np.ones(shape, bool)
+        key: np.full(shape, Action.COMPUTE, np.int64) if key[1] == "action" else np.ones(shape, bool)
         for key, shape in session.decisions.items()
     }
     return [full] * frames

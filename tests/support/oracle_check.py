@@ -21,9 +21,9 @@ from graphs import session
 from torch import Tensor, nn
 
 from dvexport import gates
+from dvexport.decisions import forced_name
 from dvexport.graph.state import states_of
 from dvexport.passes import update_in_place
-from dvexport.passes.expose_probes import forced_name
 from dvexport.passes.group_channels import ChannelStatistics
 from dvexport.passes.pipeline import Lowered, Plan
 from dvexport.passes.tiles import lower_tiles

@@ -17,6 +17,7 @@ import numpy as np
 import tvm.tirx as tx
 from tvm.tirx.script import builder as T
 
+from dvexport.decisions import Action
 from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, share, write_kernel
 from dvexport.targets.tvm.kernels.bounds import (
     PARTS,
@@ -60,9 +61,6 @@ __all__ = [
     "zero_ends",
     "zero_pads",
 ]
-
-COMPUTE = 2
-"""The action whose output is V; the other listed action, reuse, takes H (docs/dialect.md, `GatedConv`)."""
 
 
 def frame_shape(channels: int, plane: Plane) -> np.ndarray:
@@ -208,7 +206,7 @@ def merge_history(machine: Machine) -> Kernel:
     with write_kernel("merge_history", **types) as frame, _listed(frame) as (row, first, last):
         channel = T.bind(i64(frame.rows[row + 1]))
         plane = T.bind(channel * i64(frame.shape[0]))
-        with T.If(tx.EQ(frame.action[channel], tx.IntImm("int64", COMPUTE))):
+        with T.If(tx.EQ(frame.action[channel], tx.IntImm("int64", Action.COMPUTE.value))):
             with T.Then():
                 _select_plane(frame, frame.V, plane, (first, last), machine)
             with T.Else():

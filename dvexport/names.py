@@ -1,16 +1,10 @@
-"""The words of a gate, for code that runs without torch: actions of an output channel, activations, names."""
+"""Legal names of gates and states."""
 
 from __future__ import annotations
 
 import re
 
-__all__ = ["ACTIVATIONS", "COMPUTE", "REUSE", "SKIP", "name_problem"]
-
-SKIP, REUSE, COMPUTE = 0, 1, 2
-"""The actions of an output channel (AdaFuse, section 3; D-STEP, section 3.1)."""
-
-ACTIVATIONS = ("none", "relu")
-"""What a gated convolution may end with."""
+__all__ = ["name_problem"]
 
 _NAME = re.compile(r"[A-Za-z0-9_./:-]{1,100}")
 
