@@ -92,6 +92,8 @@ class ForceDecisions(ir.passes.InPlacePass):
                     continue
                 own = (gate_name(user), kind)
                 user.replace_input_with(position, forced.get(own, forced[gate, kind]))
+            if value.is_graph_output() and value.name not in probes:
+                _write(model.graph, value, forced[gate, kind])
         if ACTION.name in self.kinds:
             _keep_promises(model, list(forced.values()))
         return ir.passes.PassResult(model, bool(found))
@@ -122,6 +124,16 @@ def _promising(model: ir.Model) -> list[ir.Node]:
     """Return the gated convolutions that are promised zero channels."""
     gated = [node for node in model.graph if node.domain == DV and node.op_type == "GatedConv"]
     return [node for node in gated if len(node.inputs) > _PROMISE and node.inputs[_PROMISE] is not None]
+
+
+def _write(graph: ir.Graph, state: ir.Value, forced: ir.Value) -> None:
+    """Let a state that is written with a decision itself (`gates.delay` of it) be written with the forced one."""
+    name, place = state.name, graph.outputs.index(state)
+    build = Builder()
+    written = build.op("Identity", forced, shape=list(static_shape(forced)), dtype=forced.dtype)
+    graph.extend(build.nodes)
+    state.name, written.name = f"{name}.own", name
+    graph.outputs[place] = written
 
 
 def _take(index: ir.Value, forced: ir.Value) -> None:

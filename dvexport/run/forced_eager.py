@@ -53,7 +53,7 @@ class _Calls(TorchFunctionMode):
 
     Attributes:
         found: the decision that a gate read, by where it was made.
-        unseen: decisions that no call was seen to make.
+        unseen: decisions that no call was seen to make, or that a view of them was written to afterwards.
     """
 
     def __init__(self, replaced: Mapping[tuple[int, int], Tensor]) -> None:
@@ -62,16 +62,18 @@ class _Calls(TorchFunctionMode):
         self.unseen: set[Key] = set()
         self._replaced = replaced
         self._count = 0
-        self._made: WeakKeyDictionary[Tensor, tuple[int, int]] = WeakIdKeyDictionary()  # type: ignore[assignment]
+        self._made: WeakKeyDictionary[Tensor, tuple[tuple[int, int], int]] = WeakIdKeyDictionary()  # type: ignore[assignment]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call, note the tensors that come back, and replace those that are to be."""
         result = func(*args, **(kwargs or {}))
         number, self._count = self._count, self._count + 1
+        if getattr(func, "__name__", "") == "__setitem__":
+            self._noted(args[0], (number, 0), args, func)
         if isinstance(result, Tensor):
-            return self._noted(result, (number, 0), args)
+            return self._noted(result, (number, 0), args, func)
         if isinstance(result, (tuple, list)) and any(isinstance(one, Tensor) for one in result):
-            noted = [self._noted(one, (number, i), args) for i, one in enumerate(result)]
+            noted = [self._noted(one, (number, i), args, func) for i, one in enumerate(result)]
             return type(result)(noted) if type(result) in (tuple, list) else result
         return result
 
@@ -79,18 +81,34 @@ class _Calls(TorchFunctionMode):
         """Note what made a decision; floats are made a decision of by the gate alone, as in a trace."""
         if own.is_floating_point():
             return
-        call = self._made.get(own)
-        if call is None:
+        call, version = self._made.get(own, (None, 0))
+        if call is None or version != own._version:
             self.unseen.add((gate, kind))
         else:
             self.found.setdefault(call, (gate, kind))
 
-    def _noted(self, own: Any, place: tuple[int, int], args: tuple[Any, ...]) -> Any:
-        """Return the forced decision in the type of the model's; what was changed in place stays the same tensor."""
+    def _noted(self, own: Any, place: tuple[int, int], args: tuple[Any, ...], func: Any) -> Any:
+        """Return the forced decision in the type of the model's; what was changed in place stays the same tensor.
+
+        A conversion to the type that a tensor has gives the tensor itself: it makes nothing, unless a view of the
+        tensor was written to meanwhile.
+        """
         if not isinstance(own, Tensor):
+            return own
+        given = any(own is one for one in args)
+        changed = _writes(func) or (own in self._made and self._made[own][1] != own._version)
+        if given and own in self._made and not changed:
             return own
         forced = self._replaced.get(place)
         if forced is not None and forced.shape == own.shape:
-            own = own.copy_(forced) if any(own is one for one in args) else forced.to(own.dtype, copy=True)
-        self._made[own] = place
+            own = own.copy_(forced) if given and changed else forced.to(own.dtype, copy=True)
+        self._made[own] = place, own._version
         return own
+
+
+def _writes(func: Any) -> bool:
+    """Tell whether a function of torch changes its argument: `add_`, `__iadd__` and `__setitem__` do, `to` does not."""
+    name = getattr(func, "__name__", "")
+    if name.endswith("__"):
+        return name == "__setitem__" or name.startswith("__i")
+    return name.endswith("_")

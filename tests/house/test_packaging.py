@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import dvexport
+
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SETUPTOOLS = PROJECT["tool"]["setuptools"]
@@ -93,3 +95,8 @@ def _top_level_imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             found.add(node.module.partition(".")[0])
     return found
+
+
+@pytest.mark.parametrize("name", dvexport.__all__)
+def test_what_the_package_offers_is_where_it_says(name):
+    assert getattr(dvexport, name).__name__ == name

@@ -50,7 +50,8 @@ class Net(VideoModel):
     `idle`: the mask is never active. `elsewhere`: the mask also dims the identity. `promise`: the second convolution
     is promised what the policy wants, not what the action says. `two`: the policy skips or computes, and the promise
     counts on it. `float`: the mask is handed on as floats, twice. `fixed`: the mask is a buffer. `mean`: the sum is
-    divided by how many tiles are active.
+    divided by how many tiles are active. `before`: the mask and the policy are used before the gate takes them.
+    `delayed`: those of the frame before are used. `constant`: the policy is a buffer.
     """
 
     def __init__(self, kind: str) -> None:
@@ -65,6 +66,7 @@ class Net(VideoModel):
         self.mask = nn.Conv2d(CHANNELS, 1, 1)
         self.fc = nn.Linear(CHANNELS, Options.classes)
         self.register_buffer("roi", torch.arange(GRID * GRID).reshape(1, GRID, GRID) % 3 > 0)
+        self.register_buffer("policy_of_all", torch.arange(CHANNELS) % 3)
         nn.init.constant_(self.mask.bias, -1e3 if kind == "idle" else 0.0)
 
     def decide(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,6 +79,8 @@ class Net(VideoModel):
         if self.kind == "promise":
             keep = index == 1
             return torch.where(keep, gates.COMPUTE, gates.SKIP), tiles, keep
+        if self.kind == "constant":
+            index = self.policy_of_all.expand(x.shape[0], -1)
         action = index * 2 if self.kind == "two" else index
         return action, tiles, action == 2 if self.kind == "two" else action != 0
 
@@ -84,6 +88,12 @@ class Net(VideoModel):
         """Stem, block, mean."""
         x = F.relu(self.stem(x))
         action, tiles, active = self.decide(x)
+        if self.kind == "before":
+            x = x * gates.upsample_tiles(tiles.to(x.dtype), (16, 16)) + action.to(x.dtype).reshape(-1, CHANNELS, 1, 1)
+        if self.kind == "delayed":
+            before = gates.delay(tiles, name="tiles").to(x.dtype)
+            x = x * (1 + gates.upsample_tiles(before, (16, 16)))
+            x = x + gates.delay(action, name="action").to(x.dtype).reshape(-1, CHANNELS, 1, 1)
         given = tiles.float() if self.kind == "float" else tiles
         again = 2 * given if self.kind == "float" else tiles
         u = gates.gated_conv(x, self.conv1, self.norm, gate="a", activation="relu", action=action, tiles=given)
@@ -95,7 +105,7 @@ class Net(VideoModel):
         return self.fc((x + z).mean((2, 3)))
 
 
-KINDS = ("idle", "elsewhere", "promise", "two", "float", "fixed", "mean")
+KINDS = ("idle", "elsewhere", "promise", "two", "float", "fixed", "mean", "before", "delayed", "constant")
 
 
 def net_of(kind: str) -> Net:
@@ -157,6 +167,22 @@ def test_pytorch_follows_outside_of_gated_convolutions_too():
     torch.testing.assert_close(found, want)
     assert not unseen
     assert (convolutions_alone - want).abs().max() > 1e-3
+
+
+def test_pytorch_follows_what_is_written_in_place():
+    class Written(Net):
+        def decide(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            action, tiles, _ = super().decide(x)
+            action[:, 0] = gates.COMPUTE
+            tiles[:, 0] = True
+            return action, tiles, action != gates.SKIP
+
+    net, plain = Written("elsewhere").eval(), net_of("elsewhere")
+    net.load_state_dict(plain.state_dict())
+    frames = torch.from_numpy(moving_texture(net.preprocess, FRAMES))
+    tiles = torch.arange(FRAMES * GRID * GRID).reshape(FRAMES, GRID, GRID) % 2 == 0
+    given = {("a", "tiles"): tiles, ("a", "action"): torch.full((FRAMES, CHANNELS), gates.REUSE)}
+    torch.testing.assert_close(forced_logits(net, frames, given)[0], forced_logits(plain, frames, given)[0])
 
 
 def test_forced_decisions_are_not_held_to_promises_that_follow_from_the_models_own():
