@@ -20,7 +20,7 @@ from dvexport import gates
 from dvexport.backends import backend_of
 from dvexport.bundle import GOLDEN, Bundle, write_bundle
 from dvexport.cli import main
-from dvexport.errors import BundleError, CheckFailed
+from dvexport.errors import BundleError, CheckFailed, UsageError
 from dvexport.export import export
 from dvexport.forced import STEPS, draw
 from dvexport.forced_check import check_forced, references_of, verified_runs
@@ -284,3 +284,13 @@ def test_what_single_frames_cant_show_is_told(tmp_path):
     (gate,) = verify(export(net, output=tmp_path / "x.dvx", mode="clip")).gates
     assert gate.seen.forced.frames == STEPS
     assert gate.missing == ["stale", "new_tiles"]
+
+
+def test_a_promise_about_a_decision_is_not_held_against_a_forced_one():
+    conv = nn.Conv2d(3, 3, 1)
+    nn.init.ones_(conv.weight)
+    promise = torch.zeros(1, 3, dtype=torch.int64)
+    with pytest.raises(UsageError, match="active_in promises"):
+        gates.gated_conv(torch.ones(1, 3, 2, 2), conv, gate="b", active_in=promise)
+    with gates.forced_decisions({("a", "action"): torch.full((1, 3), 2)}):
+        gates.gated_conv(torch.ones(1, 3, 2, 2), conv, gate="b", active_in=promise)
