@@ -22,8 +22,8 @@ from dvexport.targets.tvm.cache_files import (
     list_leftovers,
     list_older,
     read_entry,
+    remove_emptied,
     remove_entry,
-    remove_older,
     write_entry,
 )
 
@@ -150,9 +150,7 @@ def clear() -> list[Entry]:
             removed.append(entry)
         except OSError as error:
             failed = error
-    remove_older(folder)
-    with suppress(OSError):
-        (folder / _FORMAT).rmdir()
+    remove_emptied(entry.path.parent for entry in removed)
     if failed is not None:
         raise failed
     return removed
@@ -170,9 +168,10 @@ def _tidy() -> None:
             kept += entry.size
             if kept > KEPT_BYTES or entry.used < oldest:
                 remove_entry(entry.path)
-        for entry in [*list_leftovers(folder / _FORMAT, _UNFINISHED_SECONDS), *_older(folder)]:
+        older = _older(folder)
+        for entry in [*list_leftovers(folder / _FORMAT, _UNFINISHED_SECONDS), *older]:
             remove_entry(entry.path)
-        remove_older(folder)
+        remove_emptied(entry.path.parent for entry in older)
 
 
 def _older(folder: Path) -> list[Entry]:
