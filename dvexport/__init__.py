@@ -42,7 +42,7 @@ _HOMES = {
     "DvexportError": "dvexport.errors",
     "Session": "dvexport.run.session",
     "export": "dvexport.export",
-    "open_session": "dvexport.run.session",
+    "open_session": "dvexport.run.open",
     "run": "dvexport.run.run",
     "verify": "dvexport.verify",
 }

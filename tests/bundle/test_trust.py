@@ -61,7 +61,6 @@ def spy(tmp_path_factory):
 
 
 USES = {
-    "session": lambda bundle: bundle.session(),
     "open_session": lambda bundle: open_session(bundle, variant="dense"),
     "variant_of": lambda bundle: variant_of(bundle, "forced").open(),
     "verify": verify,
