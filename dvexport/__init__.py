@@ -11,8 +11,18 @@ Everything is imported on first use: importing dvexport costs nothing, and runni
 
 from __future__ import annotations
 
-import importlib
 import sys
+
+if (
+    sys.argv[:1] == ["-m"]
+    and sys.orig_argv[-len(sys.argv)].removeprefix("-m").partition(".")[0] == "dvexport"
+    and not sys.flags.safe_path
+):
+    # Python looks for what `-m` names, the working folder first on its path. That may be a stranger's: nothing of ours,
+    # and nothing that ours imports, is to come from there.
+    del sys.path[0]
+
+import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 

@@ -52,13 +52,13 @@ def checked_tiles(tiles: Tensor | None, frames: int, gate: str, *, traced: bool)
     return tiles if tiles.is_floating_point() or tiles.dtype == torch.bool else tiles != 0
 
 
-def checked_active_in(active_in: Tensor | None, x: Tensor, gate: str) -> Tensor | None:
-    """Return a promise as bool `[N, Cin]`; UsageError for another shape, and for one that x breaks."""
+def checked_active_in(active_in: Tensor | None, x: Tensor, gate: str, *, kept: bool = True) -> Tensor | None:
+    """Return a promise as bool `[N, Cin]`; UsageError for another shape, and if it is to be `kept` and x breaks it."""
     if active_in is None:
         return None
     _check_shape("active_in", active_in, tuple(x.shape[:2]), gate, "[frames, Cin]")
     active = active_in if active_in.dtype == torch.bool else active_in != 0
-    if _is_known(x) and _is_known(active):
+    if kept and _is_known(x) and _is_known(active):
         broken = ((x.detach().abs().amax((2, 3)) > 0) & ~active).nonzero()
         if len(broken):
             frame, channel = broken[0].tolist()

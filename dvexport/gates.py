@@ -277,9 +277,8 @@ def gated_conv(
     check_input(x, conv, gate, traced=traced)
     action = checked_action(action, x.shape[0], conv.weight.shape[0], gate, traced=traced)
     tiles = checked_tiles(tiles, x.shape[0], gate, traced=traced)
-    if _forced.get() is not None:
-        active_in = None  # what follows from the model's own decisions need not hold under forced ones
-    active_in = checked_active_in(active_in, x, gate)
+    # Under forced decisions a model's own promise may be about its own decision, which x did not follow.
+    active_in = checked_active_in(active_in, x, gate, kept=_forced.get() is None)
     if traced:
         return _traced_gated_conv(x, conv, bn, gate, activation, action, tiles, active_in)
     forced = _forced.get()

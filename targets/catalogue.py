@@ -261,8 +261,9 @@ def _bad_key(path: Path, error: ValidationError) -> UsageError:
     """Name the first key at fault; where a validator of ours found it, the rest of the key is in its text."""
     fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
     reason, parts = fault["msg"], [str(part) for part in fault["loc"]]
-    if fault["type"] == "value_error":
-        inner, _, reason = reason.removeprefix("Value error, ").partition(": ")
+    reason = reason.removeprefix("Value error, ")
+    if fault["type"] == "value_error" and parts in ([], ["runtimes"]):
+        inner, _, reason = reason.partition(": ")
         parts.append(inner)
     key = ".".join(parts)
     return UsageError(

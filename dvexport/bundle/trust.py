@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dvexport.errors import BundleError
+from dvexport.own_folder import refusal
 
 if TYPE_CHECKING:
     from dvexport.bundle.archive import Bundle
@@ -69,7 +70,7 @@ def remember(manifest: Manifest) -> bool:
     with suppress(OSError):
         for new in (folder.parent, folder):
             new.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if _is_ours(folder, stat.S_ISDIR):
+        if _is_believed(folder):
             path = folder / code_digest(manifest)
             with suppress(FileExistsError):
                 os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
@@ -82,7 +83,7 @@ def made_here(manifest: Manifest) -> bool:
     folder = exports_folder()
     if folder is None or not has_code(manifest):
         return False
-    return _is_ours(folder, stat.S_ISDIR) and _is_ours(folder / code_digest(manifest), stat.S_ISREG)
+    return _is_believed(folder) and _is_ours(folder / code_digest(manifest), stat.S_ISREG)
 
 
 def check_trust(bundle: Bundle) -> None:
@@ -95,6 +96,14 @@ def check_trust(bundle: Bundle) -> None:
         why="native code is a program: it can do whatever you can",
         hint="if you trust whoever made it: --trust, or in Python Bundle.open(path, trust=True)",
     )
+
+
+def _is_believed(folder: Path) -> bool:
+    """Return whether nobody else can have written the list in `folder`, or put another folder of ours in its place."""
+    try:
+        return _is_ours(folder, stat.S_ISDIR) and refusal(folder) is None
+    except OSError:
+        return False
 
 
 def _is_ours(path: Path, kind: object) -> bool:

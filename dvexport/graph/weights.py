@@ -240,10 +240,13 @@ def _view(tensor: onnx.TensorProto, weights: np.ndarray, where: str) -> np.ndarr
         why = f"bytes {offset} to {offset + length} of {weights.size}"
     else:
         found = weights[offset : offset + length].view(dtype)
-        if not panel:
-            return found.reshape(shape)
-        matrix = found.reshape(panels, rows, panel).transpose(1, 0, 2).reshape(rows, -1)[:, :columns]
-        return np.ascontiguousarray(matrix.T if turned else matrix).reshape(shape)
+        try:
+            if not panel:
+                return found.reshape(shape)
+            matrix = found.reshape(panels, rows, panel).transpose(1, 0, 2).reshape(rows, panels * panel)[:, :columns]
+            return np.ascontiguousarray(matrix.T if turned else matrix).reshape(shape)
+        except (ValueError, OverflowError) as error:  # an empty one whose other sizes are above all bounds
+            why = str(error)
     raise BundleError("a weight can't be read", where=f"{where}, {tensor.name}", why=why)
 
 

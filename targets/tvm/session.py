@@ -202,7 +202,10 @@ class NativeSession:
 
     def _ports(self, kind: str) -> dict[str, Port]:
         ports = [self._call(f"dvx_{kind}", i).contents for i in range(self._call(f"dvx_{kind}_count"))]
-        return {_text(p.name): Port(tuple(p.sizes[: p.rank]), _DTYPES[p.type]) for p in ports}
+        named = {_text(p.name): Port(tuple(p.sizes[: p.rank]), _DTYPES[p.type]) for p in ports}
+        if len(named) < len(ports):  # one's place would be read with the size of another
+            raise DeviceError("the native runtime can't open the network", why=f"two {kind}s have one name")
+        return named
 
     def _feed(self, name: str, port: Port, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
         if name not in feeds:

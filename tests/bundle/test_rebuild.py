@@ -121,12 +121,20 @@ def test_the_command_line_runs_no_shell_command_either(here):
 
 
 def test_a_module_of_the_working_folder_stands_in_for_none_of_ours(here):
-    (here / "pydantic.py").write_text("import pathlib; pathlib.Path('ran').touch()")
+    for name in ("pydantic", "click", "typing"):  # what is imported first too
+        (here / f"{name}.py").write_text("import os; os.close(os.open('ran', os.O_CREAT))")
     for module in ("dvexport", "dvexport.cli"):
         code = ["-m", module, "inspect", str(small_bundle(DSTEP, "stream").path)]
         done = subprocess.run([sys.executable, *code], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert not (here / "ran").exists()
+
+
+def test_a_program_of_the_users_keeps_its_working_folder(here):
+    for name, text in (("theirs/__init__", "import dvexport"), ("theirs/__main__", "import beside"), ("beside", "")):
+        (here / f"{name}.py").parent.mkdir(exist_ok=True)
+        (here / f"{name}.py").write_text(text)
+    subprocess.run([sys.executable, "-m", "theirs"], check=True)
 
 
 def test_a_factory_that_the_user_names_is_compared(own):

@@ -61,7 +61,6 @@ def spy(tmp_path_factory):
 
 
 USES = {
-    "session": lambda bundle: bundle.session(),
     "open_session": lambda bundle: open_session(bundle, variant="dense"),
     "variant_of": lambda bundle: variant_of(bundle, "forced").open(),
     "verify": verify,
@@ -191,6 +190,16 @@ def test_a_list_of_another_user_is_not_believed(manifest, state, part):
     assert not trust.made_here(manifest)
     if part == "folder":
         assert not trust.remember(manifest)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_a_list_that_another_users_link_leads_to_is_not_believed(manifest, state, tmp_path, monkeypatch):
+    trust.remember(manifest)
+    (tmp_path / "link").symlink_to(state)
+    monkeypatch.setenv("DVEXPORT_STATE", str(tmp_path / "link"))
+    assert trust.made_here(manifest)
+    os.lchown(tmp_path / "link", 12345, 12345)
+    assert not trust.made_here(manifest)
 
 
 def test_a_list_that_others_may_write_is_not_written_to(manifest, state):

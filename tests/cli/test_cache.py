@@ -125,6 +125,17 @@ def test_what_is_damaged_is_made_anew_and_replaced(folder, caplog, damage):
     assert notes(caplog) == []
 
 
+def test_an_entry_that_is_too_large_is_not_read(folder):
+    path = folder / "v2" / f"kernel-{KEY}"
+    assert cache.cached("kernel", KEY, Maker()) == DATA
+    size = 1 << 40  # holes: no disk is full of it, and memory would be
+    with path.open("r+b") as stream:
+        stream.write(cache_files._HEAD.pack(cache_files._MAGIC, size, bytes(32)))
+    os.truncate(path, cache_files._HEAD.size + size)
+    assert cache.cached("kernel", KEY, Maker()) == DATA
+    assert path.stat().st_size == cache_files._HEAD.size + len(DATA)
+
+
 def test_an_entry_under_the_name_of_another_does_not_match(folder):
     ask(Maker())
     ask(Maker(b"other"), key=OTHER)
@@ -440,6 +451,15 @@ def test_clear_removes_what_is_ours_and_nothing_else(folder):
     assert sorted(entry.kind for entry in removed) == ["kernel", "kernel", "older", "older", "unfinished", "unfinished"]
     assert sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()) == sorted(mine)
     assert ask(Maker(), times=2) == 1
+
+
+def test_empty_folders_of_others_stay(folder):
+    for name in ("kernels", "linked"):
+        (folder / name).mkdir(mode=0o700, parents=True)
+    folder.chmod(0o700)
+    ask(Maker())
+    assert [entry.kind for entry in cache.clear()] == ["kernel"]
+    assert sorted(path.name for path in folder.iterdir()) == ["kernels", "linked"]
 
 
 def test_clear_of_an_empty_or_missing_cache(folder):

@@ -126,8 +126,9 @@ def test_wrong_use(call):
         assert "Traceback" not in err
 
 
-def test_runs_as_a_module():
-    done = subprocess.run([sys.executable, "-m", "dvexport", "exprot"], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("module", ["dvexport", "dvexport.cli"])
+def test_runs_as_a_module(module):
+    done = subprocess.run([sys.executable, "-m", module, "exprot"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: unknown command 'exprot'\n  try: did you mean export, profile?\n"
 

@@ -139,6 +139,14 @@ def test_a_truncated_file():
     assert error.value.why == "bytes 0 to 2400 of 2396"
 
 
+def test_an_empty_weight_of_sizes_above_all_bounds():
+    text, file = stored(factor=FACTOR)
+    text.graph.initializer[0].dims[:] = [0, 1 << 62, 1 << 62]
+    entry(text, "length", "0")
+    with pytest.raises(BundleError, match="a weight can't be read"):
+        external_arrays(text, lambda _: file, where="x")
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [

@@ -20,7 +20,6 @@ FOLDERS = {
 }
 
 LAYERS = (
-    "dvexport.launch",
     "dvexport.errors",
     "dvexport.files",
     "dvexport.numbers",

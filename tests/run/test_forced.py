@@ -49,9 +49,9 @@ class Net(VideoModel):
 
     `idle`: the mask is never active. `elsewhere`: the mask also dims the identity. `promise`: the second convolution
     is promised what the policy wants, not what the action says. `two`: the policy skips or computes, and the promise
-    counts on it. `float`: the mask is handed on as floats, twice. `fixed`: the mask is a buffer. `mean`: the sum is
-    divided by how many tiles are active. `before`: the mask and the policy are used before the gate takes them.
-    `delayed`: those of the frame before are used. `constant`: the policy is a buffer.
+    counts on it. `fixed`: the mask is a buffer. `mean`: the sum is divided by how many tiles are active. `before`: the
+    mask and the policy are used before the gate takes them. `delayed`: those of the frame before are used. `constant`:
+    the policy is a buffer.
     """
 
     def __init__(self, kind: str) -> None:
@@ -94,10 +94,8 @@ class Net(VideoModel):
             before = gates.delay(tiles, name="tiles").to(x.dtype)
             x = x * (1 + gates.upsample_tiles(before, (16, 16)))
             x = x + gates.delay(action, name="action").to(x.dtype).reshape(-1, CHANNELS, 1, 1)
-        given = tiles.float() if self.kind == "float" else tiles
-        again = 2 * given if self.kind == "float" else tiles
-        u = gates.gated_conv(x, self.conv1, self.norm, gate="a", activation="relu", action=action, tiles=given)
-        z = gates.gated_conv(u, self.conv2, gate="a", tiles=again, active_in=active)
+        u = gates.gated_conv(x, self.conv1, self.norm, gate="a", activation="relu", action=action, tiles=tiles)
+        z = gates.gated_conv(u, self.conv2, gate="a", tiles=tiles, active_in=active)
         if self.kind == "elsewhere":
             x = x * (1 + gates.upsample_tiles(tiles.to(x.dtype), (16, 16)))
         if self.kind == "mean":
@@ -105,7 +103,7 @@ class Net(VideoModel):
         return self.fc((x + z).mean((2, 3)))
 
 
-KINDS = ("idle", "elsewhere", "promise", "two", "float", "fixed", "mean", "before", "delayed", "constant")
+KINDS = ("idle", "elsewhere", "promise", "two", "fixed", "mean", "before", "delayed", "constant")
 
 
 def net_of(kind: str) -> Net:
@@ -148,7 +146,7 @@ def test_decisions_are_forced_to_what_a_gate_can_decide(case):
     assert possible_actions(decision_values(traced)["a", "action"]) == tuple(sorted(actions))
     active = [int(step["a", "tiles"].sum()) for step in given]
     assert active == [10] * STEPS if net.kind == "fixed" else {0, 8, GRID * GRID} == set(active)
-    assert forced_alone(traced) == (net.kind not in ("promise", "float"))
+    assert forced_alone(traced) == (net.kind != "promise")
 
 
 def test_pytorch_follows_outside_of_gated_convolutions_too():
@@ -183,15 +181,6 @@ def test_pytorch_follows_what_is_written_in_place():
     tiles = torch.arange(FRAMES * GRID * GRID).reshape(FRAMES, GRID, GRID) % 2 == 0
     given = {("a", "tiles"): tiles, ("a", "action"): torch.full((FRAMES, CHANNELS), gates.REUSE)}
     torch.testing.assert_close(forced_logits(net, frames, given)[0], forced_logits(plain, frames, given)[0])
-
-
-def test_forced_decisions_are_not_held_to_promises_that_follow_from_the_models_own():
-    conv, x = torch.nn.Conv2d(2, 2, 1), torch.ones(1, 2, 4, 4)
-    promise = torch.zeros(1, 2, dtype=torch.bool)
-    with pytest.raises(UsageError, match="active_in promises"):
-        gates.gated_conv(x, conv, gate="a", active_in=promise)
-    with gates.forced_decisions({}):
-        torch.testing.assert_close(gates.gated_conv(x, conv, gate="a", active_in=promise), conv(x))
 
 
 def test_a_decision_that_no_call_is_seen_to_make_is_told():
@@ -319,3 +308,13 @@ def test_what_single_frames_cant_show_is_told(tmp_path):
     (gate,) = verify(export(net, output=tmp_path / "x.dvx", mode="clip")).gates
     assert gate.seen.forced.frames == STEPS
     assert gate.missing == ["stale", "new_tiles"]
+
+
+def test_a_promise_about_a_decision_is_not_held_against_a_forced_one():
+    conv = nn.Conv2d(3, 3, 1)
+    nn.init.ones_(conv.weight)
+    promise = torch.zeros(1, 3, dtype=torch.int64)
+    with pytest.raises(UsageError, match="active_in promises"):
+        gates.gated_conv(torch.ones(1, 3, 2, 2), conv, gate="b", active_in=promise)
+    with gates.forced_decisions({("a", "action"): torch.full((1, 3), 2)}):
+        gates.gated_conv(torch.ones(1, 3, 2, 2), conv, gate="b", active_in=promise)

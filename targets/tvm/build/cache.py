@@ -15,7 +15,17 @@ from contextlib import suppress
 from pathlib import Path
 
 from dvexport.own_folder import PRIVATE, make_private, refusal
-from dvexport.targets.tvm.build.cache_files import Entry, entry_name, list_entries, list_leftovers, list_older, read_entry, remove_entry, remove_older, write_entry
+from dvexport.targets.tvm.build.cache_files import (
+    Entry,
+    entry_name,
+    list_entries,
+    list_leftovers,
+    list_older,
+    read_entry,
+    remove_emptied,
+    remove_entry,
+    write_entry,
+)
 
 __all__ = [
     "KEPT_BYTES", "KEPT_DAYS", "VARIABLE", "cache_folder", "cached", "clear", "entries", "keep", "trouble",
@@ -140,9 +150,7 @@ def clear() -> list[Entry]:
             removed.append(entry)
         except OSError as error:
             failed = error
-    remove_older(folder)
-    with suppress(OSError):
-        (folder / _FORMAT).rmdir()
+    remove_emptied(entry.path.parent for entry in removed)
     if failed is not None:
         raise failed
     return removed
@@ -160,9 +168,10 @@ def _tidy() -> None:
             kept += entry.size
             if kept > KEPT_BYTES or entry.used < oldest:
                 remove_entry(entry.path)
-        for entry in [*list_leftovers(folder / _FORMAT, _UNFINISHED_SECONDS), *_older(folder)]:
+        older = _older(folder)
+        for entry in [*list_leftovers(folder / _FORMAT, _UNFINISHED_SECONDS), *older]:
             remove_entry(entry.path)
-        remove_older(folder)
+        remove_emptied(entry.path.parent for entry in older)
 
 
 def _older(folder: Path) -> list[Entry]:

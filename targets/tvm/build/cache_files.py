@@ -14,14 +14,14 @@ import shutil
 import stat
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 __all__ = [
     "KINDS", "Entry", "entry_name", "list_entries", "list_leftovers", "list_older", "read_entry",
-    "remove_entry", "remove_older", "tree_files", "tree_of", "unfinished_of", "write_entry",
+    "remove_emptied", "remove_entry", "tree_files", "tree_of", "unfinished_of", "write_entry",
 ]  # fmt: skip
 
 KINDS = ("kernel", "library", "android", "runner", "zig")
@@ -36,6 +36,9 @@ _TREE = ".d"
 
 _HEAD = struct.Struct("<16sQ32s")
 _MAGIC = b"dvexport cache 2"
+
+_MOST_BYTES = 1 << 30
+"""What is larger is no entry, and not read: whole libraries have some megabytes."""
 
 _USED_WITHIN = 86400
 """Seconds between two times that an entry is marked as used: a write for each reading would be too many."""
@@ -78,7 +81,7 @@ def read_entry(path: Path) -> bytes | None:
             if len(head) < _HEAD.size:
                 return None
             magic, size, digest = _HEAD.unpack(head)
-            if magic != _MAGIC or info.st_size != _HEAD.size + size:
+            if magic != _MAGIC or info.st_size != _HEAD.size + size or size > _MOST_BYTES:
                 return None
             data = stream.read()
     except OSError:
@@ -162,11 +165,11 @@ def remove_entry(path: Path) -> None:
         shutil.rmtree(tree)
 
 
-def remove_older(folder: Path) -> None:
-    """Remove the folders of older formats where they are empty."""
-    for name, _ in _OLDER:
+def remove_emptied(folders: Iterable[Path]) -> None:
+    """Remove the folders of older formats that entries were removed from, where they are empty now."""
+    for folder in set(folders):
         with suppress(OSError):
-            (folder / name).rmdir()
+            folder.rmdir()
 
 
 def _listed(folder: Path, wanted: Callable[[int], bool]) -> Iterator[tuple[Path, os.stat_result]]:

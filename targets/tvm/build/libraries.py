@@ -17,7 +17,15 @@ from pathlib import Path
 
 from dvexport.errors import DeviceError
 from dvexport.targets.tvm.build.cache import keep, usable_folder
-from dvexport.targets.tvm.build.cache_files import entry_name, read_entry, remove_entry, tree_files, tree_of, unfinished_of, write_entry
+from dvexport.targets.tvm.build.cache_files import (
+    entry_name,
+    read_entry,
+    remove_entry,
+    tree_files,
+    tree_of,
+    unfinished_of,
+    write_entry,
+)
 
 __all__ = ["compiler_environment", "with_libraries"]
 

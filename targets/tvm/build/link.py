@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dvexport.errors import DeviceError
-from dvexport.targets.tvm.build.compile import check_tools, scratch_folder
 from dvexport.targets.tvm.build.cache import cached
-from dvexport.targets.tvm.kernels.abi import Kernel
-from dvexport.targets.tvm.kernels.bounds import Contract
+from dvexport.targets.tvm.build.compile import check_tools, scratch_folder
 from dvexport.targets.tvm.build.libraries import compiler_environment, with_libraries
 from dvexport.targets.tvm.build.link_bounds import bounds_source
+from dvexport.targets.tvm.kernels.abi import Kernel
+from dvexport.targets.tvm.kernels.bounds import Contract
 from dvexport.targets.tvm.machine.machine import Machine
 
 __all__ = ["Entry", "kernel_table", "library_id", "link_library", "link_runner", "required_features", "table_source"]

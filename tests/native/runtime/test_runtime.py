@@ -327,6 +327,15 @@ def test_a_damaged_plan_is_refused(kind):
     assert message in str(caught.value)
 
 
+def test_two_outputs_of_one_name_are_refused():
+    """The place of the first would be read with the size of the second."""
+    plan = sample_plan()
+    plan.outputs = [plan.outputs[0], dataclasses.replace(plan.outputs[1], name=plan.outputs[0].name)]
+    net = network(plan, sample_kernels(), sample_network().weights, host_machine())
+    with pytest.raises(DeviceError, match="two outputs have one name"):
+        opened(net)
+
+
 def test_an_input_may_not_lie_in_the_weights():
     plan = sample_plan()
     place = Place(Space.WEIGHTS, 0, 4 * CHANNELS)
