@@ -79,8 +79,8 @@ def _print_seen(gates: Sequence[GateSeen]) -> None:
         for gate in gates
     ]
     click.echo()
+    click.echo("frames of the clip + forced frames in which a gate did this")
     print_table(("gate", *titles(shown), "never seen"), rows, right=titles(shown))
-    click.echo("frames of the clip + forced ones in which a gate did this")
 
 
 def _frames(gate: GateSeen, event: str) -> str:

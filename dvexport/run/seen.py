@@ -20,7 +20,7 @@ __all__ = ["EVENTS", "GateSeen", "gates_seen", "seen_in", "titles", "with_seen"]
 
 EVENTS = {
     "channels": {"computed": "computed", "reused": "reused", "skipped": "skipped", "stale": "stale reused"},
-    "tiles": {"no_tiles": "no tile", "some_tiles": "some", "all_tiles": "all tiles", "new_tiles": "new tiles"},
+    "tiles": {"no_tiles": "no tile", "some_tiles": "some tiles", "all_tiles": "all tiles", "new_tiles": "new tiles"},
     "tokens": {"chosen": "tokens"},
 }
 """What can be seen of a gate, by what it decides over: fields of `SeenFrames`, and how they are called in tables."""
