@@ -314,7 +314,7 @@ def test_names_of_kernels_repeat():
         "-c",
         "from test_generic import *; print(island_of(model_of(POLICY), proxy(8))[0].calls[-1][0].name)",
     ]
-    folders = {"PYTHONPATH": ":".join(sys.path), "PYTHONHASHSEED": "7"}
+    folders = {"PYTHONPATH": ":".join([str(Path(__file__).parent), *sys.path]), "PYTHONHASHSEED": "7"}
     name = subprocess.run(command, capture_output=True, text=True, check=True, env=folders).stdout.strip()
     assert name == island_of(model_of(POLICY), proxy(8))[0].calls[-1][0].name
 
