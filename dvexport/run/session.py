@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dvexport.decisions import FORCED, KINDS, PROBE, Key, decision_key
-from dvexport.errors import UsageError
+from dvexport.errors import DeviceError, UsageError
 from dvexport.targets.runtime import Runtime
 
 __all__ = ["Decisions", "Session", "Step", "steps_of"]
@@ -54,6 +54,7 @@ class Session:
         self.runtime = runtime
         self.mode = mode
         self.labels = list(labels)
+        _check_ports(runtime)
         self._input_shape = runtime.inputs["frames"].shape
         self.frames = int(self._input_shape[0])
         rows = int(runtime.outputs["logits"].shape[0])
@@ -166,6 +167,15 @@ class Session:
         if problem := KINDS[key[1]].problem(stacked):
             raise UsageError(problem, where=where)
         return stacked
+
+
+def _check_ports(runtime: Runtime) -> None:
+    """Raise DeviceError for an artifact that takes no frames, or gives no logits, of a fixed shape."""
+    for name, ports, rank in (("frames", runtime.inputs, 4), ("logits", runtime.outputs, 2)):
+        found = ports.get(name)
+        if found is None or len(found.shape) != rank or not all(isinstance(size, int) for size in found.shape):
+            why = f"it has {', '.join(ports) or 'none'}" if found is None else f"its shape is {list(found.shape)}"
+            raise DeviceError(f"the artifact has no '{name}' of {rank} fixed sizes", why=why)
 
 
 def steps_of(outputs: Mapping[str, np.ndarray], seconds: float) -> list[Step]:

@@ -99,6 +99,7 @@ class OrtSession:
         self._optimised = Path(self._profile_folder.name if self._profile_folder else "") / "optimised.onnx"
         self._weights = dict(weights or {})  # the runtime reads them while it lives
         self._session = self._load(model, threads)
+        self._check_states(states)
         state_inputs, state_outputs = {s.input for s in states}, {s.output for s in states}
         self.inputs = {port.name: _port(port) for port in self._session.get_inputs() if port.name not in state_inputs}
         self.outputs = {
@@ -198,6 +199,21 @@ class OrtSession:
                 hint=f"this is onnxruntime {ort.__version__}; a newer one may know the model's operators",
             ) from error
 
+    def _check_states(self, states: Sequence[StateSpec]) -> None:
+        """Raise DeviceError for states that the model has not: memory is taken for them as they say."""
+        reads, writes = ({port.name: port for port in ports} for ports in
+                         (self._session.get_inputs(), self._session.get_outputs()))  # fmt: skip
+        for state in states:
+            read, write = reads.pop(state.input, None), writes.pop(state.output, None)
+            if read is None or write is None:
+                why = "the model has no such input and output, or they belong to two states"
+            elif not _is(read, state) or not _is(write, state):
+                ports = ", ".join(f"{port.type} {port.shape}" for port in (read, write))
+                why = f"the model has {ports}, the list says {state.dtype} {list(state.shape)}"
+            else:
+                continue
+            raise DeviceError("the list of states is not the model's", where=f"{state.input}, {state.output}", why=why)
+
     def _bind(self, states: Sequence[StateSpec], turn: int) -> Any:
         """Return the binding that reads buffer `turn` and writes the other."""
         import onnxruntime as ort
@@ -238,6 +254,13 @@ def _checked(threads: int) -> int:
     return checked_threads(
         threads, most, why=f"this machine has {os.cpu_count()} cores: more threads only wait for them"
     )
+
+
+def _is(port: Any, state: StateSpec) -> bool:
+    """Tell whether a port of the runtime is of a state's type and shape; sizes that the runtime leaves open fit."""
+    sizes = zip(port.shape, state.shape, strict=False)
+    fits = all(found == stated for found, stated in sizes if isinstance(found, int))
+    return _DTYPES.get(port.type) == np.dtype(state.dtype) and len(port.shape) == len(state.shape) and fits
 
 
 def _port(port: Any) -> Port:

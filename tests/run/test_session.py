@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,8 +18,9 @@ from dvexport.decisions import Action
 from dvexport.errors import DeviceError, UsageError
 from dvexport.run.open import open_session
 from dvexport.run.oracle import Oracle
+from dvexport.run.session import Session
 from dvexport.targets.onnx.runtime import OrtSession
-from dvexport.targets.runtime import MOST_THREADS
+from dvexport.targets.runtime import MOST_THREADS, Port
 
 DSTEP, TSN = "dstep_resnet18", "tsn_resnet18"
 
@@ -237,3 +239,33 @@ def test_states_are_never_copied(stream):
     written = runtime._buffers[1]
     assert any(np.any(array) for array in written.values())
     assert not any(np.any(array) for array in runtime._buffers[0].values())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"shape": (10**15,)}, {"shape": (1, 1)}, {"dtype": "int64"}, {"input": "elsewhere"}, {"output": "logits"}],
+    ids=str,
+)
+def test_states_that_are_not_the_model_s_are_refused_before_memory_is_taken(stream, change):
+    first, *others = stream.manifest.states
+    states = [first.model_copy(update=change), *others]
+    with pytest.raises(DeviceError, match="the list of states is not the model's"):
+        OrtSession(stream.read("model.onnx"), states)
+    with pytest.raises(DeviceError, match="belong to two states"):
+        OrtSession(stream.read("model.onnx"), [first, first])
+
+
+@pytest.mark.parametrize(
+    ("name", "port"),
+    [("frames", None), ("logits", None), ("logits", Port((), np.dtype(np.float32))),
+     ("frames", Port(("n", 3, 64, 64), np.dtype(np.float32)))],
+)  # fmt: skip
+def test_an_artifact_without_frames_or_logits_is_one_error(name, port):
+    ports = {"frames": Port((1, 3, 64, 64), np.dtype(np.float32)), "logits": Port((1, 5), np.dtype(np.float32))}
+    ports = {key: port if key == name else value for key, value in ports.items() if key != name or port is not None}
+    runtime = SimpleNamespace(
+        inputs={key: value for key, value in ports.items() if key == "frames"},
+        outputs={key: value for key, value in ports.items() if key == "logits"},
+    )
+    with pytest.raises(DeviceError, match=f"the artifact has no '{name}'"):
+        Session(runtime, mode="stream")
