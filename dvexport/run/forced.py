@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from dvexport.decisions import ACTION, FORCED, TILES, TOKENS, Action, decision_key, forced_name
+from dvexport.decisions import ACTION, FORCED, TILES, TOKENS, Action, Key, decision_key, forced_name
 from dvexport.errors import BundleError
 from dvexport.graph.graph import depends_on_input, whole_clip_of
 from dvexport.passes.expose_probes import decision_values
@@ -27,7 +27,6 @@ STEPS = 8
 """Forced frames at least: one round of what `draw` goes through."""
 
 _FRAMES, _LOGITS = "forced_frames", "forced_logits"
-Key = tuple[str, str]
 
 
 @dataclass(frozen=True)

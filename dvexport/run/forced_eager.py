@@ -18,10 +18,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dvexport import gates
+from dvexport.decisions import Key
 
 __all__ = ["forced_logits"]
-
-Key = tuple[str, str]
 
 
 def forced_logits(model: nn.Module, frames: Tensor, decisions: Mapping[Key, Tensor]) -> tuple[Tensor, frozenset[Key]]:
