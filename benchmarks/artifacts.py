@@ -18,6 +18,7 @@ from dvexport.own_folder import make_private
 from dvexport.targets.tvm.build.cache import usable_folder
 from dvexport.targets.tvm.build.cache_files import list_entries, read_entry, tree_of
 from dvexport.targets.tvm.build.link import link_library, link_runner
+from dvexport.targets.tvm.native_files import LIBRARY
 
 __all__ = ["COLUMNS", "artifact_rows", "text_bytes"]
 
@@ -50,7 +51,7 @@ def artifact_rows(models: list[str]) -> list[dict[str, Any]]:
                 {
                     "model": model, "cold export s": round(cold, 1), "warm export s": round(warm, 1),
                     "kernels": len(objects), "kernel text KB": _kb(sum(map(text_bytes, objects))), **runtime,
-                    "library KB": _kb(len(bundle.read("native/libdvx.so"))), "weights MB": _mb(memory["weights"]),
+                    "library KB": _kb(len(bundle.read(LIBRARY))), "weights MB": _mb(memory["weights"]),
                     "arena MB": _mb(memory["arena"]), "states MB": _mb(memory["states"]),
                     "arena over bound": round(memory["arena"] / max(memory["arena_bound"], 1), 3),
                 }

@@ -153,7 +153,7 @@ def export(
     )
     golden_data = pack(golden_frames, golden, runs)
     files = {**built.files, **_levels(traced, dense, built), GOLDEN: golden_data}
-    bundle = write_bundle(output, manifest, files)
+    bundle = write_bundle(output, manifest, files, built.aligned)
     if not has_code(bundle.manifest):
         return bundle
     remember(bundle.manifest)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -36,6 +36,8 @@ class Built:
         memory: bytes on the device by use, where the backend knows them.
         weights: those that the files refer to as `dvexport.graph.weights.WEIGHTS`, empty where each file holds its
             own; and what the files hold that graphs may refer to.
+        aligned: names of those files that start at a multiple of `dvexport.graph.weights.ALIGNMENT` inside the bundle,
+            for whoever maps it. Files of weights, which are called `weights.bin`, always do.
     """
 
     lowered: Lowered
@@ -44,6 +46,7 @@ class Built:
     files: Mapping[str, bytes | memoryview | Path]
     memory: Mapping[str, int] = field(default_factory=dict)
     weights: WeightFile = field(default_factory=WeightFile)
+    aligned: Collection[str] = ()
 
 
 class Backend(Protocol):

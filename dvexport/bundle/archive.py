@@ -13,7 +13,7 @@ import struct
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ from dvexport.files import atomic_write
 if TYPE_CHECKING:
     import numpy as np
 
-from dvexport.graph.weights import ALIGNMENT, NATIVE_WEIGHTS, WEIGHTS
+from dvexport.graph.weights import ALIGNMENT, is_weight_file
 
 __all__ = ["GOLDEN", "MANIFEST", "MAX_MANIFEST_BYTES", "MAX_TOTAL_BYTES", "Bundle", "Content", "write_bundle"]
 
@@ -156,12 +156,16 @@ class Chunked(Protocol):
 Content = bytes | memoryview | Path | Chunked
 
 
-def write_bundle(path: str | Path, manifest: Manifest, files: Mapping[str, Content]) -> Bundle:
+def write_bundle(
+    path: str | Path, manifest: Manifest, files: Mapping[str, Content], aligned: Collection[str] = ()
+) -> Bundle:
     """Write `files` and `manifest` to a bundle at `path`, whole or not at all, and return it verified.
 
     Args:
         manifest: without its `files` table, which is made here.
         files: by relative POSIX path, the bytes, a file that holds them, or what yields them.
+        aligned: names of those that start at a multiple of `ALIGNMENT`, for whoever maps the bundle; files of weights
+            do anyway.
 
     Raises:
         UsageError: `path` can't be written, or the disk is full.
@@ -177,7 +181,7 @@ def write_bundle(path: str | Path, manifest: Manifest, files: Mapping[str, Conte
     with atomic_write(path) as temporary:
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
             for name in sorted(members):
-                _add(archive, name, members[name])
+                _add(archive, name, members[name], name in aligned or is_weight_file(name))
         # What could not be read back must not get its name.
         checked = Bundle.open(temporary)
     return Bundle(path, checked.manifest)
@@ -208,11 +212,11 @@ def _measure(content: Content) -> FileEntry:
     return FileEntry(sha256=digest.hexdigest(), size=size)
 
 
-def _add(archive: zipfile.ZipFile, name: str, content: Content) -> None:
+def _add(archive: zipfile.ZipFile, name: str, content: Content, aligned: bool) -> None:
     info = zipfile.ZipInfo(name, _EPOCH)
     info.create_system, info.external_attr, info.compress_type = 3, _MODE, zipfile.ZIP_STORED
     info.file_size = _size(content)
-    if name in (WEIGHTS, NATIVE_WEIGHTS):
+    if aligned:
         info.extra = _padding(archive, info)
     with archive.open(info, "w") as stream:
         for chunk in _chunks(content):

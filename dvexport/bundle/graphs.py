@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError, Message
 
 from dvexport.errors import BundleError
 from dvexport.graph.graph import DOMAINS
-from dvexport.graph.weights import KEYS, LOCATIONS, attach_weights
+from dvexport.graph.weights import KEYS, attach_weights, is_weight_file
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -78,9 +78,9 @@ def _check_references(graph: onnx.ModelProto, bundle: Bundle, where: str) -> Non
     for tensor in weights:
         keys = Counter(entry.key for entry in tensor.external_data)
         location = next((entry.value for entry in tensor.external_data if entry.key == "location"), None)
-        if location not in LOCATIONS or location not in bundle.manifest.files:
-            known = " or ".join(name for name in LOCATIONS if name in bundle.manifest.files) or "none"
-            why = f"it is in a file '{location}', and the bundle's file of weights is {known}"
+        known = [name for name in bundle.manifest.files if is_weight_file(name)]
+        if location not in known:
+            why = f"it is in a file '{location}', and the bundle's file of weights is {' or '.join(known) or 'none'}"
         elif max(keys.values()) > 1 or keys.keys() - KEYS:
             why = f"of its place it says {', '.join(keys.elements())}"
         elif names[tensor.name] > 1:

@@ -24,8 +24,6 @@ from dvexport.errors import BundleError
 __all__ = [
     "ALIGNMENT",
     "KEYS",
-    "LOCATIONS",
-    "NATIVE_WEIGHTS",
     "SMALLEST",
     "WEIGHTS",
     "Place",
@@ -33,28 +31,28 @@ __all__ = [
     "attach_weights",
     "digest",
     "external_arrays",
+    "is_weight_file",
     "panels_of",
     "share_weights",
     "split_weights",
 ]
 
 WEIGHTS = "weights.bin"
-"""The weights that graphs of the bundle share, see `dvexport.graph.weights`."""
-
-
-NATIVE_WEIGHTS = "native/weights.bin"
-"""Those of a native artifact, as its kernels read them."""
-
+"""The weights that graphs of the bundle share. A backend's own file of them has this name too, in its folder."""
 
 ALIGNMENT = 64
 """Bytes that its arrays, and itself in the bundle, start at a multiple of: a cache line, and the widest vector."""
 
 
-LOCATIONS = (WEIGHTS, NATIVE_WEIGHTS)
-"""Files of a bundle that hold weights."""
-
 SMALLEST = 1024
 """Bytes from which a constant is a weight: shapes, axes and scales stay in the graph, where optimisers see them."""
+
+
+def is_weight_file(name: str) -> bool:
+    """Tell whether graphs may refer to a file of their bundle: it is called `WEIGHTS`, in whatever folder of it."""
+    *folders, file = name.split("/")
+    return file == WEIGHTS and not {"", ".", ".."} & set(folders)
+
 
 _PANEL, _TURNED = "dvexport.panel", "dvexport.turned"
 """Keys of external data beside ONNX's own, see `Place`."""
@@ -167,8 +165,8 @@ def external_arrays(model: onnx.ModelProto, read: Read, *, where: str) -> dict[s
     for tensor in model.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             location = next((entry.value for entry in tensor.external_data if entry.key == "location"), None)
-            if location not in LOCATIONS:
-                why = f"it is in a file '{location}', not in {' or '.join(LOCATIONS)}"
+            if location is None or not is_weight_file(location):
+                why = f"it is in a file '{location}', and a file of weights is called {WEIGHTS}"
                 raise BundleError("a weight can't be read", where=f"{where}, {tensor.name}", why=why)
             if location not in files:
                 files[location] = read(location)

@@ -15,13 +15,14 @@ import numpy as np
 
 from dvexport.bundle.trust import check_trust
 from dvexport.graph.graph import gate_name
-from dvexport.graph.weights import NATIVE_WEIGHTS, Place
+from dvexport.graph.weights import Place
 from dvexport.targets.runtime import DEFAULT_THREADS, Port, Runtime
 from dvexport.targets.tvm.build.compile import compile_kernels
 from dvexport.targets.tvm.build.link import kernel_table, library_id, link_library, link_runner
 from dvexport.targets.tvm.calls.memory import Constants
 from dvexport.targets.tvm.calls.program import ALGORITHMS
 from dvexport.targets.tvm.machine.machine import Machine
+from dvexport.targets.tvm.native_files import HEADER, LIBRARY, NATIVE_WEIGHTS, RUNNER, plan_file
 from dvexport.targets.tvm.plan_file import plan_bytes
 from dvexport.targets.tvm.session import CallTime, NativeSession
 
@@ -31,12 +32,7 @@ if TYPE_CHECKING:
     from dvexport.bundle.archive import Bundle
     from dvexport.targets.times import NodeTimes
 
-__all__ = ["FOLDER", "NativeArtifact", "NativeVariant", "build_artifact", "read_variant"]
-
-FOLDER = "native"
-"""Where a bundle holds the artifact."""
-
-LIBRARY, RUNNER, WEIGHTS, HEADER = "libdvx.so", "runner", "weights.bin", "dvx.h"
+__all__ = ["NativeArtifact", "NativeVariant", "build_artifact", "read_variant"]
 
 Progress = Callable[[str], None]
 
@@ -88,12 +84,13 @@ class NativeArtifact:
 
     def files(self) -> dict[str, bytes | memoryview | Path]:
         """Return the files by their name in a bundle."""
-        header = Path(__file__).parent / "runtime" / HEADER
-        files: dict[str, bytes | memoryview | Path] = {
-            LIBRARY: self.library, RUNNER: self.runner, WEIGHTS: self.weights, HEADER: header,
-            **{_plan_name(name): plan for name, plan in self.plans.items()},
-        }  # fmt: skip
-        return {f"{FOLDER}/{name}": content for name, content in files.items()}
+        return {
+            LIBRARY: self.library,
+            RUNNER: self.runner,
+            NATIVE_WEIGHTS: self.weights,
+            HEADER: Path(__file__).parent / "runtime" / Path(HEADER).name,
+            **{plan_file(name): plan for name, plan in self.plans.items()},
+        }
 
     def variant(self, name: str, frames: int) -> NativeVariant:
         """Return a variant, to be opened on this machine."""
@@ -155,9 +152,9 @@ def build_artifact(
 def read_variant(bundle: Bundle, name: str) -> NativeVariant:
     """Return a variant of a bundle; BundleError if it lacks a file, or its code may not be loaded here."""
     check_trust(bundle)
-    read = {file: bundle.read(f"{FOLDER}/{file}") for file in (LIBRARY, _plan_name(name))}
+    library, plan = bundle.read(LIBRARY), bundle.read(plan_file(name))
     weights, frames = bundle.array(NATIVE_WEIGHTS), bundle.manifest.inputs[0].shape[0]
-    return NativeVariant(read[LIBRARY], read[_plan_name(name)], weights.data, frames)
+    return NativeVariant(library, plan, weights.data, frames)
 
 
 class _Clip:
@@ -190,7 +187,3 @@ class _Clip:
 
     def _ports(self, ports: Mapping[str, Port]) -> dict[str, Port]:
         return {name: Port((self._frames, *port.shape[1:]), port.dtype) for name, port in ports.items()}
-
-
-def _plan_name(variant: str) -> str:
-    return f"{variant}.plan"

@@ -69,6 +69,15 @@ def test_members_are_sorted_stored_and_dated_1980(written):
     assert {(info.date_time, info.compress_type) for info in infos} == {((1980, 1, 1, 0, 0, 0), 0)}
 
 
+def test_files_for_whoever_maps_the_bundle_start_at_a_multiple_of_64_bytes(tmp_path):
+    content = bytes(range(100))
+    files = {**FILES, "weights.bin": content, "own/weights.bin": content + b"1", "own/odd": content + b"2"}
+    data = write_bundle(tmp_path / "a.dvx", make_manifest(), files, aligned={"own/odd"}).path.read_bytes()
+    assert [data.index(files[name]) % 64 for name in ("own/weights.bin", "own/odd")] == [0, 0]
+    plain = write_bundle(tmp_path / "b.dvx", make_manifest(), files).path.read_bytes()
+    assert plain.index(files["own/odd"]) % 64, "without being asked it starts anywhere"
+
+
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
 def test_a_changed_byte_is_refused_or_harmless(written, tmp_path, place, flip):

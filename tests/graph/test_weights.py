@@ -7,7 +7,6 @@ import pytest
 
 from dvexport.errors import BundleError
 from dvexport.graph.weights import (
-    NATIVE_WEIGHTS,
     WEIGHTS,
     Place,
     WeightFile,
@@ -18,6 +17,7 @@ from dvexport.graph.weights import (
     split_weights,
 )
 
+NATIVE_WEIGHTS = f"native/{WEIGHTS}"
 RNG = np.random.default_rng(1)
 FACTOR = RNG.standard_normal((20, 30)).astype(np.float32)
 KERNEL = RNG.standard_normal((24, 3, 2, 4)).astype(np.float32)

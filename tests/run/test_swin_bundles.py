@@ -15,8 +15,9 @@ from sample_transformers import small_swin
 from dvexport.bundle.archive import Bundle
 from dvexport.bundle.levels import DENSE_LEVEL, GATE_LEVEL, read_level
 from dvexport.cli import cli
-from dvexport.graph.weights import NATIVE_WEIGHTS, WEIGHTS
+from dvexport.graph.weights import WEIGHTS
 from dvexport.run.open import open_session
+from dvexport.targets.tvm.native_files import NATIVE_WEIGHTS
 
 pytestmark = pytest.mark.slow
 

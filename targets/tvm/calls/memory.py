@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dvexport.graph.weights import NATIVE_WEIGHTS, SMALLEST, Place, digest, panels_of
+from dvexport.graph.weights import SMALLEST, Place, digest, panels_of
 from dvexport.targets.tvm.kernels.plane import Plane
+from dvexport.targets.tvm.native_files import NATIVE_WEIGHTS
 from dvexport.targets.tvm.plan import Place as PlanPlace
 from dvexport.targets.tvm.plan import Space
 
