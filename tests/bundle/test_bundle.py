@@ -1,7 +1,5 @@
-import errno
 import hashlib
 import json
-import os
 import stat
 import zipfile
 
@@ -13,8 +11,7 @@ from sample_bundle import FILES, make_manifest
 
 from dvexport.bundle import archive as bundle_module
 from dvexport.bundle.archive import GOLDEN, MANIFEST, Bundle, write_bundle
-from dvexport.errors import BundleError, DeviceError, UsageError
-from dvexport.files import atomic_write, writable_output
+from dvexport.errors import BundleError, DeviceError
 from dvexport.graph.weights import ALIGNMENT
 
 
@@ -282,59 +279,3 @@ def test_reading_what_is_not_there(written, tmp_path):
     broken = write_bundle(tmp_path / "broken.dvx", make_manifest(), {GOLDEN: b"no tensors"})
     with pytest.raises(BundleError, match="golden data"):
         broken.golden()
-
-
-def write_half(path, error):
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(b"half")
-        raise error
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(written, tmp_path):
-    before = written.path.read_bytes()
-    with pytest.raises(UsageError, match="the disk is full"):
-        write_half(written.path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-    with pytest.raises(KeyboardInterrupt):
-        write_half(written.path, KeyboardInterrupt())
-    assert written.path.read_bytes() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["a.dvx"]
-
-
-def test_a_full_disk(tmp_path):
-    if not os.path.exists("/dev/full"):
-        pytest.skip("this system has no /dev/full")
-    with (
-        pytest.raises(UsageError) as caught,
-        atomic_write(tmp_path / "a"),
-        open("/dev/full", "wb", 0) as full,
-    ):
-        full.write(b"x")
-    assert "the disk is full" in str(caught.value)
-    assert caught.value.exit_code == 2
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_unwritable_places(tmp_path):
-    (tmp_path / "file").write_text("")
-    for path, why in (
-        (tmp_path / "none" / "a.dvx", "does not exist"),
-        (tmp_path / "file" / "a.dvx", "not a folder"),
-        (tmp_path, "it is a folder"),
-        (tmp_path / ("x" * 300), "too long"),
-    ):
-        with pytest.raises(UsageError, match=why):
-            writable_output(path)
-    assert writable_output(tmp_path / "new.dvx") == tmp_path / "new.dvx"
-    assert not (tmp_path / "new.dvx").exists()
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_without_write_permission(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(UsageError, match="not writable"):
-        writable_output(tmp_path / "a.dvx")
-
-
-def test_an_error_about_another_file_is_left_alone(tmp_path):
-    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "a"):
-        open(tmp_path / "other").close()
