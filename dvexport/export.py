@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
 __all__ = ["build_model", "export", "file_digest", "traced_levels"]
 
-_TOOLS = ("dvexport", "onnx", "onnx-ir", "onnxscript", "torch")
+_TOOLS = ("dvexport", "onnx", "onnx-ir", "onnxscript", "onnxsim", "torch")
 
 Progress = Callable[[str], None]
 

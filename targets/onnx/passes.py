@@ -12,6 +12,7 @@ from dvexport.passes.group_channels import GroupChannels
 from dvexport.passes.lower_channels import LowerChannels
 from dvexport.passes.lower_groups import LowerGroups
 from dvexport.passes.lower_masked import LowerMasked
+from dvexport.passes.onnx_simplifier import OnnxSimplifier
 from dvexport.passes.pipeline import BackendPasses, Lowered, Plan
 from dvexport.passes.skip_idle import SkipIdle
 from dvexport.passes.split_paths import SplitPaths
@@ -49,8 +50,6 @@ def _lowering(plan: Plan) -> list[ir.passes.PassBase]:
         LowerMasked(),
         CleanUp(),
         *idle,
-        UpdateInPlace(),
-        CleanUp(),
     ]
 
 
@@ -61,7 +60,7 @@ def _mostly_idle(plan: Plan) -> bool:
 
 
 def _finishing() -> list[ir.passes.PassBase]:
-    return [ExpandGelu(), FoldKeyBiases(), LoopWindows()]
+    return [OnnxSimplifier(), ExpandGelu(), FoldKeyBiases(), LoopWindows(), UpdateInPlace(), CleanUp()]
 
 
 PASSES = BackendPasses(_lowering, _finishing)
