@@ -1,5 +1,6 @@
-"""Simplify a gate-level model with onnxscript's optimizer, and compare the numbers after.
+"""Simplify a model with onnxscript's optimizer and onnx-simplifier, and compare the numbers after.
 
+The first folds constants of any size into weights, by `fold_constants`; the second shares and fuses what is left.
 Constant folding, dead code and algebraic rules are not this project's business; the comparison is, because
 an optimizer that breaks a model must not do so silently.
 """
@@ -13,30 +14,53 @@ from dvexport.dialect.spec import attach_references
 from dvexport.errors import PassError
 from dvexport.graph.fold import fold_constants
 from dvexport.graph.graph import FRAMES
+from dvexport.graph.onnx_simplifier import simplify_graph
 from dvexport.graph.weights import split_weights
 
-__all__ = ["Simplify"]
+__all__ = ["Simplify", "SimplifyLowered"]
 
 _TOLERANCE = 1e-4  # of the largest output: batch norms are folded in another order
 
 
 class Simplify(ir.passes.InPlacePass):
-    """Run the optimizer. Requires: gate level, dynamic frame axis. Raises PassError on other numbers."""
+    """Run both optimizers. Requires: gate level, dynamic frame axis. Raises PassError on other numbers."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Optimize in place; compare on three frames of noise through the references."""
         before, count = model.clone(), model.graph.num_nodes()
         fold_constants(model)
-        if _text(model) == _text(before):  # the trace was simple already: a large model need not run twice
+        simpler = simplify_graph(model)
+        if not simpler and _text(model) == _text(before):  # a large model need not run twice
             return ir.passes.PassResult(model, modified=False)
-        numbers = _outputs(before)
-        for name, value in _outputs(model).items():
-            difference = float(np.max(np.abs(value - numbers[name]), initial=0))
-            scale = float(np.max(np.abs(numbers[name]), initial=1e-12))
-            if not difference <= _TOLERANCE * scale:
-                why = f"they differ by {difference:.2g}, where {scale:.2g} is the largest"
-                raise PassError("simplifying changed the model's numbers", where=name, why=why)
+        _compare(before, model)
         return ir.passes.PassResult(model, model.graph.num_nodes() != count)
+
+
+class SimplifyLowered(ir.passes.InPlacePass):
+    """Run onnx-simplifier on standard operators. Raises PassError on other numbers.
+
+    Lowerings write each gate apart, so what several gates compute alike, or what only shapes need, is left over.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Simplify in place; compare on one step of noise."""
+        before = model.clone()
+        simpler = simplify_graph(model)
+        if simpler:
+            _compare(before, model)
+        return ir.passes.PassResult(model, modified=simpler)
+
+
+def _compare(before: ir.Model, after: ir.Model) -> None:
+    """Raise PassError if the outputs of two models differ."""
+    numbers = _outputs(before)
+    for name, value in _outputs(after).items():
+        was = numbers[name].astype(np.float64)
+        difference = float(np.max(np.abs(value - was), initial=0))
+        scale = float(np.max(np.abs(was), initial=1e-12))
+        if not difference <= _TOLERANCE * scale:
+            why = f"they differ by {difference:.2g}, where {scale:.2g} is the largest"
+            raise PassError("simplifying changed the model's numbers", where=name, why=why)
 
 
 def _text(model: ir.Model) -> list[tuple[object, ...]]:

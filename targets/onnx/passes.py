@@ -13,6 +13,7 @@ from dvexport.passes.lower_channels import LowerChannels
 from dvexport.passes.lower_groups import LowerGroups
 from dvexport.passes.lower_masked import LowerMasked
 from dvexport.passes.pipeline import BackendPasses, Lowered, Plan
+from dvexport.passes.simplify import SimplifyLowered
 from dvexport.passes.skip_idle import SkipIdle
 from dvexport.passes.split_paths import SplitPaths
 from dvexport.passes.tiles.keep_rows import KeepRows
@@ -61,7 +62,7 @@ def _mostly_idle(plan: Plan) -> bool:
 
 
 def _finishing() -> list[ir.passes.PassBase]:
-    return [ExpandGelu(), FoldKeyBiases(), LoopWindows()]
+    return [SimplifyLowered(), ExpandGelu(), FoldKeyBiases(), LoopWindows()]
 
 
 PASSES = BackendPasses(_lowering, _finishing)
