@@ -16,7 +16,7 @@ from typing import Protocol
 import onnx_ir as ir
 
 from dvexport.dialect.conv import plane_size
-from dvexport.dialect.spec import operator_of
+from dvexport.dialect.spec import operator_of, specification
 from dvexport.errors import UsageError, unknown_name
 from dvexport.graph.graph import DV, gate_name, static_shape
 from dvexport.passes.tiles.winograd import WINOGRAD_STEPS, winograd_applies
@@ -288,8 +288,7 @@ def _rates(lowering: str, node: ir.Node, rates: Rates) -> list[float]:
 
     A history is one or two more (`split_paths`); those on tiles are counted by `ChooseLowering._owed`.
     """
-    operator = operator_of(node)
-    assert operator is not None
+    operator = specification(node)
     inputs = operator.bind(node)
     if lowering in BY_TILE:
         return [rates.tiles]
@@ -303,14 +302,13 @@ def _rates(lowering: str, node: ir.Node, rates: Rates) -> list[float]:
 
 
 def _has_history(node: ir.Node) -> bool:
-    operator = operator_of(node)
-    assert operator is not None
+    operator = specification(node)
     return operator.bind(node)["init_history"] is not None
 
 
 def _shape_of(node: ir.Node) -> ConvShape:
-    operator = operator_of(node)
-    assert operator is not None and node.inputs[1] is not None
+    operator = specification(node)
+    assert node.inputs[1] is not None
     cout, cin, kernel, _ = static_shape(node.inputs[1])
     _, _, height, width = static_shape(node.outputs[0])
     tiles = operator.bind(node)["tiles"]
@@ -320,8 +318,8 @@ def _shape_of(node: ir.Node) -> ConvShape:
 
 
 def _winograd_fits(node: ir.Node, step: int) -> bool:
-    operator = operator_of(node)
-    assert operator is not None and node.inputs[1] is not None
+    operator = specification(node)
+    assert node.inputs[1] is not None
     tiles = operator.bind(node)["tiles"]
     if tiles is None:
         return False
@@ -344,8 +342,7 @@ def _why_not_tiles(lowering: str, nodes: list[ir.Node], abilities: Abilities) ->
     if not abilities.dynamic_shapes:
         return "the target's runtime has no sizes known only at run time"
     for node in nodes:
-        operator = operator_of(node)
-        assert operator is not None
+        operator = specification(node)
         tiles = operator.bind(node)["tiles"]
         if tiles is None:
             return "the gate has no tile mask"

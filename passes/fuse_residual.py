@@ -11,8 +11,9 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from dvexport.dialect.facts import is_nonnegative
-from dvexport.dialect.spec import operator_of
+from dvexport.dialect.spec import operator_of, specification
 from dvexport.graph.graph import DV, Builder, replace_node
+from dvexport.graph.match import attributes_of
 
 __all__ = ["FuseResidual"]
 
@@ -66,15 +67,14 @@ def _is_plain(node: ir.Node) -> bool:
 
 
 def _rewrite(conv: ir.Node, add: ir.Node, relu: ir.Node, identity: ir.Value) -> None:
-    operator = operator_of(conv)
-    assert operator is not None
+    operator = specification(conv)
     inputs = operator.bind(conv)
     build = Builder(metadata=conv.metadata_props)
     base = None
     if inputs["tiles"] is not None:
         base = identity if is_nonnegative(identity) else build.op("Relu", identity)
         base.shape, base.type = identity.shape, identity.type
-    attributes = {name: attribute.value for name, attribute in conv.attributes.items()}
+    attributes = attributes_of(conv)
     attributes["activation"] = "relu"
     fused = build.op(
         "SparseConv", inputs["X"], inputs["W"], inputs["B"], None, inputs["tiles"], inputs["active_in"],

@@ -23,8 +23,9 @@ import numpy as np
 import onnx_ir as ir
 
 from dvexport.decisions import Action
-from dvexport.dialect.spec import operator_of
+from dvexport.dialect.spec import specification
 from dvexport.graph.graph import DV, Builder, gate_name, replace_node, static_shape
+from dvexport.graph.match import attributes_of
 from dvexport.graph.state import add_state, remove_state, state_input, states_of
 from dvexport.passes.choose_lowering import BY_CHANNEL, KERNELS, lowering_of
 
@@ -69,8 +70,7 @@ class _Split:
 
     @classmethod
     def of(cls, model: ir.Model, node: ir.Node) -> _Split:
-        operator = operator_of(node)
-        assert operator is not None
+        operator = specification(node)
         return cls(model, node, operator.bind(node), Builder(metadata=node.metadata_props), gate_name(node))
 
     @property
@@ -91,7 +91,7 @@ class _Split:
         """
         inputs = self.inputs
         active_in = inputs["active_in"] if x is inputs["X"] else None
-        attributes = {name: attribute.value for name, attribute in self.node.attributes.items()}
+        attributes = attributes_of(self.node)
         out = self.build.op(
             "SparseConv", x, inputs["W"], inputs["B"], rows, tiles, active_in, None, base,
             domain=DV, **attributes,

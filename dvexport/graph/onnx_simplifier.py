@@ -28,19 +28,19 @@ def simplify_graph(model: ir.Model) -> bool:
     """
     import onnxsim
 
-    inputs, initializers = list(model.graph.inputs), dict(model.graph.initializers)
+    inputs, initializers = len(model.graph.inputs), dict(model.graph.initializers)
     text = _without_weights(model)
     found, _ = onnxsim.simplify(text, certify=False, tensor_size_threshold=_MOST_FOLDED)
     if _count(found.graph) >= _count(text.graph):
         return False
     simpler = ir.from_proto(found)
     _carry_over(model, simpler)
-    for value in simpler.graph.inputs[len(inputs) :]:
+    for value in list(simpler.graph.inputs)[inputs:]:
+        simpler.graph.inputs.remove(value)  # before it is an initializer: else it still counts as an input
         assert value.name is not None
         value.const_value = initializers[value.name].const_value
         if value.uses() or value.is_graph_output():
-            simpler.graph.initializers[value.name] = value
-    del simpler.graph.inputs[len(inputs) :]
+            simpler.graph.register_initializer(value)
     model.graph = simpler.graph
     return True
 

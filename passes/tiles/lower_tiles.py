@@ -24,7 +24,7 @@ import onnx_ir.passes.common as common
 
 from dvexport.decisions import Action
 from dvexport.dialect.masks import share_of
-from dvexport.dialect.spec import operator_of
+from dvexport.dialect.spec import specification
 from dvexport.graph.graph import DV, Builder, replace_node, static_shape
 from dvexport.passes.choose_lowering import BY_TILE, lowering_of
 from dvexport.passes.tiles.tile_products import Compact, Place, convolve, from_rows, to_rows
@@ -137,8 +137,7 @@ def _implies(tiles: ir.Value | None, wanted: ir.Value | None) -> bool:
 
 
 def _inputs(node: ir.Node) -> Mapping[str, ir.Value | None]:
-    operator = operator_of(node)
-    assert operator is not None
+    operator = specification(node)
     return operator.bind(node)
 
 

@@ -23,6 +23,7 @@ from dvexport.dialect.conv import plane_size
 from dvexport.dialect.rows import rows_of, rows_shape
 from dvexport.geometry import output_size
 from dvexport.graph.graph import DV, Builder, array_of, static_shape
+from dvexport.graph.match import attributes_of
 from dvexport.passes.tiles.pixel_tables import tile_pixels, windows
 
 __all__ = ["average_pool", "conv_to_one_channel", "rows_at_hand"]
@@ -38,7 +39,7 @@ def average_pool(build: Builder, node: ir.Node) -> ir.Value | None:
     """AveragePool without padding, as a plane of rows; None where it has options that this does not follow."""
     x = node.inputs[0]
     assert x is not None
-    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    attributes = attributes_of(node)
     kernel = tuple(attributes["kernel_shape"])
     strides, pads = tuple(attributes.get("strides", (1, 1))), attributes.get("pads", (0, 0, 0, 0))
     if any(pads) or attributes.get("ceil_mode", 0) or any(d != 1 for d in attributes.get("dilations", (1, 1))):

@@ -31,6 +31,7 @@ def test_what_is_computed_twice_is_shared_and_weights_are_the_same_arrays():
     check(model)
     assert sorted(ops(model)) == ["Add", "MatMul", "Relu"]
     assert model.graph.initializers["w"].const_value is held
+    assert not model.graph.initializers["w"].is_graph_input()
     assert [value.name for value in model.graph.inputs] == ["x"]
     np.testing.assert_array_equal(run(model, x=data(2, 64))["y"], expected)
 
