@@ -17,7 +17,7 @@ from benchmarks.timing import Timing, interleave
 from dvexport.dialect.flops import flop_table
 from dvexport.graph.state import states_of
 from dvexport.models import zoo
-from dvexport.passes.choose_lowering import Abilities, CostTable
+from dvexport.passes.lowerings import Abilities, CostTable
 from dvexport.passes.pipeline import Plan
 from dvexport.targets.catalogue import load
 from dvexport.targets.onnx.emit import emit

@@ -37,8 +37,8 @@ from dvexport.graph.onnx_file import model_apart, model_bytes
 from dvexport.graph.state import states_of
 from dvexport.graph.weights import WEIGHTS, share_weights
 from dvexport.modes import MODES
-from dvexport.passes.choose_lowering import Abilities, CostTable
 from dvexport.passes.expose_probes import decision_values
+from dvexport.passes.lowerings import Abilities, CostTable
 from dvexport.passes.pipeline import Lowered, Plan
 from dvexport.run.calibrate import gate_rates, gate_statistics
 from dvexport.run.compare import compare, first_difference

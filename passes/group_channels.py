@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from dvexport.dialect.spec import specification
 from dvexport.graph.graph import DV, Builder, array_of, gate_name
-from dvexport.passes.choose_lowering import lowering_of
+from dvexport.passes.lowerings import lowering_of
 
 __all__ = [
     "ChannelStatistics",

@@ -19,7 +19,7 @@ from dvexport.dialect.conv import activate, dense_conv
 from dvexport.dialect.masks import upsample
 from dvexport.dialect.spec import specification
 from dvexport.graph.graph import DV, Builder, branch, replace_node, static_shape
-from dvexport.passes.choose_lowering import convs_lowered_as
+from dvexport.passes.lowerings import convs_lowered_as
 
 __all__ = ["LowerChannels", "any_true", "settle", "unmerged"]
 

@@ -18,9 +18,9 @@ from dvexport.dialect.conv import activate, dense_conv
 from dvexport.dialect.masks import channel_mask
 from dvexport.dialect.spec import specification
 from dvexport.graph.graph import Builder, array_of, branch, replace_node, static_shape
-from dvexport.passes.choose_lowering import convs_lowered_as
 from dvexport.passes.group_channels import input_groups, output_groups
 from dvexport.passes.lower_channels import any_true, settle
+from dvexport.passes.lowerings import convs_lowered_as
 
 __all__ = ["LowerGroups"]
 

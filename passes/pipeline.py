@@ -12,13 +12,14 @@ import onnx_ir as ir
 from dvexport.errors import DvexportError, PassError, unknown_name
 from dvexport.modes import MODES
 from dvexport.passes.check_dialect import CheckDialect
-from dvexport.passes.choose_lowering import Abilities, Choice, CostTable, Rates
+from dvexport.passes.choose_lowering import Choice
 from dvexport.passes.clean_up import CleanUp
 from dvexport.passes.drop_gates import DropGates
 from dvexport.passes.expose_probes import ExposeProbes, ForceDecisions
 from dvexport.passes.fold_scores import FoldScores
 from dvexport.passes.group_channels import ChannelStatistics
 from dvexport.passes.lower_masked import LowerMasked
+from dvexport.passes.lowerings import Abilities, CostTable, Rates
 from dvexport.passes.mark_decisions import MarkDecisions
 from dvexport.passes.propagate_inactive import PropagateInactive
 from dvexport.passes.set_frames import SetClip, SetStream

@@ -27,7 +27,7 @@ from dvexport.dialect.spec import specification
 from dvexport.graph.graph import DV, Builder, gate_name, replace_node, static_shape
 from dvexport.graph.match import attributes_of
 from dvexport.graph.state import add_state, remove_state, state_input, states_of
-from dvexport.passes.choose_lowering import BY_CHANNEL, KERNELS, lowering_of
+from dvexport.passes.lowerings import KERNELS, LOWERINGS, MASKED, lowering_of
 
 __all__ = ["SplitPaths"]
 
@@ -42,7 +42,7 @@ class SplitPaths(ir.passes.InPlacePass):
         """Split node by node."""
         modified = False
         for node in list(model.graph):
-            if node.domain != DV or node.op_type != "GatedConv" or lowering_of(node) == "masked":
+            if node.domain != DV or node.op_type != "GatedConv" or lowering_of(node) == MASKED:
                 continue
             split = _Split.of(model, node)
             streams = any(state.name == f"{split.gate}.history" for state in states_of(model))
@@ -50,12 +50,16 @@ class SplitPaths(ir.passes.InPlacePass):
                 _plain(split)
             elif not streams:
                 _clip(split)
-            elif lowering_of(node) in (*BY_CHANNEL, KERNELS):
+            elif _by_channel(lowering_of(node)):
                 _stream_channels(split)
             else:
                 _stream_tiles(split)
             modified = True
         return ir.passes.PassResult(model, modified)
+
+
+def _by_channel(lowering: str) -> bool:
+    return lowering == KERNELS or LOWERINGS[lowering].follows == "action"
 
 
 @dataclass

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from dvexport.decisions import ACTION, TILES, Action
-from dvexport.passes.choose_lowering import Rates
 from dvexport.passes.group_channels import ChannelStatistics, group_rate
+from dvexport.passes.lowerings import Rates
 from dvexport.run.session import Step
 
 __all__ = ["gate_rates", "gate_statistics"]

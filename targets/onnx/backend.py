@@ -41,7 +41,7 @@ class OnnxBackend:
 
     def check(self, device: Target, lowering: Mapping[str, str]) -> None:
         """See `Backend`."""
-        from dvexport.passes.choose_lowering import LOWERINGS
+        from dvexport.passes.lowerings import LOWERINGS
 
         for kind in lowering.values():
             if kind not in LOWERINGS:

@@ -8,7 +8,8 @@ import pytest
 from graphs import graph, weights
 
 from dvexport.errors import UsageError
-from dvexport.passes.choose_lowering import Abilities, ChooseLowering, ConvShape, CostTable, Rates, lowering_of
+from dvexport.passes.choose_lowering import ChooseLowering
+from dvexport.passes.lowerings import Abilities, ConvShape, CostTable, Rates, lowering_of
 
 
 @dataclass(frozen=True)
