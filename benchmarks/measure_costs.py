@@ -27,7 +27,7 @@ from dvexport.graph.graph import DV, FRAMES, OPSET, Builder, static_shape
 from dvexport.graph.state import states_of
 from dvexport.passes.group_channels import even_groups
 from dvexport.passes.lowerings import LOWERINGS, ConvShape
-from dvexport.passes.pipeline import Plan
+from dvexport.passes.pipeline import Request
 from dvexport.profile.measure import random_decisions
 from dvexport.targets import catalogue
 from dvexport.targets.onnx.emit import emit
@@ -90,7 +90,7 @@ def _prepare(
     """Add the runs of one lowering at every rate, if it is legal for the shape."""
     frame = np.random.default_rng(0).random((1, shape.cin, shape.size, shape.size), np.float32)
     try:
-        model = lower(_network(shape), Plan(overrides={f"gate{i}": kind for i in range(BLOCKS)})).model
+        model = lower(_network(shape), Request(overrides={f"gate{i}": kind for i in range(BLOCKS)})).model
     except UsageError:
         return
     session = OrtSession(emit(model), states_of(model), threads=threads)

@@ -39,7 +39,7 @@ from dvexport.graph.weights import WEIGHTS, share_weights
 from dvexport.modes import MODES
 from dvexport.passes.expose_probes import decision_values
 from dvexport.passes.lowerings import Abilities, CostTable
-from dvexport.passes.pipeline import Lowered, Plan
+from dvexport.passes.pipeline import Lowered, Request
 from dvexport.run.calibrate import gate_rates, gate_statistics
 from dvexport.run.compare import compare, first_difference
 from dvexport.run.forced import draw
@@ -335,8 +335,8 @@ def _calibration(traced: ir.Model, frames: np.ndarray | None) -> list[Step]:
 
 def _plan(
     mode: str, frames: int, device: catalogue.Target, calibration: Sequence[Step], overrides: Mapping[str, str]
-) -> Plan:
-    return Plan(
+) -> Request:
+    return Request(
         mode=mode,
         frames=frames,
         abilities=Abilities(device.conditional, device.dynamic_shapes),

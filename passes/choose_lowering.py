@@ -16,7 +16,7 @@ import onnx_ir as ir
 from dvexport.errors import UsageError, unknown_name
 from dvexport.graph.graph import DV, gate_name
 from dvexport.graph.match import is_op
-from dvexport.passes.lowerings import LOWERINGS, MASKED, Abilities, CostTable, Rates, choose
+from dvexport.passes.lowerings import LOWERINGS, MASKED, Abilities, CostTable, Shares, choose
 
 __all__ = ["Choice", "ChooseLowering"]
 
@@ -51,7 +51,7 @@ class ChooseLowering(ir.passes.InPlacePass):
         self,
         abilities: Abilities,
         costs: CostTable | None = None,
-        rates: Mapping[str, Rates] | None = None,
+        rates: Mapping[str, Shares] | None = None,
         overrides: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
@@ -103,11 +103,11 @@ class ChooseLowering(ir.passes.InPlacePass):
     def _expected(self, lowering: str, gate: str, nodes: list[ir.Node]) -> float | None:
         if self.costs is None:
             return None
-        return LOWERINGS[lowering].expected(nodes, self.rates.get(gate, Rates()), self.costs)
+        return LOWERINGS[lowering].expected(nodes, self.rates.get(gate, Shares()), self.costs)
 
     def _reason(self, best: str, gate: str, expected: Mapping[str, float]) -> str:
         known = "calibrated" if gate in self.rates else "assumed"
-        rates = self.rates.get(gate, Rates())
+        rates = self.rates.get(gate, Shares())
         at = f"{known}: {rates.tiles:.0%} of tiles, {rates.active:.0%} of channels"
         rest = [name for name in expected if name != best]
         others = ", ".join(f"{name} {expected[name]:.2f}" for name in sorted(rest, key=lambda n: expected[n])[:2])

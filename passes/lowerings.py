@@ -27,7 +27,7 @@ __all__ = [
     "CostPoint",
     "CostTable",
     "Lowering",
-    "Rates",
+    "Shares",
     "choose",
     "convs_lowered_as",
     "lowering_of",
@@ -99,7 +99,7 @@ class Abilities:
 
 
 @dataclass(frozen=True)
-class Rates:
+class Shares:
     """A gate's expected rates, 0 to 1: tiles active, channels computed, channels not skipped.
 
     `groups` is the share of channels in groups that have any active channel: one, unless calibration says less.
@@ -170,7 +170,7 @@ class Lowering:
         """Return why the gate of these nodes can't be lowered so, None if it can."""
         return None
 
-    def expected(self, nodes: list[ir.Node], rates: Rates, costs: CostTable) -> float | None:
+    def expected(self, nodes: list[ir.Node], rates: Shares, costs: CostTable) -> float | None:
         """Return the expected milliseconds of a frame, None where nothing like it was measured."""
         total = 0.0
         for node in nodes:
@@ -186,7 +186,7 @@ class Lowering:
         """Return the name in the cost table of what a node becomes."""
         return self.name
 
-    def rates(self, node: ir.Node, rates: Rates) -> list[float]:
+    def rates(self, node: ir.Node, rates: Shares) -> list[float]:
         """Return the rate of each convolution that a node becomes. A history is one or two more (`split_paths`)."""
         return [1.0]
 
@@ -222,7 +222,7 @@ class _Tiles(Lowering):
         """A Winograd gate's other convolutions use plain tile products."""
         return _PLAIN_TILES if self.step and not _winograd_fits(node, self.step) else self.name
 
-    def rates(self, node: ir.Node, rates: Rates) -> list[float]:
+    def rates(self, node: ir.Node, rates: Shares) -> list[float]:
         return [rates.tiles]
 
     def owed(self, node: ir.Node, rate: float, costs: CostTable) -> float:
@@ -255,7 +255,7 @@ class _Channels(Lowering):
         """Return what the target lacks, None if nothing."""
         return None if abilities.dynamic_shapes else _NO_DYNAMIC_SHAPES
 
-    def rates(self, node: ir.Node, rates: Rates) -> list[float]:
+    def rates(self, node: ir.Node, rates: Shares) -> list[float]:
         now = rates.compute if specification(node).bind(node)["action"] is not None else rates.active
         return [now] + [0.0] * _histories(node)  # `compute` counts what is owed; each history has its own fixed cost
 
@@ -268,7 +268,7 @@ class _Groups(_Channels):
     def lacking(self, abilities: Abilities) -> str | None:
         return None if abilities.conditional == "lazy" else "the target runs both branches of a conditional"
 
-    def rates(self, node: ir.Node, rates: Rates) -> list[float]:
+    def rates(self, node: ir.Node, rates: Shares) -> list[float]:
         """What is owed is scattered: its groups are computed whole as well."""
         return [rates.groups] * (1 + _histories(node))
 

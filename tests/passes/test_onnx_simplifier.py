@@ -12,7 +12,7 @@ from oracle_check import traced
 from dvexport.errors import PassError
 from dvexport.graph.graph import DECIDES, array_of
 from dvexport.graph.onnx_simplifier import simplify_graph
-from dvexport.passes.pipeline import Plan
+from dvexport.passes.pipeline import Request
 from dvexport.passes.simplify import SimplifyLowered
 from dvexport.targets.onnx.emit import emit
 from dvexport.targets.onnx.passes import lower
@@ -77,7 +77,7 @@ def test_tables_are_not_written_out():
 
 
 def test_an_artifact_shrinks_and_is_the_same_twice():
-    plan = Plan()
+    plan = Request()
     done = lower(traced("dstep", "even"), plan)
     record = next(record for record in done.log if record.name == "SimplifyLowered")
     assert record.nodes_after < record.nodes_before
