@@ -18,7 +18,7 @@ from benchmarks.static import SIZE, executed, frame
 from dvexport.dialect.flops import flop_table
 from dvexport.export import build_model
 from dvexport.graph.state import states_of
-from dvexport.passes.pipeline import Plan
+from dvexport.passes.pipeline import Request
 from dvexport.targets.catalogue import load
 from dvexport.targets.tvm.artifact import build_artifact
 from dvexport.targets.tvm.calls.program import ALGORITHMS
@@ -48,9 +48,9 @@ def instruction_rows(name: str) -> list[dict[str, Any]]:
     traced = trace(build_model(name, None, {}).model, SIZE)
     table = flop_table(traced)
     models = {
-        "gated": lower(traced, Plan()).model,
-        "dense": lower(traced, Plan(variant="dense")).model,
-        "forced": lower(traced, Plan(forced=True)).model,
+        "gated": lower(traced, Request()).model,
+        "dense": lower(traced, Request(variant="dense")).model,
+        "forced": lower(traced, Request(forced=True)).model,
     }
     sides = {
         f"{axis} {share:.0%}": decisions(models["forced"], **dict.fromkeys(kinds, share))

@@ -25,9 +25,9 @@ from benchmarks.timing import interleave
 from dvexport.errors import UsageError
 from dvexport.graph.graph import DV, FRAMES, OPSET, Builder, static_shape
 from dvexport.graph.state import states_of
-from dvexport.passes.choose_lowering import BY_CHANNEL, BY_TILE, LOWERINGS, ConvShape
 from dvexport.passes.group_channels import even_groups
-from dvexport.passes.pipeline import Plan
+from dvexport.passes.lowerings import LOWERINGS, ConvShape
+from dvexport.passes.pipeline import Request
 from dvexport.profile.measure import random_decisions
 from dvexport.targets import catalogue
 from dvexport.targets.onnx.emit import emit
@@ -90,13 +90,17 @@ def _prepare(
     """Add the runs of one lowering at every rate, if it is legal for the shape."""
     frame = np.random.default_rng(0).random((1, shape.cin, shape.size, shape.size), np.float32)
     try:
-        model = lower(_network(shape), Plan(overrides={f"gate{i}": kind for i in range(BLOCKS)})).model
+        model = lower(_network(shape), Request(overrides={f"gate{i}": kind for i in range(BLOCKS)})).model
     except UsageError:
         return
     session = OrtSession(emit(model), states_of(model), threads=threads)
     for rate in RATES if kind != "masked" else (1.0,):
         drawn = _decisions(model, kind, rate)
-        of_kind = [drawn[name] for name in drawn if name.startswith("tiles" if kind in BY_TILE else "action")]
+        of_kind = [
+            drawn[name]
+            for name in drawn
+            if name.startswith("tiles" if LOWERINGS[kind].follows == "tiles" else "action")
+        ]
         percent = round(100 * float(np.mean([np.count_nonzero(decision) / decision.size for decision in of_kind])))
         name = f"{kind} {shape.cell} {rate}"
         sides[name] = partial(session.run, {"frames": frame, **drawn})
@@ -107,7 +111,10 @@ def _decisions(model: ir.Model, kind: str, rate: float) -> dict[str, np.ndarray]
     """Draw the network's decisions: `rate` of what the lowering saves by, all of the other kind."""
     inputs = {v.name or "": v for v in model.graph.inputs if (v.name or "").startswith(("tiles", "action"))}
     shapes = {(name, name.rstrip("0123456789")): static_shape(v) for name, v in inputs.items()}
-    rates = {"tiles": rate if kind in BY_TILE else 1.0, "channels": rate if kind in BY_CHANNEL else 1.0}
+    rates = {
+        "tiles": rate if LOWERINGS[kind].follows == "tiles" else 1.0,
+        "channels": rate if LOWERINGS[kind].follows == "action" else 1.0,
+    }
     if kind != "groups":
         (drawn,) = random_decisions(shapes, rates, frames=1)
         return {name: value for (name, _), value in drawn.items()}

@@ -21,7 +21,7 @@ from benchmarks.timing import Timing, take_turns
 from dvexport.dialect.flops import FlopTable, flop_table
 from dvexport.export import build_model
 from dvexport.graph.state import states_of
-from dvexport.passes.pipeline import Plan
+from dvexport.passes.pipeline import Request
 from dvexport.targets.onnx import passes
 from dvexport.targets.onnx.emit import emit
 from dvexport.targets.onnx.runtime import OrtSession
@@ -74,15 +74,15 @@ def load_network(name: str) -> Network:
     """Compile a gated network of the zoo, its weights random."""
     traced = trace(build_model(name, None, {}).model, SIZE)
     models = {
-        "gated": lower(traced, Plan()).model,
-        "dense": lower(traced, Plan(variant="dense")).model,
-        "forced": lower(traced, Plan(forced=True)).model,
+        "gated": lower(traced, Request()).model,
+        "dense": lower(traced, Request(variant="dense")).model,
+        "forced": lower(traced, Request(forced=True)).model,
     }
     compiled = {
         DIRECT: compile_network(models, host(), algorithms=("direct",)),
         CHOSEN: compile_network(models, host()),
     }
-    dense = passes.lower(traced, Plan(variant="dense")).model
+    dense = passes.lower(traced, Request(variant="dense")).model
     return Network(flop_table(traced), models["forced"], dense, compiled)
 
 

@@ -24,7 +24,7 @@ from benchmarks.worker import FAILED, MISSING, READY, Worker
 from dvexport.dialect.flops import flop_table
 from dvexport.export import build_model
 from dvexport.graph.state import states_of
-from dvexport.passes.pipeline import Plan
+from dvexport.passes.pipeline import Request
 from dvexport.targets.onnx import passes
 from dvexport.targets.onnx.emit import emit
 from dvexport.targets.onnx.runtime import OrtSession
@@ -80,7 +80,7 @@ def _sides(network: str, folder: Path) -> dict[str, _Side]:
     dense = folder / "native dense"
     dense.mkdir()
     traced = trace(build_model(network, None, {}).model, SIZE)
-    compile_network({"gated": lower(traced, Plan()).model}, host()).save("gated", dense)
+    compile_network({"gated": lower(traced, Request()).model}, host()).save("gated", dense)
     for file in ("input.npy", "want.npy"):
         (dense / file).write_bytes((folder / file).read_bytes())
     sides["native dense"] = _Side("native", dense)
@@ -91,8 +91,8 @@ def _gated_sides(name: str, folder: Path) -> dict[str, _Side]:
     """Write our gated network with decisions at the low budget; its logits have to be ONNX Runtime's."""
     traced = trace(build_model(name, None, {}).model, SIZE)
     table = flop_table(traced)
-    reference = passes.lower(traced, Plan(forced=True, overrides={"*": "masked"})).model
-    model = lower(traced, Plan(forced=True)).model
+    reference = passes.lower(traced, Request(forced=True, overrides={"*": "masked"})).model
+    model = lower(traced, Request(forced=True)).model
     compiled, sides = compile_network({"gated": model}, host()), {}
     for title, kinds in _BUDGETS.items():
         feeds = budget(model, table, LOW_BUDGET, kinds)

@@ -17,8 +17,8 @@ from benchmarks.timing import Timing, interleave
 from dvexport.dialect.flops import flop_table
 from dvexport.graph.state import states_of
 from dvexport.models import zoo
-from dvexport.passes.choose_lowering import Abilities, CostTable
-from dvexport.passes.pipeline import Plan
+from dvexport.passes.lowerings import Abilities, CostTable
+from dvexport.passes.pipeline import Request
 from dvexport.targets.catalogue import load
 from dvexport.targets.onnx.emit import emit
 from dvexport.targets.onnx.passes import lower
@@ -38,7 +38,7 @@ def tile_rows(threads: int, rounds: int) -> list[dict[str, Any]]:
     gated = _lowered(traced, threads)
     x = frame()
     runs = {"plain static export": _runner(plain_onnx(plain_module("tsn_resnet18")), threads, x)}
-    runs["dense artifact"] = _runner(lower(traced, Plan(variant="dense")).model, threads, x)
+    runs["dense artifact"] = _runner(lower(traced, Request(variant="dense")).model, threads, x)
     session = OrtSession(emit(gated), states_of(gated), threads=threads)
     fractions = {"plain static export": 1.0, "dense artifact": 1.0}
     for rate in (1.0, 0.75, 0.5, 0.25, 0.1, 0.0):
@@ -53,10 +53,10 @@ def channel_rows(threads: int, rounds: int) -> list[dict[str, Any]]:
     traced = trace(zoo.create("adafuse_resnet18"), SIZE)
     table = flop_table(traced)
     x = frame()
-    runs = {"dense artifact": _runner(lower(traced, Plan(variant="dense")).model, threads, x)}
+    runs = {"dense artifact": _runner(lower(traced, Request(variant="dense")).model, threads, x)}
     fractions = {"dense artifact": 1.0}
     for kind in ("channels", "groups"):
-        model = lower(traced, Plan(forced=True, overrides={"*": kind})).model
+        model = lower(traced, Request(forced=True, overrides={"*": kind})).model
         session = OrtSession(emit(model), states_of(model), threads=threads)
         for rate in (1.0, 0.5, 0.25, 0.0):
             scattered = kind == "channels"
@@ -71,7 +71,7 @@ def _lowered(traced: ir.Model, threads: int) -> ir.Model:
     """Lower with forced decisions, as `choose_lowering` decides for this machine at half of the tiles."""
     target = load("host")
     costs = CostTable(target.costs, threads) if target.costs else None
-    plan = Plan(forced=True, costs=costs, abilities=Abilities(target.conditional, target.dynamic_shapes))
+    plan = Request(forced=True, costs=costs, abilities=Abilities(target.conditional, target.dynamic_shapes))
     return lower(traced, plan).model
 
 

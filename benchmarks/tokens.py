@@ -12,7 +12,7 @@ from dvexport.decisions import TOKENS
 from dvexport.dialect.flops import flop_table
 from dvexport.export import build_model, traced_levels
 from dvexport.models.zoo import describe
-from dvexport.passes.pipeline import Plan
+from dvexport.passes.pipeline import Request
 from dvexport.run.golden import moving_texture
 from dvexport.targets.onnx.backend import onnx_variant
 from dvexport.targets.onnx.runtime import OnnxVariant
@@ -68,7 +68,7 @@ def token_rows(
     for r in rates:
         net = build_model(name, None, {"sta.r": r}).model
         gated, dense = traced_levels(net)
-        table, plan = flop_table(gated, dense), Plan(mode="clip", frames=net.preprocess.frames)
+        table, plan = flop_table(gated, dense), Request(mode="clip", frames=net.preprocess.frames)
         tell(f"{name}, r = {r}")
         made = {backend: _variants(backend, gated, dense, plan) for backend in backends}
         levels[r] = _Level({backend: sides["gated"] for backend, sides in made.items()}, table.fixed + table.decisions)
@@ -84,7 +84,7 @@ def token_rows(
     ]  # fmt: skip
 
 
-def _variants(backend: str, gated: Any, dense: Any, plan: Plan) -> dict[str, Variant]:
+def _variants(backend: str, gated: Any, dense: Any, plan: Request) -> dict[str, Variant]:
     if backend == "onnx":
         return {"gated": onnx_variant(gated, plan), "dense": onnx_variant(dense, replace(plan, variant="dense"))}
     from dvexport.targets.tvm.artifact import build_artifact

@@ -14,7 +14,7 @@ from dvexport.dialect.flops import flop_table
 from dvexport.export import build_model
 from dvexport.graph.state import states_of
 from dvexport.models import zoo
-from dvexport.passes.pipeline import Plan
+from dvexport.passes.pipeline import Request
 from dvexport.run.session import Session
 from dvexport.targets.onnx import passes
 from dvexport.targets.onnx.emit import emit
@@ -34,10 +34,10 @@ def trained_rows(model: str, threads: list[int], rounds: int) -> list[dict[str, 
     source = build_model(model, None, {}).model
     traced = trace(source, source.preprocess.size)
     models = {
-        "gated": lower(traced, Plan()).model,
-        "dense": lower(traced, Plan(variant="dense")).model,
+        "gated": lower(traced, Request()).model,
+        "dense": lower(traced, Request(variant="dense")).model,
     }
-    dense = passes.lower(traced, Plan(variant="dense")).model
+    dense = passes.lower(traced, Request(variant="dense")).model
     compiled = compile_network(models, host())
     clips = [read_clip(path, source.preprocess).frames for path in _clips()]
     table, rows = flop_table(traced), []

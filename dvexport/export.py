@@ -37,9 +37,9 @@ from dvexport.graph.onnx_file import model_apart, model_bytes
 from dvexport.graph.state import states_of
 from dvexport.graph.weights import WEIGHTS, share_weights
 from dvexport.modes import MODES
-from dvexport.passes.choose_lowering import Abilities, CostTable
 from dvexport.passes.expose_probes import decision_values
-from dvexport.passes.pipeline import Lowered, Plan
+from dvexport.passes.lowerings import Abilities, CostTable
+from dvexport.passes.pipeline import Lowered, Request
 from dvexport.run.calibrate import gate_rates, gate_statistics
 from dvexport.run.compare import compare, first_difference
 from dvexport.run.forced import draw
@@ -50,6 +50,7 @@ from dvexport.run.session import Session, Step
 from dvexport.targets import catalogue
 from dvexport.targets.backend import Built
 from dvexport.targets.registry import backend_of
+from dvexport.tokens import HasDenseForm, TellsTokens
 from dvexport.trace import trace
 
 if TYPE_CHECKING:
@@ -297,16 +298,17 @@ def traced_levels(net: Any) -> tuple[ir.Model, ir.Model | None]:
     Raises:
         TraceError: a model that can't be traced, or chooses tokens and has no dense version.
     """
-    traced = trace(net, net.preprocess.size)
+    size = net.preprocess.size
+    traced = trace(net, size)
     if not any(kind == TOKENS.name for _, kind in decision_values(traced)):
         return traced, None
-    if not hasattr(net, "without_pruning"):
+    if not isinstance(net, HasDenseForm):
         raise TraceError(
             "the model chooses tokens, and offers no dense version of itself",
             where=type(net).__name__,
             hint="define without_pruning(), see docs/adding-a-model.md",
         )
-    dense = trace(net.without_pruning(), net.preprocess.size)
+    dense = trace(net.without_pruning(), size)
     share_weights(traced, dense)
     return traced, dense
 
@@ -335,8 +337,8 @@ def _calibration(traced: ir.Model, frames: np.ndarray | None) -> list[Step]:
 
 def _plan(
     mode: str, frames: int, device: catalogue.Target, calibration: Sequence[Step], overrides: Mapping[str, str]
-) -> Plan:
-    return Plan(
+) -> Request:
+    return Request(
         mode=mode,
         frames=frames,
         abilities=Abilities(device.conditional, device.dynamic_shapes),
@@ -414,12 +416,12 @@ def _gates(traced: ir.Model, lowered: Lowered) -> list[GateEntry]:
 
 
 def _tokens(net: Any) -> TokenEntry | None:
-    """Return where the tokens lie of a model that tells (`token_grid`, `token_groups`: see docs/adding-a-model.md)."""
-    stages = getattr(net, "token_groups", None)
-    if not stages:
+    """Return where the tokens lie of a model that tells."""
+    if not isinstance(net, TellsTokens) or not net.token_groups:
         return None
+    stages = net.token_groups
     return TokenEntry(
-        grid=tuple(net.token_grid),  # type: ignore[arg-type]
+        grid=net.token_grid,
         stages=[[stage.gate(group) for group in range(stage.groups)] for stage in stages],
         grids=[getattr(stage, "grid", None) for stage in stages],
     )

@@ -8,16 +8,47 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import prod
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from dvexport.decisions import TOKENS
 from dvexport.errors import UsageError
 
-__all__ = ["survivors"]
+__all__ = ["HasDenseForm", "TellsTokens", "TokenStage", "survivors"]
 
 Grid = tuple[int, int, int]
 """Tokens in time, height and width."""
+
+
+class TokenStage(Protocol):
+    """Where a model drops tokens; a `grid` attribute, if there is one, has the tokens that the stage begins with."""
+
+    groups: int
+
+    def gate(self, group: int) -> str:
+        """Return the name of the gate that chooses the tokens of a group."""
+
+
+@runtime_checkable
+class HasDenseForm(Protocol):
+    """A model that chooses tokens, and offers itself without that choice."""
+
+    def without_pruning(self) -> Any:
+        """Return the same model, same weights, as it is without token pruning."""
+
+
+@runtime_checkable
+class TellsTokens(Protocol):
+    """A model that tells where its tokens lie, so that decisions can be shown on frames.
+
+    Attributes:
+        token_grid: first tokens in time, height and width.
+        token_groups: its stages in order; none if it drops nothing.
+    """
+
+    token_grid: Grid
+    token_groups: Sequence[TokenStage]
 
 
 def survivors(

@@ -9,7 +9,8 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from dvexport.graph.graph import DV, gate_name
-from dvexport.passes.choose_lowering import KERNELS, Choice, choose
+from dvexport.passes.choose_lowering import Choice
+from dvexport.passes.lowerings import KERNELS, choose
 
 __all__ = ["ChooseKernels"]
 

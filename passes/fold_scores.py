@@ -18,6 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dvexport.graph.graph import Builder, array_of, replace_node
+from dvexport.graph.match import attributes_of
 
 __all__ = ["FoldScores"]
 
@@ -59,13 +60,13 @@ def _match(node: ir.Node) -> _Match | None:
 
 
 def _takes_first_over_last(node: ir.Node, scores: ir.Value) -> bool:
-    given = {name: attribute.value for name, attribute in node.attributes.items()}
+    given = attributes_of(node)
     last = given.get("axis", 0) in (-1, 2) and scores.shape is not None and len(scores.shape) == 3
     return last and given.get("keepdims", 1) == 0 and given.get("select_last_index", 0) == 0
 
 
 def _is_linear(gemm: ir.Node) -> bool:
-    given = {name: attribute.value for name, attribute in gemm.attributes.items()}
+    given = attributes_of(gemm)
     plain = given.get("alpha", 1.0) == given.get("beta", 1.0) == 1.0
     bias = gemm.inputs[2] if len(gemm.inputs) > 2 else None
     constant = bias is None or array_of(bias) is not None

@@ -11,8 +11,9 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from dvexport.dialect.facts import is_nonnegative
-from dvexport.dialect.spec import operator_of
+from dvexport.dialect.spec import operator_of, specification
 from dvexport.graph.graph import DV, Builder, replace_node
+from dvexport.graph.match import attributes_of, is_op, made_by, only_user
 
 __all__ = ["FuseResidual"]
 
@@ -35,24 +36,17 @@ class FuseResidual(ir.passes.InPlacePass):
 
 
 def _match(relu: ir.Node) -> tuple[ir.Node, ir.Node, ir.Node, ir.Value] | None:
-    if relu.domain or relu.op_type != "Relu":
-        return None
-    add = relu.inputs[0].producer()  # type: ignore[union-attr]
-    if add is None or add.op_type != "Add" or not _is_private(add.outputs[0]):
+    add = made_by(relu.inputs[0], "Add") if is_op(relu, "Relu") else None
+    if add is None or only_user(add.outputs[0]) is None:
         return None
     for index in range(2):
         conv_value, identity = add.inputs[index], add.inputs[1 - index]
         assert conv_value is not None and identity is not None
         conv = conv_value.producer()
         same = conv_value.shape == identity.shape  # a broadcast sum is no residual
-        if conv is not None and same and _is_private(conv_value) and _is_plain(conv):
+        if conv is not None and same and only_user(conv_value) is not None and _is_plain(conv):
             return conv, add, relu, identity
     return None
-
-
-def _is_private(value: ir.Value) -> bool:
-    """Tell whether one node reads a value, and no host."""
-    return len(value.uses()) == 1 and not value.is_graph_output()
 
 
 def _is_plain(node: ir.Node) -> bool:
@@ -66,15 +60,14 @@ def _is_plain(node: ir.Node) -> bool:
 
 
 def _rewrite(conv: ir.Node, add: ir.Node, relu: ir.Node, identity: ir.Value) -> None:
-    operator = operator_of(conv)
-    assert operator is not None
+    operator = specification(conv)
     inputs = operator.bind(conv)
     build = Builder(metadata=conv.metadata_props)
     base = None
     if inputs["tiles"] is not None:
         base = identity if is_nonnegative(identity) else build.op("Relu", identity)
         base.shape, base.type = identity.shape, identity.type
-    attributes = {name: attribute.value for name, attribute in conv.attributes.items()}
+    attributes = attributes_of(conv)
     attributes["activation"] = "relu"
     fused = build.op(
         "SparseConv", inputs["X"], inputs["W"], inputs["B"], None, inputs["tiles"], inputs["active_in"],

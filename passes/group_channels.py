@@ -17,9 +17,9 @@ from itertools import pairwise
 import numpy as np
 import onnx_ir as ir
 
-from dvexport.dialect.spec import operator_of
+from dvexport.dialect.spec import specification
 from dvexport.graph.graph import DV, Builder, array_of, gate_name
-from dvexport.passes.choose_lowering import lowering_of
+from dvexport.passes.lowerings import lowering_of
 
 __all__ = [
     "ChannelStatistics",
@@ -120,8 +120,7 @@ class GroupChannels(ir.passes.InPlacePass):
         for node in list(model.graph):
             if node.domain != DV or node.op_type != "GatedConv" or lowering_of(node) != "groups":
                 continue
-            operator = operator_of(node)
-            assert operator is not None
+            operator = specification(node)
             seen = self.statistics.get(gate_name(node))
             readers = _private_readers(node.outputs[0])
             if seen is None or operator.bind(node)["action"] is None or readers is None:

@@ -17,9 +17,9 @@ import onnx_ir as ir
 
 from dvexport.dialect.conv import activate, dense_conv
 from dvexport.dialect.masks import upsample
-from dvexport.dialect.spec import operator_of
+from dvexport.dialect.spec import specification
 from dvexport.graph.graph import DV, Builder, branch, replace_node, static_shape
-from dvexport.passes.choose_lowering import convs_lowered_as
+from dvexport.passes.lowerings import convs_lowered_as
 
 __all__ = ["LowerChannels", "any_true", "settle", "unmerged"]
 
@@ -36,8 +36,7 @@ class LowerChannels(ir.passes.InPlacePass):
 
 
 def _lower(node: ir.Node) -> None:
-    operator = operator_of(node)
-    assert operator is not None
+    operator = specification(node)
     inputs, attributes = operator.bind(node), operator.attributes_of(node)
     build = Builder(metadata=node.metadata_props)
     if inputs["rows"] is not None:
@@ -125,8 +124,7 @@ def unmerged(x: ir.Value) -> ir.Value:
     node = x.producer()
     if node is None or node.domain != DV or node.op_type != "Merge":
         return x
-    operator = operator_of(node)
-    assert operator is not None
+    operator = specification(node)
     inputs = operator.bind(node)
     v = inputs["V"]
     return v if v is not None and inputs["H"] is v and inputs["tiles"] is None else x

@@ -16,11 +16,11 @@ import onnx_ir as ir
 
 from dvexport.dialect.conv import activate, dense_conv
 from dvexport.dialect.masks import channel_mask
-from dvexport.dialect.spec import operator_of
+from dvexport.dialect.spec import specification
 from dvexport.graph.graph import Builder, array_of, branch, replace_node, static_shape
-from dvexport.passes.choose_lowering import convs_lowered_as
 from dvexport.passes.group_channels import input_groups, output_groups
 from dvexport.passes.lower_channels import any_true, settle
+from dvexport.passes.lowerings import convs_lowered_as
 
 __all__ = ["LowerGroups"]
 
@@ -37,8 +37,7 @@ class LowerGroups(ir.passes.InPlacePass):
 
 
 def _lower(node: ir.Node) -> None:
-    operator = operator_of(node)
-    assert operator is not None
+    operator = specification(node)
     inputs, attributes = operator.bind(node), operator.attributes_of(node)
     build = Builder(metadata=node.metadata_props)
     if inputs["rows"] is not None:

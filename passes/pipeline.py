@@ -12,26 +12,27 @@ import onnx_ir as ir
 from dvexport.errors import DvexportError, PassError, unknown_name
 from dvexport.modes import MODES
 from dvexport.passes.check_dialect import CheckDialect
-from dvexport.passes.choose_lowering import Abilities, Choice, CostTable, Rates
+from dvexport.passes.choose_lowering import Choice
 from dvexport.passes.clean_up import CleanUp
 from dvexport.passes.drop_gates import DropGates
 from dvexport.passes.expose_probes import ExposeProbes, ForceDecisions
 from dvexport.passes.fold_scores import FoldScores
 from dvexport.passes.group_channels import ChannelStatistics
 from dvexport.passes.lower_masked import LowerMasked
+from dvexport.passes.lowerings import Abilities, CostTable, Shares
 from dvexport.passes.mark_decisions import MarkDecisions
 from dvexport.passes.propagate_inactive import PropagateInactive
 from dvexport.passes.set_frames import SetClip, SetStream
 from dvexport.passes.share_pooling import SharePooling
 from dvexport.passes.simplify import Simplify
 
-__all__ = ["BackendPasses", "Chooser", "Lowered", "PassRecord", "Plan", "lower"]
+__all__ = ["BackendPasses", "Chooser", "Lowered", "PassRecord", "Request", "lower"]
 
 VARIANTS = ("gated", "dense", "masked")
 
 
 @dataclass(frozen=True)
-class Plan:
+class Request:
     """What to make of a traced model.
 
     Attributes:
@@ -49,7 +50,7 @@ class Plan:
     forced: bool = False
     abilities: Abilities = field(default_factory=Abilities)
     costs: CostTable | None = None
-    rates: Mapping[str, Rates] = field(default_factory=dict)
+    rates: Mapping[str, Shares] = field(default_factory=dict)
     overrides: Mapping[str, str] = field(default_factory=dict)
     statistics: Mapping[str, ChannelStatistics] = field(default_factory=dict)
 
@@ -99,11 +100,11 @@ class BackendPasses:
         finishing: rewrites of every variant for how the backend's runtime works, after everything else.
     """
 
-    lowering: Callable[[Plan], Sequence[ir.passes.PassBase]]
+    lowering: Callable[[Request], Sequence[ir.passes.PassBase]]
     finishing: Callable[[], Sequence[ir.passes.PassBase]]
 
 
-def lower(traced: ir.Model, plan: Plan, backend: BackendPasses, *, check: bool = False) -> Lowered:
+def lower(traced: ir.Model, plan: Request, backend: BackendPasses, *, check: bool = False) -> Lowered:
     """Lower a traced model; the input is not modified.
 
     Args:
@@ -129,7 +130,7 @@ def lower(traced: ir.Model, plan: Plan, backend: BackendPasses, *, check: bool =
     return Lowered(model, choices, log)
 
 
-def _table(plan: Plan, backend: BackendPasses) -> list[ir.passes.PassBase]:
+def _table(plan: Request, backend: BackendPasses) -> list[ir.passes.PassBase]:
     """Return the passes of a plan in order, up to the backend's finishing ones."""
     frames = SetStream() if plan.mode == "stream" else SetClip(plan.frames)
     head: list[ir.passes.PassBase] = [Simplify(), PropagateInactive(), SharePooling(), FoldScores(), frames]

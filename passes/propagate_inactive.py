@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dvexport.decisions import Action
-from dvexport.dialect.spec import operator_of
+from dvexport.dialect.spec import specification
 from dvexport.graph.graph import DV, Builder, array_of, gate_name, replace_node
 
 __all__ = ["PropagateInactive"]
@@ -31,8 +31,7 @@ class PropagateInactive(ir.passes.InPlacePass):
         for node in list(model.graph):
             if node.domain != DV or node.op_type != "GatedConv":
                 continue
-            operator = operator_of(node)
-            assert operator is not None
+            operator = specification(node)
             action = operator.bind(node)["action"]
             if action is None:
                 continue

@@ -23,11 +23,13 @@ def check_same_numbers(before: ir.Model, after: ir.Model) -> None:
     A decision that hangs on the last bit may fall either way and change all that follows. So a difference counts only
     if other noise shows one too.
     """
+    found = None
     for draw in range(_DRAWS):
-        why = _difference(_outputs(before, draw), _outputs(after, draw))
-        if why is None:
+        found = _difference(_outputs(before, draw), _outputs(after, draw))
+        if found is None:
             return
-    raise PassError("simplifying changed the model's numbers", where=why[0], why=why[1])
+    assert found is not None
+    raise PassError("simplifying changed the model's numbers", where=found[0], why=found[1])
 
 
 def _difference(numbers: dict[str, np.ndarray], others: dict[str, np.ndarray]) -> tuple[str, str] | None:

@@ -17,6 +17,7 @@ import onnx_ir.passes.common as common
 
 from dvexport.dialect.masks import tile_index
 from dvexport.graph.graph import Builder, array_of, replace_node
+from dvexport.graph.match import attributes_of
 
 __all__ = ["SharePooling"]
 
@@ -56,7 +57,7 @@ def _rewrite(node: ir.Node) -> bool:
         frames, _, *grid = pooled.shape
         plane = build.op("Unsqueeze", tiles, build.ints(1), shape=[frames, 1, *grid], dtype=tiles.dtype)
         pooled = build.op("Mul", pooled, plane, shape=list(pooled.shape), dtype=pooled.dtype)
-    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    attributes = attributes_of(node)
     replace_node(node, build, [build.op("ReduceMean", pooled, node.inputs[1], **attributes)])
     return True
 

@@ -20,6 +20,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from dvexport.graph.graph import OPSET, Builder
+from dvexport.graph.match import attributes_of
 
 __all__ = ["SkipIdle"]
 
@@ -226,7 +227,7 @@ def _otherwise(region: _Region) -> ir.Graph:
         maker = base.producer()
         if maker in members:
             assert maker is not None
-            again = {name: attribute.value for name, attribute in maker.attributes.items()}
+            again = attributes_of(maker)
             result = build.op(maker.op_type, *maker.inputs, domain=maker.domain, **again)
         else:
             result = build.op("Identity", base)

@@ -23,10 +23,11 @@ import numpy as np
 import onnx_ir as ir
 
 from dvexport.decisions import Action
-from dvexport.dialect.spec import operator_of
+from dvexport.dialect.spec import specification
 from dvexport.graph.graph import DV, Builder, gate_name, replace_node, static_shape
+from dvexport.graph.match import attributes_of
 from dvexport.graph.state import add_state, remove_state, state_input, states_of
-from dvexport.passes.choose_lowering import BY_CHANNEL, KERNELS, lowering_of
+from dvexport.passes.lowerings import KERNELS, LOWERINGS, MASKED, lowering_of
 
 __all__ = ["SplitPaths"]
 
@@ -41,7 +42,7 @@ class SplitPaths(ir.passes.InPlacePass):
         """Split node by node."""
         modified = False
         for node in list(model.graph):
-            if node.domain != DV or node.op_type != "GatedConv" or lowering_of(node) == "masked":
+            if node.domain != DV or node.op_type != "GatedConv" or lowering_of(node) == MASKED:
                 continue
             split = _Split.of(model, node)
             streams = any(state.name == f"{split.gate}.history" for state in states_of(model))
@@ -49,12 +50,16 @@ class SplitPaths(ir.passes.InPlacePass):
                 _plain(split)
             elif not streams:
                 _clip(split)
-            elif lowering_of(node) in (*BY_CHANNEL, KERNELS):
+            elif _by_channel(lowering_of(node)):
                 _stream_channels(split)
             else:
                 _stream_tiles(split)
             modified = True
         return ir.passes.PassResult(model, modified)
+
+
+def _by_channel(lowering: str) -> bool:
+    return lowering == KERNELS or LOWERINGS[lowering].follows == "action"
 
 
 @dataclass
@@ -69,8 +74,7 @@ class _Split:
 
     @classmethod
     def of(cls, model: ir.Model, node: ir.Node) -> _Split:
-        operator = operator_of(node)
-        assert operator is not None
+        operator = specification(node)
         return cls(model, node, operator.bind(node), Builder(metadata=node.metadata_props), gate_name(node))
 
     @property
@@ -91,7 +95,7 @@ class _Split:
         """
         inputs = self.inputs
         active_in = inputs["active_in"] if x is inputs["X"] else None
-        attributes = {name: attribute.value for name, attribute in self.node.attributes.items()}
+        attributes = attributes_of(self.node)
         out = self.build.op(
             "SparseConv", x, inputs["W"], inputs["B"], rows, tiles, active_in, None, base,
             domain=DV, **attributes,

@@ -19,6 +19,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from dvexport.graph.graph import Builder, array_of, replace_node
+from dvexport.graph.match import is_op, made_by
 from dvexport.graph.state import State, mark_in_place, states_of
 
 __all__ = ["UpdateInPlace"]
@@ -60,9 +61,11 @@ def _match(model: ir.Model, state: State) -> _Match | None:
         return None
     read = next(value for value in model.graph.inputs if value.name == state.input)
     write = next(value for value in model.graph.outputs if value.name == state.output)
-    scatter = _made_by(write, "ScatterND")
-    index = _made_by(scatter.inputs[1], "Unsqueeze") if scatter is not None else None
+    scatter = made_by(write, "ScatterND")
+    index = made_by(scatter.inputs[1], "Unsqueeze") if scatter is not None else None
     if scatter is None or index is None or index.inputs[0] is None or scatter.inputs[0] is not read:
+        return None
+    if scatter.attributes:  # one that adds, or takes the largest
         return None
     others = [node for node, _ in read.uses() if node is not scatter]
     if len(others) > 1 or any(node.graph is not model.graph for node in (scatter, *others)):
@@ -73,15 +76,9 @@ def _match(model: ir.Model, state: State) -> _Match | None:
     return _Match(state, scatter, index.inputs[0], reader)
 
 
-def _made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    node = value.producer() if value is not None else None
-    return node if node is not None and node.op_type == op_type and not node.domain and not node.attributes else None
-
-
 def _reads_at(node: ir.Node, value: ir.Value, pixels: ir.Value) -> bool:
     """Tell whether a node gathers rows of `value` at `pixels`, made a vector."""
-    axis = node.attributes.get("axis")
-    rows = node.op_type == "Gather" and not node.domain and (axis is None or axis.as_int() == 0)
+    rows = is_op(node, "Gather") and node.attributes.get_int("axis", 0) == 0
     return rows and node.inputs[0] is value and node.inputs[1] is _flat(pixels, (-1,))
 
 

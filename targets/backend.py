@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from dvexport.bundle.archive import Bundle
     from dvexport.bundle.manifest import Manifest
-    from dvexport.passes.pipeline import BackendPasses, Lowered, Plan
+    from dvexport.passes.pipeline import BackendPasses, Lowered, Request
 
 __all__ = ["Backend", "Built", "Progress", "not_available"]
 
@@ -66,7 +66,7 @@ class Backend(Protocol):
         """Raise UsageError where a request can't be met, DeviceError where a package is missing."""
 
     def build(
-        self, traced: ir.Model, plan: Plan, device: Target, tell: Progress, dense: ir.Model | None = None
+        self, traced: ir.Model, plan: Request, device: Target, tell: Progress, dense: ir.Model | None = None
     ) -> Built:
         """Lower a traced model as `plan` says and make its artifact.
 

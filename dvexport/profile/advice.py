@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dvexport.passes.choose_lowering import KERNELS
+from dvexport.passes.lowerings import KERNELS
 from dvexport.profile.result import GateStats, GateStep, ProfileResult, StepTimes
 from dvexport.targets.registry import backend_of
 

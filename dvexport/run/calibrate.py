@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from dvexport.decisions import ACTION, TILES, Action
-from dvexport.passes.choose_lowering import Rates
 from dvexport.passes.group_channels import ChannelStatistics, group_rate
+from dvexport.passes.lowerings import Shares
 from dvexport.run.session import Step
 
 __all__ = ["gate_rates", "gate_statistics"]
 
 
-def gate_rates(steps: Sequence[Step]) -> dict[str, Rates]:
+def gate_rates(steps: Sequence[Step]) -> dict[str, Shares]:
     """Return the mean rates of every gate over the frames of one clip.
 
     A channel counts as computed on a frame that computes it, and on one whose next frame reuses it
@@ -34,7 +34,7 @@ def gate_rates(steps: Sequence[Step]) -> dict[str, Rates]:
         if tiles is not None and action is not None:
             reuses = (action[1:] == Action.REUSE).any(axis=1)
             owed = float(np.sum((tiles[1:] & ~tiles[:-1])[reuses]) / tiles.size)
-        rates[gate] = Rates(1.0 if tiles is None else float(tiles.mean()), compute, active, groups, owed)
+        rates[gate] = Shares(1.0 if tiles is None else float(tiles.mean()), compute, active, groups, owed)
     return rates
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from dvexport.bundle.archive import Bundle
     from dvexport.bundle.manifest import Manifest
-    from dvexport.passes.pipeline import Plan
+    from dvexport.passes.pipeline import Request
 
 __all__ = ["VARIANTS", "open_session", "open_variant", "session_of", "variant_of"]
 
@@ -55,6 +55,6 @@ def open_variant(variant: Variant, manifest: Manifest, *, threads: int = 1, prof
     return Session(runtime, mode=manifest.mode, labels=manifest.labels)
 
 
-def session_of(gate_level: ir.Model, plan: Plan, *, threads: int = 1) -> Session:
+def session_of(gate_level: ir.Model, plan: Request, *, threads: int = 1) -> Session:
     """Lower a gate-level model for ONNX Runtime as `plan` says and open it; errors as `open_session` and `lower`."""
     return Session(onnx_variant(gate_level, plan).open(threads=threads), mode=plan.mode)

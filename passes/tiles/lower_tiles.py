@@ -24,9 +24,9 @@ import onnx_ir.passes.common as common
 
 from dvexport.decisions import Action
 from dvexport.dialect.masks import share_of
-from dvexport.dialect.spec import operator_of
+from dvexport.dialect.spec import specification
 from dvexport.graph.graph import DV, Builder, replace_node, static_shape
-from dvexport.passes.choose_lowering import BY_TILE, lowering_of
+from dvexport.passes.lowerings import lowering_of, names
 from dvexport.passes.tiles.tile_products import Compact, Place, convolve, from_rows, to_rows
 
 __all__ = ["LowerTiles"]
@@ -47,7 +47,7 @@ class LowerTiles(ir.passes.InPlacePass):
         modified = False
         for node in list(model.graph):
             choice = lowering_of(node)
-            if choice not in BY_TILE or node.domain != DV:
+            if choice not in names("tiles") or node.domain != DV:
                 continue
             output = node.outputs[0]
             if node.op_type == "SparseConv" and _only_history(node):
@@ -121,7 +121,7 @@ def _stays_compact(merge: ir.Node) -> bool:
             user.op_type == "SparseConv"
             and user.domain == DV
             and position == 0
-            and lowering_of(user) in BY_TILE
+            and lowering_of(user) in names("tiles")
             and _inputs(user)["tiles"] is tiles
             for user, position in merge.outputs[0].uses()
         )
@@ -137,8 +137,7 @@ def _implies(tiles: ir.Value | None, wanted: ir.Value | None) -> bool:
 
 
 def _inputs(node: ir.Node) -> Mapping[str, ir.Value | None]:
-    operator = operator_of(node)
-    assert operator is not None
+    operator = specification(node)
     return operator.bind(node)
 
 

@@ -23,6 +23,7 @@ from dvexport.dialect.conv import plane_size
 from dvexport.dialect.rows import rows_of, rows_shape
 from dvexport.geometry import output_size
 from dvexport.graph.graph import DV, Builder, array_of, static_shape
+from dvexport.graph.match import attributes_of, made_by
 from dvexport.passes.tiles.pixel_tables import tile_pixels, windows
 
 __all__ = ["average_pool", "conv_to_one_channel", "rows_at_hand"]
@@ -38,7 +39,7 @@ def average_pool(build: Builder, node: ir.Node) -> ir.Value | None:
     """AveragePool without padding, as a plane of rows; None where it has options that this does not follow."""
     x = node.inputs[0]
     assert x is not None
-    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    attributes = attributes_of(node)
     kernel = tuple(attributes["kernel_shape"])
     strides, pads = tuple(attributes.get("strides", (1, 1))), attributes.get("pads", (0, 0, 0, 0))
     if any(pads) or attributes.get("ceil_mode", 0) or any(d != 1 for d in attributes.get("dilations", (1, 1))):
@@ -93,9 +94,9 @@ class _Update:
 
 def _update_of(rows: ir.Value, cells: np.ndarray, channels: int) -> _Update | None:
     """Match the scatter of a tile lowering whose tiles are these cells, the last of which is the zero row."""
-    scatter = _made_by(rows, "ScatterND")
-    unsqueeze = _made_by(scatter.inputs[1], "Unsqueeze") if scatter else None
-    lookup = _made_by(unsqueeze.inputs[0], "Gather") if unsqueeze else None
+    scatter = made_by(rows, "ScatterND")
+    unsqueeze = made_by(scatter.inputs[1], "Unsqueeze") if scatter else None
+    lookup = made_by(unsqueeze.inputs[0], "Gather") if unsqueeze else None
     if scatter is None or lookup is None:
         return None
     base, values, active = scatter.inputs[0], scatter.inputs[2], lookup.inputs[1]
@@ -108,11 +109,6 @@ def _update_of(rows: ir.Value, cells: np.ndarray, channels: int) -> _Update | No
         return None
     squares, patches = (table.shape[0], table.shape[2]) if axis else (None, 1)
     return _Update(base, active, values, squares, patches, channels)
-
-
-def _made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    node = value.producer() if value is not None else None
-    return node if node is not None and node.op_type == op_type and not node.domain else None
 
 
 def conv_to_one_channel(build: Builder, node: ir.Node) -> ir.Value | None:

@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from dvexport.dialect.conv import activate, plane_size
 from dvexport.dialect.rows import rows_shape
-from dvexport.dialect.spec import operator_of
+from dvexport.dialect.spec import specification
 from dvexport.errors import PassError
 from dvexport.graph.graph import DV, Builder, array_of, static_shape
 from dvexport.passes.tiles.pixel_tables import tile_pixels, windows, winograd_tiles
@@ -87,8 +87,7 @@ def convolve(
     build: Builder, node: ir.Node, choice: str, compact: Mapping[ir.Value, Compact]
 ) -> tuple[ir.Value, ir.Value]:
     """Return the active pixels `[...]` and their activated values `[..., Cout]`."""
-    operator = operator_of(node)
-    assert operator is not None
+    operator = specification(node)
     inputs, attributes = operator.bind(node), operator.attributes_of(node)
     x, weight = inputs["X"], array_of(inputs["W"])
     assert x is not None and weight is not None

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from dvexport.bundle.archive import Bundle
     from dvexport.bundle.manifest import Manifest
-    from dvexport.passes.pipeline import Plan
+    from dvexport.passes.pipeline import Request
     from dvexport.targets.onnx.runtime import OnnxVariant
 
 __all__ = ["BACKEND", "OnnxBackend", "onnx_variant", "plan_of"]
@@ -41,7 +41,7 @@ class OnnxBackend:
 
     def check(self, device: Target, lowering: Mapping[str, str]) -> None:
         """See `Backend`."""
-        from dvexport.passes.choose_lowering import LOWERINGS
+        from dvexport.passes.lowerings import LOWERINGS
 
         for kind in lowering.values():
             if kind not in LOWERINGS:
@@ -50,7 +50,7 @@ class OnnxBackend:
             raise not_available("ONNX Runtime", device)
 
     def build(
-        self, traced: ir.Model, plan: Plan, device: Target, tell: Progress, dense: ir.Model | None = None
+        self, traced: ir.Model, plan: Request, device: Target, tell: Progress, dense: ir.Model | None = None
     ) -> Built:
         """See `Backend`. The dense variant is made from the bundle when it is asked for."""
         from dvexport.graph.state import states_of
@@ -93,7 +93,7 @@ class OnnxBackend:
         return "onnxruntime", version("onnxruntime")
 
 
-def _forced_onnx(gated: OnnxVariant, gate_level: ir.Model, plan: Plan) -> Variant:
+def _forced_onnx(gated: OnnxVariant, gate_level: ir.Model, plan: Request) -> Variant:
     """Force an artifact as it is; lower it anew, forced, where what it shows is not all that would have to be.
 
     So are models that choose tokens: what a selection hands on must follow, and not only who reads its places.
@@ -111,7 +111,7 @@ def _forced_onnx(gated: OnnxVariant, gate_level: ir.Model, plan: Plan) -> Varian
     return onnx_variant(gate_level, plan)
 
 
-def onnx_variant(gate_level: ir.Model, plan: Plan) -> Variant:
+def onnx_variant(gate_level: ir.Model, plan: Request) -> Variant:
     """Lower a gate-level model as `plan` says, for ONNX Runtime on this machine."""
     from dvexport.graph.state import states_of
     from dvexport.targets.onnx.emit import emit_apart
@@ -123,11 +123,11 @@ def onnx_variant(gate_level: ir.Model, plan: Plan) -> Variant:
     return OnnxVariant(text, states_of(lowered.model), weights)
 
 
-def plan_of(manifest: Manifest, variant: str) -> Plan:
+def plan_of(manifest: Manifest, variant: str) -> Request:
     """Return the plan that makes a variant of an ONNX bundle, every gate lowered as in its artifact."""
-    from dvexport.passes.pipeline import Plan
+    from dvexport.passes.pipeline import Request
 
-    return Plan(
+    return Request(
         mode=manifest.mode,
         frames=manifest.inputs[0].shape[0],
         variant="dense" if variant == "dense" else "gated",

@@ -13,7 +13,7 @@ from dvexport.passes.lower_channels import LowerChannels
 from dvexport.passes.lower_groups import LowerGroups
 from dvexport.passes.lower_masked import LowerMasked
 from dvexport.passes.onnx_simplifier import OnnxSimplifier
-from dvexport.passes.pipeline import BackendPasses, Lowered, Plan
+from dvexport.passes.pipeline import BackendPasses, Lowered, Request
 from dvexport.passes.skip_idle import SkipIdle
 from dvexport.passes.split_paths import SplitPaths
 from dvexport.passes.tiles.keep_rows import KeepRows
@@ -30,12 +30,12 @@ _IDLE = 0.15
 conditionals made a step 7 % slower, with none a fifth faster (ONNX Runtime, shipped models)."""
 
 
-def lower(traced: ir.Model, plan: Plan, *, check: bool = False) -> Lowered:
+def lower(traced: ir.Model, plan: Request, *, check: bool = False) -> Lowered:
     """Lower a traced model for ONNX Runtime; see `pipeline.lower`."""
     return pipeline.lower(traced, plan, PASSES, check=check)
 
 
-def _lowering(plan: Plan) -> list[ir.passes.PassBase]:
+def _lowering(plan: Request) -> list[ir.passes.PassBase]:
     idle: list[ir.passes.PassBase] = [SkipIdle()] if _mostly_idle(plan) else []
     return [
         ChooseLowering(plan.abilities, plan.costs, plan.rates, plan.overrides),
@@ -53,7 +53,7 @@ def _lowering(plan: Plan) -> list[ir.passes.PassBase]:
     ]
 
 
-def _mostly_idle(plan: Plan) -> bool:
+def _mostly_idle(plan: Request) -> bool:
     """Tell whether conditionals around whole gates pay: they cost busy gates more than idle ones save."""
     active = [rates.tiles for rates in plan.rates.values()]
     return plan.abilities.conditional == "lazy" and bool(active) and sum(active) / len(active) < _IDLE

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from dvexport.bundle.archive import Bundle
     from dvexport.bundle.manifest import Manifest
-    from dvexport.passes.pipeline import Lowered, Plan
+    from dvexport.passes.pipeline import Lowered, Request
 
 __all__ = ["BACKEND", "TvmBackend"]
 
@@ -46,7 +46,7 @@ class TvmBackend:
         check_tools()
 
     def build(
-        self, traced: ir.Model, plan: Plan, device: Target, tell: Progress, dense: ir.Model | None = None
+        self, traced: ir.Model, plan: Request, device: Target, tell: Progress, dense: ir.Model | None = None
     ) -> Built:
         """See `Backend`. An artifact for another processor is compared with PyTorch by its twin for this one."""
         from dvexport.targets.tvm.artifact import build_artifact
@@ -80,7 +80,7 @@ class TvmBackend:
         return "dvexport native", manifest.tools["dvexport"]
 
 
-def _native_variants(traced: ir.Model, plan: Plan, dense: ir.Model | None = None) -> dict[str, Lowered]:
+def _native_variants(traced: ir.Model, plan: Request, dense: ir.Model | None = None) -> dict[str, Lowered]:
     """Return every variant lowered for kernels. A clip of a causal model is its stream, step by step."""
     from dvexport.targets.tvm.passes import lower
 

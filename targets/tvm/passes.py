@@ -9,7 +9,7 @@ from dvexport.passes.choose_kernels import ChooseKernels
 from dvexport.passes.clean_up import CleanUp
 from dvexport.passes.fuse_residual import FuseResidual
 from dvexport.passes.lower_masked import LowerMasked
-from dvexport.passes.pipeline import BackendPasses, Lowered, Plan
+from dvexport.passes.pipeline import BackendPasses, Lowered, Request
 from dvexport.passes.split_paths import SplitPaths
 from dvexport.targets.tvm.rewrites.fill_types import FillTypes
 from dvexport.targets.tvm.rewrites.patches import EmbedPatches
@@ -21,12 +21,12 @@ KERNELS = ("SparseConv", "Merge", "SelectTokens")
 """Operators of the dialect that there are kernels for."""
 
 
-def lower(traced: ir.Model, plan: Plan, *, check: bool = False) -> Lowered:
+def lower(traced: ir.Model, plan: Request, *, check: bool = False) -> Lowered:
     """Lower a traced model for kernels; see `pipeline.lower`."""
     return pipeline.lower(traced, plan, PASSES, check=check)
 
 
-def _lowering(_plan: Plan) -> list[ir.passes.PassBase]:
+def _lowering(_plan: Request) -> list[ir.passes.PassBase]:
     return [ChooseKernels(), SplitPaths(), FuseResidual(), CleanUp(), LowerMasked(keep=KERNELS), CleanUp()]
 
 

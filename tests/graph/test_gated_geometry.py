@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from dvexport.errors import UsageError
-from dvexport.passes.pipeline import Plan
+from dvexport.passes.pipeline import Request
 from dvexport.targets.onnx.passes import lower
 from dvexport.targets.tvm.artifact import build_artifact
 from dvexport.targets.tvm.units.cut import cut
@@ -87,7 +87,7 @@ def assert_equal(found, expected, what):
 
 
 def assert_follows(net, traced, mode, lowering):
-    plan = Plan(mode=mode, frames=FRAMES, forced=True, overrides={"*": lowering})
+    plan = Request(mode=mode, frames=FRAMES, forced=True, overrides={"*": lowering})
     model, frames = lower(traced, plan, check=True).model, frames_of()
     loaded = session(model)
     for pattern, decisions in decisions_of(net.grid).items():

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import onnx_ir as ir
+import pytest
+from graphs import graph
 
+from dvexport.dialect.spec import specification
+from dvexport.errors import PassError
 from dvexport.graph.match import attributes_of, is_op, made_by, only_user, other_input
 
 TEXT = """
@@ -57,3 +61,10 @@ def test_operands_and_attributes() -> None:
     assert other_input(nodes["sum"], y) is x  # type: ignore[arg-type]
     assert attributes_of(nodes["soft"]) == {"axis": 0}
     assert attributes_of(nodes["sum"]) == {}
+
+
+def test_a_specification_is_asked_of_nodes_of_the_dialect_only():
+    model = graph("g (float[1,2] x) => (float[1,2] y) { y = Relu(x) }")
+    with pytest.raises(PassError, match="no operator of the dialect") as error:
+        specification(model.graph[0])
+    assert "Relu" in (error.value.where or "")

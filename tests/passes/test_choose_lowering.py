@@ -8,7 +8,8 @@ import pytest
 from graphs import graph, weights
 
 from dvexport.errors import UsageError
-from dvexport.passes.choose_lowering import Abilities, ChooseLowering, ConvShape, CostTable, Rates, lowering_of
+from dvexport.passes.choose_lowering import ChooseLowering
+from dvexport.passes.lowerings import Abilities, ConvShape, CostTable, Shares, lowering_of
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ COSTS = curve("masked", (0, 4.0), (100, 4.0)) + curve("tiles", (0, 1.0), (100, 9
 
 @pytest.mark.parametrize(("rate", "lowering"), [(0.1, "tiles"), (0.35, "tiles"), (0.4, "masked"), (0.9, "masked")])
 def test_break_even(rate, lowering):
-    choice = choose(gate(), costs=CostTable(COSTS), rates={"g": Rates(tiles=rate)})
+    choice = choose(gate(), costs=CostTable(COSTS), rates={"g": Shares(tiles=rate)})
     assert choice.lowering == lowering
     assert choice.expected_ms == pytest.approx({"masked": 4.0, "tiles": 1 + 8 * rate})
     assert f"calibrated: {rate:.0%} of tiles" in choice.reason
@@ -88,7 +89,7 @@ def test_break_even(rate, lowering):
 
 @pytest.mark.parametrize(("owed", "ms"), [(0.0, 2.6), (0.25, 4.6)])
 def test_what_a_history_owes_is_added_without_its_fixed_cost(owed, ms):
-    choice = choose(gate(history=True), costs=CostTable(COSTS), rates={"g": Rates(tiles=0.2, owed=owed)})
+    choice = choose(gate(history=True), costs=CostTable(COSTS), rates={"g": Shares(tiles=0.2, owed=owed)})
     assert choice.expected_ms == pytest.approx({"masked": 4.0, "tiles": ms})
 
 
@@ -100,8 +101,8 @@ def test_assumed_rates_are_called_so():
 
 def test_channels_follow_their_own_rate():
     costs = CostTable(curve("masked", (0, 4.0)) + curve("channels", (0, 0.0), (100, 10.0)))
-    assert choose(gate(), costs=costs, rates={"g": Rates(compute=0.2)}).lowering == "channels"
-    assert choose(gate(), costs=costs, rates={"g": Rates(compute=0.6)}).lowering == "masked"
+    assert choose(gate(), costs=costs, rates={"g": Shares(compute=0.2)}).lowering == "channels"
+    assert choose(gate(), costs=costs, rates={"g": Shares(compute=0.6)}).lowering == "masked"
 
 
 @pytest.mark.parametrize("costs", [None, CostTable([]), CostTable(curve("tiles", (50, 1.0)))])

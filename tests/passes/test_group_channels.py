@@ -10,8 +10,9 @@ from graphs import check, data, graph, run, weights
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dvexport.passes.choose_lowering import Abilities, ChooseLowering
+from dvexport.passes.choose_lowering import ChooseLowering
 from dvexport.passes.group_channels import ChannelStatistics, GroupChannels, group_order, group_rate, output_groups
+from dvexport.passes.lowerings import Abilities
 
 C = 48
 CHAIN = """u = dv.GatedConv<gate="g", pads=[1,1,1,1], activation="relu">(x, W, B, a)

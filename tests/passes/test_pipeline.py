@@ -14,7 +14,7 @@ from oracle_check import traced
 from dvexport.errors import PassError, UsageError
 from dvexport.graph.state import states_of
 from dvexport.models import zoo
-from dvexport.passes.pipeline import Plan
+from dvexport.passes.pipeline import Request
 from dvexport.targets.onnx import passes
 from dvexport.targets.onnx.passes import lower
 from dvexport.trace import trace
@@ -38,7 +38,7 @@ def test_zoo(name, mode):
     with torch.no_grad():
         expected = net(torch.from_numpy(frames)).numpy()
     before = ir.to_proto(model).SerializeToString(deterministic=True)
-    done = lower(model, Plan(mode=mode, frames=3), check=True)
+    done = lower(model, Request(mode=mode, frames=3), check=True)
     assert ir.to_proto(model).SerializeToString(deterministic=True) == before
     found = run_steps(done.model, {"frames": frames}) if mode == "stream" else run(done.model, frames=frames)
     np.testing.assert_allclose(found["logits"], expected, rtol=0, atol=1e-5 * max(1, np.abs(expected).max()))
@@ -49,7 +49,7 @@ def test_zoo(name, mode):
 
 
 def test_dense_variant_has_plain_operators_only():
-    done = lower(traced("dstep", "even"), Plan(mode="clip", frames=2, variant="dense"), check=True)
+    done = lower(traced("dstep", "even"), Request(mode="clip", frames=2, variant="dense"), check=True)
     names = {node.op_type for node in done.model.graph}
     network = {"Conv", "Relu", "Add", "ReduceMean", "Reshape", "Gemm", "Concat", "Identity"}
     consensus = {"MatMul"}
@@ -60,7 +60,7 @@ def test_dense_variant_has_plain_operators_only():
 
 
 def test_dense_stream_keeps_only_the_consensus():
-    done = lower(traced("dstep", "even"), Plan(variant="dense"), check=True)
+    done = lower(traced("dstep", "even"), Request(variant="dense"), check=True)
     assert {state.name for state in states_of(done.model)} == {"consensus.sum", "consensus.count"}
 
 
@@ -68,7 +68,7 @@ def test_masked_variant_agrees():
     frames = data(4, 3, 32, 32)
     outputs = []
     for variant in ("masked", "gated"):
-        model = lower(traced("dstep", "even"), Plan(mode="clip", frames=4, variant=variant), check=True).model
+        model = lower(traced("dstep", "even"), Request(mode="clip", frames=4, variant=variant), check=True).model
         outputs.append(run(model, frames=frames))
     np.testing.assert_allclose(outputs[0]["logits"], outputs[1]["logits"], atol=1e-5)
     np.testing.assert_array_equal(outputs[0]["probe.layer2.0.tiles"], outputs[1]["probe.layer2.0.tiles"])
@@ -82,18 +82,18 @@ class Breaks(ir.passes.InPlacePass):
 def test_a_failing_pass_is_named(monkeypatch):
     monkeypatch.setattr(passes, "KeepRows", Breaks)
     with pytest.raises(PassError, match="pass Breaks failed") as error:
-        lower(traced("dstep", "even"), Plan())
+        lower(traced("dstep", "even"), Request())
     assert error.value.why == "as asked"
     assert "SplitPaths" in error.value.hint
 
 
 def test_an_error_of_the_user_s_says_in_which_pass():
     with pytest.raises(UsageError, match="unknown gate") as error:
-        lower(traced("dstep", "even"), Plan(overrides={"layer9": "tiles"}))
+        lower(traced("dstep", "even"), Request(overrides={"layer9": "tiles"}))
     assert any("in pass ChooseLowering, after Simplify" in note for note in error.value.__notes__)
 
 
 @pytest.mark.parametrize("wrong", [{"mode": "steam"}, {"variant": "dens"}], ids=str)
 def test_a_plan_refuses_what_it_does_not_know(wrong):
     with pytest.raises(UsageError, match=r"did you mean (stream|dense)"):
-        Plan(**wrong)
+        Request(**wrong)

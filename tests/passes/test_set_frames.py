@@ -12,7 +12,7 @@ from dvexport import gates
 from dvexport.errors import TraceError
 from dvexport.graph.state import states_of
 from dvexport.models import zoo
-from dvexport.passes.pipeline import Plan
+from dvexport.passes.pipeline import Request
 from dvexport.passes.set_frames import SetClip, SetStream
 from dvexport.targets.onnx.passes import lower
 from dvexport.trace import trace
@@ -68,7 +68,7 @@ def test_clip_fixes_every_shape():
 def test_clip_fixes_shapes_that_compute_with_the_frames():
     """As of a bidirectional shift, which joins the frames but the last and a frame of zeros."""
     model = lower(trace(zoo.create("tsm_resnet18", width=0.125, size=32, frames=3, classes=3), (32, 32)),
-                  Plan(mode="clip", frames=3)).model  # fmt: skip
+                  Request(mode="clip", frames=3)).model  # fmt: skip
     shapes = [value.shape for node in model.graph for value in node.outputs if value.shape is not None]
     assert all(isinstance(dim, int) for shape in shapes for dim in shape)
 
@@ -131,7 +131,7 @@ def test_causal_is_accepted(name):
     net, frames = Mixing(CAUSAL_HEADS[name]).eval(), data(4, 3, 16, 16)
     with torch.no_grad():
         expected = net(torch.from_numpy(frames)).numpy()
-    model = lower(trace(net, (16, 16)), Plan(), check=True).model
+    model = lower(trace(net, (16, 16)), Request(), check=True).model
     np.testing.assert_allclose(run_steps(model, {"frames": frames})["logits"], expected, atol=1e-5)
 
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dvexport.graph.state import states_of
-from dvexport.passes.choose_lowering import Abilities, ChooseLowering
+from dvexport.passes.choose_lowering import ChooseLowering
+from dvexport.passes.lowerings import Abilities
 from dvexport.passes.set_frames import SetClip, SetStream
 from dvexport.passes.split_paths import SplitPaths
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sample_profile import make_result
 
-from dvexport.passes.choose_lowering import KERNELS
+from dvexport.passes.lowerings import KERNELS
 from dvexport.profile.advice import advise, better_lowering, overhead_share
 from dvexport.profile.result import (
     GateStep,

@@ -23,7 +23,7 @@ from dvexport.errors import BundleError, CheckFailed, UsageError
 from dvexport.export import export
 from dvexport.models.base import VideoModel, imagenet_preprocess
 from dvexport.passes.expose_probes import decision_values, forced_alone
-from dvexport.passes.pipeline import Plan
+from dvexport.passes.pipeline import Request
 from dvexport.run.forced import STEPS, draw
 from dvexport.run.forced_check import check_forced, references_of, verified_runs
 from dvexport.run.forced_eager import forced_logits
@@ -121,7 +121,7 @@ def case(request):
 
 
 def forced_session(traced: ir.Model, mode: str = "stream") -> Session:
-    built = backend_of("onnx").build(traced, Plan(mode=mode, frames=FRAMES), catalogue.load("host"), lambda _: None)
+    built = backend_of("onnx").build(traced, Request(mode=mode, frames=FRAMES), catalogue.load("host"), lambda _: None)
     return Session(built.forced().open(), mode=mode)
 
 

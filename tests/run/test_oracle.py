@@ -28,7 +28,7 @@ from oracle_check import (
 
 from dvexport.decisions import forced_name
 from dvexport.graph.state import states_of
-from dvexport.passes.pipeline import Plan
+from dvexport.passes.pipeline import Request
 from dvexport.targets.onnx.passes import lower
 
 CASES = cases()
@@ -110,7 +110,7 @@ def test_own_decisions(kind, size, mode):
     frames = video(size, seed=5)
     with torch.no_grad():
         expected = net_of(kind, size)(torch.from_numpy(frames)).numpy()
-    model = lower(traced(kind, size), Plan(mode=mode, frames=FRAMES), check=True).model
+    model = lower(traced(kind, size), Request(mode=mode, frames=FRAMES), check=True).model
     if mode == "stream":
         found = run_steps(model, {"frames": frames})["logits"]
     else:

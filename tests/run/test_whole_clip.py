@@ -22,7 +22,7 @@ from dvexport.errors import CheckFailed, ClipError, TraceError, UsageError
 from dvexport.export import export
 from dvexport.graph.weights import WEIGHTS
 from dvexport.models.base import VideoModel, imagenet_preprocess
-from dvexport.passes.pipeline import Plan
+from dvexport.passes.pipeline import Request
 from dvexport.profile import profile
 from dvexport.profile.clip import load_clip
 from dvexport.profile.report import render_html
@@ -108,14 +108,14 @@ def test_stream_mode_is_refused(tmp_path):
         export("toy_transformer:toy", output=tmp_path / "toy.dvx", mode="stream")
     assert "--mode clip" in str(error.value.hint) and not list(tmp_path.iterdir())
     with pytest.raises(TraceError, match="it reads a clip as one"):
-        lower(trace(seeded(), CONFIG.size), Plan(mode="stream"))
+        lower(trace(seeded(), CONFIG.size), Request(mode="stream"))
 
 
 def test_other_clip_lengths_are_refused(bundle, frames):
     with pytest.raises(UsageError, match=r"the input must be float32 of shape \[4, 3, 48, 64\]"):
         open_session(bundle).run_clip(frames[:3])
     with pytest.raises(UsageError, match="reads a clip of 4 frames as one, not of 8"):
-        lower(trace(seeded(), CONFIG.size), Plan(mode="clip", frames=8))
+        lower(trace(seeded(), CONFIG.size), Request(mode="clip", frames=8))
     with pytest.raises(UsageError, match="a clip-mode bundle runs whole clips"):
         open_session(bundle).step(frames[:1])
 
@@ -147,7 +147,7 @@ def test_whole_clips_are_not_causal():
 @pytest.mark.parametrize("variant", ["gated", "masked", "dense"])
 def test_passes_keep_the_graph_legal(variant):
     model = seeded(drop=0) if variant == "dense" else seeded()
-    lowered = lower(trace(model, CONFIG.size), Plan(mode="clip", frames=4, variant=variant), check=True)
+    lowered = lower(trace(model, CONFIG.size), Request(mode="clip", frames=4, variant=variant), check=True)
     assert not [node for node in lowered.model.graph if node.domain == "dv"]
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from dvexport.export import build_model
 from dvexport.models.base import VideoModel
-from dvexport.passes.pipeline import Plan
+from dvexport.passes.pipeline import Request
 from dvexport.run.golden import moving_texture, sample_clip
 from dvexport.run.session import Step, steps_of
 from dvexport.targets import catalogue
@@ -51,7 +51,7 @@ def machine_for(target: str) -> Machine:
 
 def variants(model: ir.Model, mode: str, frames: int, names: tuple[str, ...] = _NAMES) -> dict[str, ir.Model]:
     """A traced model lowered for kernels, by variant."""
-    plan = Plan(mode=mode, frames=frames)
+    plan = Request(mode=mode, frames=frames)
     plans = {"gated": plan, "dense": replace(plan, variant="dense"), "forced": replace(plan, forced=True)}
     return {name: lower(model, plans[name], check=True).model for name in names}
 

@@ -25,7 +25,7 @@ from dvexport.decisions import forced_name
 from dvexport.graph.state import states_of
 from dvexport.passes import update_in_place
 from dvexport.passes.group_channels import ChannelStatistics
-from dvexport.passes.pipeline import Lowered, Plan
+from dvexport.passes.pipeline import Lowered, Request
 from dvexport.passes.tiles import lower_tiles
 from dvexport.targets.onnx.emit import emit
 from dvexport.targets.onnx.passes import lower
@@ -234,7 +234,7 @@ def statistics_of(kind: str, size: str) -> dict[str, ChannelStatistics]:
 @cache
 def lowered(case: Case) -> Lowered:
     """Lower with forced decisions; gates that can't be lowered so take what they can."""
-    plan = Plan(
+    plan = Request(
         mode=case.mode,
         frames=FRAMES,
         forced=True,

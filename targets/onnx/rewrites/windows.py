@@ -17,6 +17,7 @@ from typing import NamedTuple
 import onnx_ir as ir
 
 from dvexport.graph.graph import OPSET, Builder, array_of, known_shape, replace_node
+from dvexport.graph.match import is_op, only_user
 
 __all__ = ["LoopWindows"]
 
@@ -93,18 +94,13 @@ def _chunk(softmax: ir.Node) -> int:
     return max((count for count in fitting if count * prod(rest) * _FLOAT_BYTES <= _CHUNK), default=1)
 
 
-def _only_user(value: ir.Value) -> ir.Node | None:
-    users = [user for user, _ in value.uses()]
-    return users[0] if len(users) == 1 and not value.is_graph_output() else None
-
-
 def _result(softmax: ir.Node) -> ir.Value | None:
     """Return what attention makes: the product with the values, its heads turned behind its tokens if they are."""
-    product = _only_user(softmax.outputs[0])
-    if product is None or product.op_type != "MatMul" or product.domain:
+    product = only_user(softmax.outputs[0])
+    if product is None or not is_op(product, "MatMul"):
         return None
-    turned = _only_user(product.outputs[0])
-    if turned is not None and turned.op_type == "Transpose" and _order(turned)[0] == 0:
+    turned = only_user(product.outputs[0])
+    if turned is not None and is_op(turned, "Transpose") and _order(turned)[0] == 0:
         return turned.outputs[0]
     return product.outputs[0]
 
@@ -159,17 +155,13 @@ def _each(node: ir.Node, made: _Axis, windows: int) -> dict[ir.Value, _Axis] | N
     inputs = [value for value in node.inputs if value is not None]
     if node.op_type == "MatMul" and any(array_of(value) is not None for value in inputs):
         return None  # a linear layer is better done for all windows at once
-    if node.op_type in ("Softmax", "Concat") and _along(node, -1) % rank == 0:
+    if node.op_type in ("Softmax", "Concat") and node.attributes.get_int("axis", -1) % rank == 0:
         return None
     if node.op_type == "Pad":
         pads = array_of(inputs[1])
         if pads is None or pads.size != 2 * rank or pads[0] or pads[rank]:
             return None
     return {value: made for value in inputs if len(known_shape(value)) == rank and known_shape(value)[0] == windows}
-
-
-def _along(node: ir.Node, default: int) -> int:
-    return node.attributes["axis"].as_int() if "axis" in node.attributes else default
 
 
 def _order(node: ir.Node) -> Sequence[int]:
@@ -197,14 +189,14 @@ def _reshape(node: ir.Node, _made: _Axis, windows: int) -> dict[ir.Value, _Axis]
 def _split(node: ir.Node, made: _Axis, _windows: int) -> dict[ir.Value, _Axis] | None:
     value = node.inputs[0]
     assert value is not None
-    return None if _along(node, 0) % len(known_shape(value)) == made.axis else {value: made}
+    return None if node.attributes.get_int("axis", 0) % len(known_shape(value)) == made.axis else {value: made}
 
 
 def _gather(node: ir.Node, made: _Axis, _windows: int) -> dict[ir.Value, _Axis] | None:
     """Rows of something that all windows choose from."""
     data, index = node.inputs
     assert data is not None and index is not None
-    chosen = _along(node, 0) % len(known_shape(data)) == made.axis and len(known_shape(index)) == 1
+    chosen = node.attributes.get_int("axis", 0) % len(known_shape(data)) == made.axis and len(known_shape(index)) == 1
     return {index: _Axis(0, made.unit)} if chosen else None
 
 

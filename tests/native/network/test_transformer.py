@@ -15,7 +15,7 @@ from native_networks import machine_for
 from dvexport import gates
 from dvexport.models.config import ViTConfig
 from dvexport.models.networks.vit import VisionTransformer
-from dvexport.passes.pipeline import Plan
+from dvexport.passes.pipeline import Request
 from dvexport.targets import catalogue
 from dvexport.targets.tvm.artifact import NativeArtifact, build_artifact
 from dvexport.targets.tvm.passes import lower
@@ -48,7 +48,7 @@ def network(kind: str) -> VisionTransformer:
 @cache
 def lowered(kind: str) -> ir.Model:
     net = network(kind)
-    plan = Plan(mode="clip", frames=FRAMES)
+    plan = Request(mode="clip", frames=FRAMES)
     return lower(trace(net, net.preprocess.size), plan, check=True).model
 
 
