@@ -15,10 +15,11 @@ import onnx_ir as ir
 
 from dvexport.decisions import Key
 from dvexport.dialect.gated_macs import GatedMacs
-from dvexport.graph.graph import DV, OPSET, Builder, gate_name
+from dvexport.errors import PassError
+from dvexport.graph.graph import DV, OPSET, Builder, gate_name, source_of
 from dvexport.names import name_problem
 
-__all__ = ["OPERATORS", "Operator", "attach_references", "decisions_at", "operator_of"]
+__all__ = ["OPERATORS", "Operator", "attach_references", "decisions_at", "operator_of", "specification"]
 
 OPERATORS: dict[str, Operator] = {}
 """Every operator of the dialect by name."""
@@ -130,6 +131,14 @@ class Operator:
 def operator_of(node: ir.Node) -> Operator | None:
     """Return the specification of a dialect node, or None for any other node."""
     return OPERATORS.get(node.op_type) if node.domain == DV else None
+
+
+def specification(node: ir.Node) -> Operator:
+    """Return the specification of a dialect node; PassError for any other node."""
+    operator = operator_of(node)
+    if operator is None:
+        raise PassError(f"{node.op_type} is no operator of the dialect", where=source_of(node))
+    return operator
 
 
 def decisions_at(node: ir.Node) -> dict[Key, ir.Value]:

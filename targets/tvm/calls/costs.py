@@ -14,14 +14,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dvexport.targets.tvm.kernels.conv.direct import DirectConv
+from dvexport.targets.tvm.machine.rates import Rates, _of_lanes
+
 if TYPE_CHECKING:
-    from dvexport.targets.tvm.kernels.conv.direct import DirectConv
     from dvexport.targets.tvm.kernels.conv.winograd import WinogradConv
     from dvexport.targets.tvm.machine.machine import Machine
 
-from dvexport.targets.tvm.machine.rates import Rates, _of_lanes
-
-__all__ = ["Cost", "TileVectors", "direct_cost", "evaluate", "fixed", "rates_of", "tile_vectors", "winograd_cost"]
+__all__ = [
+    "Cost",
+    "TileVectors",
+    "conv_cost",
+    "direct_cost",
+    "evaluate",
+    "fixed",
+    "rates_of",
+    "tile_vectors",
+    "winograd_cost",
+]
 
 Cost = tuple[float, ...]
 
@@ -127,6 +137,13 @@ def winograd_cost(spec: WinogradConv, tiles: TileVectors, inputs: int, machine: 
         line,
         weight * inputs,
     )
+
+
+def conv_cost(spec: DirectConv | WinogradConv, taps: int, tiles: TileVectors, inputs: int, machine: Machine) -> Cost:
+    """Return the cost model of a convolution, whichever its kernel; see `direct_cost` and `winograd_cost`."""
+    if isinstance(spec, DirectConv):
+        return direct_cost(spec, taps, inputs, machine)
+    return winograd_cost(spec, tiles, inputs, machine)
 
 
 def evaluate(cost: Sequence[float], a: float, b: float, c: float) -> float:

@@ -25,7 +25,7 @@ from dvexport.targets.tvm.kernels.conv.winograd import WinogradConv
 from dvexport.targets.tvm.kernels.plane import Plane
 from dvexport.targets.tvm.kernels.planes import elementwise
 from dvexport.targets.tvm.machine.machine import Machine
-from dvexport.targets.tvm.plan import Call, Place, Plan, Port, Space, Variant
+from dvexport.targets.tvm.plan import Alternative, Call, Place, Plan, Port, Space
 from dvexport.targets.tvm.plan_file import plan_bytes
 from dvexport.targets.tvm.session import NativeSession
 
@@ -303,13 +303,15 @@ def _open(ways: Sequence[Way], machine: Machine, tell: Progress) -> NativeSessio
     for way in ways:
         for name in _CLEARED:
             shape = constants.place(elementwise.elementwise_shape(way.memory[name]))
-            calls.append(Call((Variant(clear.name, (shape, memory.place(name, way))),), name))
+            calls.append(Call((Alternative(clear.name, (shape, memory.place(name, way))),), name))
         places = {
             **{name: memory.place(name, way) for name in way.memory},
             **{name: constants.weights((way.layer, name), count) for name, count in way.weights.items()},
             **{name: constants.place(array) for name, array in way.constants.items()},
         }
-        calls.append(Call((Variant(way.kernel.name, tuple(places[name] for name in way.kernel.buffers)),), "sample"))
+        calls.append(
+            Call((Alternative(way.kernel.name, tuple(places[name] for name in way.kernel.buffers)),), "sample")
+        )
     port = Place(Space.ARENA, 0, _FLOAT_BYTES)
     plan = Plan([Port("x", "float32", (1,), port)], [Port("y", "float32", (1,), port)], calls, arena=memory.size)
     weights, identity = constants.file(), library_id(objects, table, machine)
