@@ -4,7 +4,7 @@ A cost model has ten coefficients, nanoseconds on one thread. Eight are over (1,
 channels, input channels and vectors of pixels (`plan_file.py`). Two are what is waited for weights, a min(b line,
 stream): of few input channels each cache line comes alone, of many all come in a row. They are made of a few rates of
 the machine: what a kernel does is known exactly (`DirectConv`, `WinogradConv`), how long a unit of it takes is measured
-(`tune.py`).
+(`tuning/measure.py`).
 """
 
 from __future__ import annotations

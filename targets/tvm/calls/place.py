@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -22,7 +22,7 @@ from dvexport.targets.tvm.calls.memory import (
 )
 from dvexport.targets.tvm.kernels.planes import planes
 
-__all__ = ["Placed", "place"]
+__all__ = ["HostPort", "Placed", "place", "place_calls"]
 
 
 @dataclass(frozen=True)
@@ -33,28 +33,57 @@ class Placed:
     arena_bound: int
 
 
+@dataclass(frozen=True)
+class HostPort:
+    """An input or output before memory is placed; see `plan.Port`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    part: Part
+
+
 def place(draft: Draft) -> Placed:
     """Finish a draft and place all its memory."""
-    ports, values, calls = draft.finish(), draft.values, draft.calls
-    fed = {value: _flat(draft, value) for value in values.inputs}
-    entry = [part.buffer for part in fed.values()]  # inputs are there before the first call
-    uses, kept = [entry, *(call.buffers for call in calls.calls)], [part.buffer for part in ports.values()]
+    written = draft.finish()
+    inputs = [_port(value, draft.values.of(value).flat) for value in draft.values.inputs]
+    outputs = [_port(value, part) for value, part in written.items()]
+    return place_calls(draft.calls, inputs, outputs, draft.threads)
+
+
+def place_calls(
+    calls: CallList,
+    inputs: Sequence[HostPort],
+    outputs: Sequence[HostPort],
+    threads: int = 1,
+    kept: Iterable[Buffer] = (),
+) -> Placed:
+    """Place the memory of calls.
+
+    Args:
+        calls: all of a step.
+        inputs: written by the host before the first call.
+        outputs: read by the host after the last one.
+        threads: the most that may share a step.
+        kept: buffers that share their bytes with no other once they have been named, as outputs do.
+    """
+    entry = [port.part.buffer for port in inputs]
+    uses = [entry, *(call.buffers for call in calls.calls)]
+    kept = [*(port.part.buffer for port in outputs), *kept]
     placement = place_buffers(uses, kept)
     _clear_padding(calls, placement.spoilt())
-    at = _Places(placement, draft.constants)
+    at = _Places(placement, calls.constants)
     made = plan.Plan(
-        inputs=[at.port(value, part) for value, part in fed.items()],
-        outputs=[at.port(value, part) for value, part in ports.items()],
+        inputs=[at.port(port) for port in inputs], outputs=[at.port(port) for port in outputs],
         calls=[at.call(call) for call in calls.calls],
-        arena=placement.arena, state=placement.state, flip=placement.flip, threads=draft.threads,
+        arena=placement.arena, state=placement.state, flip=placement.flip, threads=threads,
     )  # fmt: skip
     return Placed(made, lower_bound(uses, kept))
 
 
-def _flat(draft: Draft, value: ir.Value) -> Part:
-    part = draft.values.of(value).flat
-    assert part is not None, value
-    return part
+def _port(value: ir.Value, part: Part | None) -> HostPort:
+    assert value.name is not None and value.dtype is not None and part is not None, value
+    return HostPort(value.name, str(value.dtype.numpy()), static_shape(value), part)
 
 
 def _clear_padding(calls: CallList, spoilt: Collection[Buffer]) -> None:
@@ -97,6 +126,5 @@ class _Places:
     def alternative(self, each: Alternative) -> plan.Alternative:
         return plan.Alternative(each.kernel.name, tuple(map(self.of, each.arguments)), each.cost, each.only)
 
-    def port(self, value: ir.Value, part: Part) -> plan.Port:
-        assert value.name is not None and value.dtype is not None
-        return plan.Port(value.name, str(value.dtype.numpy()), static_shape(value), self.of(part))
+    def port(self, port: HostPort) -> plan.Port:
+        return plan.Port(port.name, port.dtype, port.shape, self.of(port.part))

@@ -16,7 +16,7 @@ import numpy as np
 from dvexport.targets.tvm.calls.costs import evaluate, rates_of
 from dvexport.targets.tvm.machine.machine import Machine
 from dvexport.targets.tvm.machine.rates import Rates
-from dvexport.targets.tvm.tuning.tune import Sample
+from dvexport.targets.tvm.tuning.measure import Sample
 
 __all__ = ["Fit", "fit", "non_negative_least_squares"]
 
