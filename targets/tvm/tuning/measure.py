@@ -136,8 +136,8 @@ def _open(trials: Sequence[Trial], machine: Machine, tell: Progress) -> NativeSe
         bench.write(trial)
     calls = bench.calls
     port = Buffer("host", FLOAT_BYTES).part()
-    hosts = [[HostPort(name, "float32", (1,), port)] for name in "xy"]
-    plan = place_calls(calls, *hosts, kept=bench.buffers.values()).plan
+    inputs, outputs = ([HostPort(name, "float32", (1,), port)] for name in "xy")
+    plan = place_calls(calls, inputs, outputs, kept=bench.buffers.values()).plan
     objects, table = compile_kernels(calls.kernels.values(), machine, tell), kernel_table(calls.kernels.values())
     weights, identity = calls.constants.file(), library_id(objects, table, machine)
     data = plan_bytes(plan, table, identity, weights)
