@@ -70,10 +70,14 @@ def _reads_listed(value: ir.Value) -> bool:
 def _reads_tiles(value: ir.Value, tiles: ir.Value, plane: Plane) -> bool:
     """Tell whether all who read a merge are convolutions that need only the lines around its active tiles."""
     return not value.is_graph_output() and all(
-        _conv_input(user, "tiles") is tiles
-        and lines_suffice(tiles, plane, _window(user), static_shape(user.outputs[0])[2:])  # type: ignore[arg-type]
+        _conv_input(user, "tiles") is tiles and lines_suffice(tiles, plane, _window(user), _size(user.outputs[0]))
         for user, _ in value.uses()
     )
+
+
+def _size(image: ir.Value) -> tuple[int, int]:
+    _, _, height, width = static_shape(image)
+    return height, width
 
 
 def _window(node: ir.Node) -> Window:
