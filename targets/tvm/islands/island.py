@@ -1,8 +1,8 @@
 """Kernels for everything that has none of its own: policies, masks and odd operators between convolutions.
 
 An *island* is a set of ONNX nodes that read nothing but constants and given values. Its operators become loop
-nests through TVM's Relax (`generic_relax.py`), the nests are fused (`generic_fuse.py`) and written as vector code
-(`generic_loops.py`). Small nests share a kernel, as a call costs more than they do; large ones have their own, split
+nests through TVM's Relax (`relax.py`), the nests are fused (`fuse.py`) and written as vector code
+(`loops.py`). Small nests share a kernel, as a call costs more than they do; large ones have their own, split
 between threads.
 """
 
