@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from dvexport.targets.catalogue import load
 from dvexport.targets.tvm.artifact import NativeArtifact, build_artifact
-from dvexport.targets.tvm.calls.program import ALGORITHMS
+from dvexport.targets.tvm.calls.draft import ALGORITHMS
 from dvexport.targets.tvm.machine.machine import Machine, machine_of
 from dvexport.targets.tvm.session import NativeSession
 

@@ -21,7 +21,7 @@ from dvexport.graph.state import states_of
 from dvexport.passes.pipeline import Request
 from dvexport.targets.catalogue import load
 from dvexport.targets.tvm.artifact import build_artifact
-from dvexport.targets.tvm.calls.program import ALGORITHMS
+from dvexport.targets.tvm.calls.draft import ALGORITHMS
 from dvexport.targets.tvm.machine.machine import machine_for
 from dvexport.targets.tvm.passes import lower
 from dvexport.trace import trace

@@ -28,6 +28,8 @@ from dvexport.targets.onnx.runtime import OrtSession
 from dvexport.targets.runtime import Runtime
 from dvexport.targets.tvm.passes import lower
 from dvexport.targets.tvm.session import CallTime, NativeSession
+from dvexport.targets.tvm.units.catalogue import KINDS
+from dvexport.targets.tvm.units.kinds import Purpose
 from dvexport.trace import trace
 
 __all__ = ["CURVES", "GATING", "Network", "curve_rows", "gating_rows", "load_network"]
@@ -45,13 +47,8 @@ RATES = (1.0, 0.75, 0.5, 0.25, 0.1, 0.0)
 AXES = {"channels": ("channels",), "tiles": ("tiles",), "both": ("tiles", "channels")}
 DIRECT, CHOSEN = "direct", "chosen"
 
-_GATING = ("policies", "lists", "merges", "copies")
+_GATING = tuple(Purpose)
 _PURPOSES = ("convolutions", "always on", *_GATING)
-_KINDS = {
-    "list": "lists", "mask": "lists", "merge": "merges", "copy": "copies", "clear": "copies", "relu": "copies",
-    "pad": "copies",
-}  # fmt: skip
-"""What a call outside of convolutions is for, by the first word of its label; everything else takes decisions."""
 
 
 @dataclass(frozen=True)
@@ -146,9 +143,7 @@ class _Profile:
     def turn(self) -> float:
         """Run twice; return the seconds of the second step, and note where they went."""
         self._session.run(self._feeds)
-        sums: dict[str, float] = dict.fromkeys(
-            ("convolutions", "always on", "policies", "lists", "merges", "copies"), 0
-        )
+        sums: dict[str, float] = dict.fromkeys(_PURPOSES, 0)
         for call in self.calls():
             sums[_purpose(call, self._always)] += call.seconds
         for purpose, seconds in sums.items():
@@ -173,7 +168,7 @@ def _purpose(call: CallTime, always: frozenset[str]) -> str:
         return "always on"
     if kind == "conv" and any(count is not None for count in call.counts):
         return "convolutions"
-    return _KINDS.get(kind, "policies")
+    return KINDS[kind].purpose
 
 
 def _gating_row(side: str, profile: _Profile, step: float, direct: np.ndarray, threads: int) -> dict[str, Any]:

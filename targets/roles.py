@@ -1,4 +1,4 @@
-"""What a node of an artifact is there for, told from its operator.
+"""What a node of an artifact is there for, told from its operator; a backend with other words has its own table.
 
 Time that a gated artifact spends outside its convolutions is the price of the gate: the decision
 (policy network, mask) and the data movement around the convolutions (gather, scatter, merge). Matrix
@@ -11,19 +11,17 @@ from __future__ import annotations
 __all__ = ["ROLES", "node_role"]
 
 ROLES = {
-    "compute": {"conv", "Conv", "FusedConv", "ConvTranspose", "NhwcFusedConv", "QLinearConv", "ConvInteger",
-                "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Softmax", "attention", "linear", "product"},
+    "compute": {"Conv", "FusedConv", "ConvTranspose", "NhwcFusedConv", "QLinearConv", "ConvInteger",
+                "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Softmax"},
     "decide": {
         "GlobalAveragePool", "AveragePool", "ReduceMean", "ReduceSum", "ReduceMax", "ArgMax", "TopK", "NonZero",
         "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal", "And", "Or", "Not", "BatchNormalization",
-        "Sigmoid", "Tanh", "avg_pool", "gemm", "island", "list", "mask", "mean",
-        "select_tokens",
+        "Sigmoid", "Tanh",
     },
     "move": {
         "Gather", "GatherND", "GatherElements", "ScatterND", "ScatterElements", "Where", "Concat",
         "Slice", "Split", "Pad", "Transpose", "Reshape", "Expand", "Tile", "Resize", "Squeeze",
         "Unsqueeze", "Compress", "Cast", "Mul", "Add", "ReorderInput", "ReorderOutput", "Identity",
-        "add", "clear", "concat", "copy", "load", "merge", "pad", "relu", "scatter", "slice", "store",
         "MemcpyFromHost", "MemcpyToHost", "SpaceToDepth", "DepthToSpace",
     },
     "control": {"If", "Loop", "Scan"},

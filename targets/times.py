@@ -20,6 +20,7 @@ class NodeTime:
         start_us: from the begin of the one step that the timeline shows.
         duration_us: in that step; None: the median stands in.
         decides: it is part of what takes the gate's decision.
+        told: what it is there for, from a backend whose `op` is no ONNX operator; None: `roles.node_role` tells.
     """
 
     node: str
@@ -29,11 +30,12 @@ class NodeTime:
     start_us: float = 0.0
     duration_us: float | None = None
     decides: bool = False
+    told: str | None = None
 
     @property
     def role(self) -> str:
         """`compute`, `decide`, `move`, `control` or `other` (see `roles.node_role`)."""
-        role = node_role(self.op)
+        role = self.told or node_role(self.op)
         return "decide" if self.decides and role != "control" else role
 
     @property

@@ -54,14 +54,14 @@ def tune(target: str, output: Path | None, seconds: float, keep_parameters: bool
 
         check_tools()
         from dvexport.targets.tvm.machine.machine import machine_for
-        from dvexport.targets.tvm.tuning import fit
-        from dvexport.targets.tvm.tuning import tune as measuring
+        from dvexport.targets.tvm.tuning import fit, measure
         from dvexport.targets.tvm.tuning.parameters import choose_parameters
+        from dvexport.targets.tvm.tuning.workloads import draw_works, workloads
 
         machine = machine_for(device)
         if not keep_parameters:
             machine = replace(machine, parameters=choose_parameters(machine, seconds, _source(), progress))
-        samples = measuring.measure(machine, measuring.draw_works(), seconds, progress)
+        samples = measure.measure(machine, draw_works(workloads("rates")), seconds, progress)
         progress("fit the rates")
         made = fit.fit(samples, machine, _source())
     measured: list[Rates | Parameters] = [made.rates]

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from dvexport.decisions import Key
 from dvexport.dialect.gated_macs import GatedMacs
 from dvexport.errors import PassError
-from dvexport.graph.graph import DV, OPSET, Builder, gate_name
+from dvexport.graph.graph import DV, OPSET, Builder, gate_name, source_of
 from dvexport.graph.match import attributes_of
 from dvexport.names import name_problem
 
@@ -137,7 +137,7 @@ def specification(node: ir.Node) -> Operator:
     """Return the specification of a dialect node; PassError for any other node."""
     operator = operator_of(node)
     if operator is None:
-        raise PassError("a node is no operator of the dialect", where=f"{node.op_type} node '{node.name}'")
+        raise PassError(f"{node.op_type} is no operator of the dialect", where=source_of(node))
     return operator
 
 

@@ -19,8 +19,8 @@ from dvexport.graph.weights import Place
 from dvexport.targets.runtime import DEFAULT_THREADS, Port, Runtime
 from dvexport.targets.tvm.build.compile import compile_kernels
 from dvexport.targets.tvm.build.link import kernel_table, library_id, link_library, link_runner
+from dvexport.targets.tvm.calls.draft import ALGORITHMS
 from dvexport.targets.tvm.calls.memory import Constants
-from dvexport.targets.tvm.calls.program import ALGORITHMS
 from dvexport.targets.tvm.machine.machine import Machine
 from dvexport.targets.tvm.native_files import HEADER, LIBRARY, NATIVE_WEIGHTS, RUNNER, plan_file
 from dvexport.targets.tvm.plan_file import plan_bytes
@@ -117,25 +117,26 @@ def build_artifact(
         UsageError: an operator that no kernel can be made for.
         DeviceError: a package of the extra `tvm` is missing, or fails.
     """
-    from dvexport.targets.tvm.calls.write import write_program
+    from dvexport.targets.tvm.calls.place import place
+    from dvexport.targets.tvm.calls.write import write_draft
 
     tell("select kernels")
     constants = Constants()
     gates = {gate_name(node) for node in models["gated"].graph} - {""}
-    programs = {
-        name: write_program(model, machine, constants, gates, algorithms, threads) for name, model in models.items()
+    drafts = {
+        name: write_draft(model, machine, constants, gates, algorithms, threads) for name, model in models.items()
     }
-    plans = {name: program.plan() for name, program in programs.items()}
-    kernels = {name: kernel for program in programs.values() for name, kernel in program.kernels.items()}
+    placed = {name: place(draft) for name, draft in drafts.items()}
+    kernels = {name: kernel for draft in drafts.values() for name, kernel in draft.calls.kernels.items()}
     objects = compile_kernels(kernels.values(), machine, tell)
     tell("link")
     table = kernel_table(kernels.values())
     weights = constants.file()
     identity = library_id(objects, table, machine)
-    gated = plans["gated"]
+    gated = placed["gated"].plan
     memory = {
         "arena": gated.arena,
-        "arena_bound": programs["gated"].bound,
+        "arena_bound": placed["gated"].arena_bound,
         "states": gated.state + 2 * gated.flip,
         "weights": len(weights),
     }
@@ -143,7 +144,7 @@ def build_artifact(
         library=link_library(objects, table, machine),
         runner=link_runner(objects, table, machine),
         weights=weights,
-        plans={name: plan_bytes(plan, table, identity, weights) for name, plan in plans.items()},
+        plans={name: plan_bytes(each.plan, table, identity, weights) for name, each in placed.items()},
         memory=memory,
         held=constants.held,
     )

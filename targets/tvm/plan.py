@@ -1,6 +1,6 @@
 """The plan: what the C runtime executes, a straight list of kernel calls over memory placed at export.
 
-Of several variants of a call the one with the least cost is taken; see `plan_file.py` for the bytes it is shipped as.
+A call may have several alternatives; the runtime takes the cheapest. `plan_file.py` has the bytes of a shipped plan.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import struct
 from dataclasses import dataclass
 from enum import IntEnum
 
-__all__ = ["COST_TERMS", "DTYPES", "Call", "Place", "Plan", "Port", "Space", "Variant"]
+__all__ = ["COST_TERMS", "DTYPES", "Alternative", "Call", "Place", "Plan", "Port", "Space"]
 
 COST_TERMS = 10
 
@@ -55,11 +55,11 @@ class Port:
 
 
 @dataclass(frozen=True)
-class Variant:
+class Alternative:
     """A kernel with its arguments and its cost model in nanoseconds (zeros: unknown).
 
     Attributes:
-        only: vectors of pixels that it is for; 0: any number. The first variant of a call is for any.
+        only: vectors of pixels that it is for; 0: any number. The first alternative of a call is for any.
     """
 
     kernel: str
@@ -73,13 +73,13 @@ class Call:
     """One step of the list.
 
     Attributes:
-        variants: ways to do it; one or more.
+        alternatives: ways to do it; one or more.
         counts: lists of output channels, input channels and vectors that its work is proportional to.
         label: the node it is made from.
         gate: the gate it belongs to, or nothing.
     """
 
-    variants: tuple[Variant, ...]
+    alternatives: tuple[Alternative, ...]
     label: str
     gate: str = ""
     counts: tuple[Place | None, Place | None, Place | None] = (None, None, None)
@@ -111,4 +111,4 @@ class Plan:
     @property
     def kernels(self) -> list[str]:
         """Names of the kernels called, sorted."""
-        return sorted({variant.kernel for call in self.calls for variant in call.variants})
+        return sorted({alternative.kernel for call in self.calls for alternative in call.alternatives})

@@ -13,7 +13,7 @@ from itertools import product
 import numpy as np
 
 from dvexport.targets.tvm.kernels.bounds import Buffer, Contract, ListKind, Made, Refused, evaluate
-from dvexport.targets.tvm.plan import Call, Place, Plan, Space, Variant
+from dvexport.targets.tvm.plan import Alternative, Call, Place, Plan, Space
 
 __all__ = ["List", "check_calls", "constant_list"]
 
@@ -61,7 +61,7 @@ def constant_list(data: np.ndarray, buffer: Buffer) -> List:
 
 @dataclass
 class _Call:
-    """What expressions of a variant are about (`bounds.Facts`)."""
+    """What expressions of a alternative are about (`bounds.Facts`)."""
 
     numbers: Mapping[str, int]
     arguments: tuple[Place, ...]
@@ -94,7 +94,7 @@ def check_calls(
         parts: the most threads that may share a call.
 
     Returns:
-        The bytes that are touched of each argument; a list for every variant, in order.
+        The bytes that are touched of each argument; a list for every alternative, in order.
 
     Raises:
         AssertionError: one does not; names the call, the kernel and the buffer.
@@ -102,12 +102,14 @@ def check_calls(
     data, lists = np.frombuffer(weights, np.uint8), dict[Place, List]()
     touched = list[tuple[int, ...]]()
     for call in plan.calls:
-        found = [_check_variant(call, each, contracts[each.kernel], data, lists, parts) for each in call.variants]
+        found = [
+            _check_alternative(call, each, contracts[each.kernel], data, lists, parts) for each in call.alternatives
+        ]
         touched += [sizes for sizes, _ in found]
         written = [
             place
-            for variant in call.variants
-            for place, (_, buffer) in zip(variant.arguments, contracts[variant.kernel].buffers, strict=True)
+            for alternative in call.alternatives
+            for place, (_, buffer) in zip(alternative.arguments, contracts[alternative.kernel].buffers, strict=True)
             if buffer.written
         ]
         lists = {place: known for place, known in lists.items() if not any(_overlap(place, each) for each in written)}
@@ -116,15 +118,15 @@ def check_calls(
     return touched
 
 
-def _check_variant(
-    call: Call, variant: Variant, stated: Contract, weights: np.ndarray, lists: Mapping[Place, List], parts: int
+def _check_alternative(
+    call: Call, alternative: Alternative, stated: Contract, weights: np.ndarray, lists: Mapping[Place, List], parts: int
 ) -> tuple[tuple[int, ...], dict[Place, List]]:
-    """Check a variant; return the bytes that it touches of each argument, and the lists that it makes."""
-    buffers = list(zip(variant.arguments, stated.buffers, strict=True))
+    """Check a alternative; return the bytes that it touches of each argument, and the lists that it makes."""
+    buffers = list(zip(alternative.arguments, stated.buffers, strict=True))
     try:
         known = {name: _list(place, buffer, weights, lists) for place, (name, buffer) in buffers if buffer.reads}
         numbers = {name: index for index, (name, _) in enumerate(stated.buffers)}
-        facts, touched = _Call(numbers, variant.arguments, weights, known, parts), list[int]()
+        facts, touched = _Call(numbers, alternative.arguments, weights, known, parts), list[int]()
         for place, (name, buffer) in buffers:
             _check_place(place, name, buffer)
             touched.append(evaluate(buffer.elements, facts) * buffer.bytes)
@@ -134,10 +136,10 @@ def _check_variant(
             if evaluate(less, facts) > evaluate(more, facts):
                 raise Refused(f"a number is out of range: {less} > {more}")
         _check_apart(buffers)
-        made = {variant.arguments[numbers[each.buffer]]: _made(each, facts) for each in stated.makes}
+        made = {alternative.arguments[numbers[each.buffer]]: _made(each, facts) for each in stated.makes}
         return tuple(touched), made
     except Refused as refused:
-        raise AssertionError(f"{call.label}: {variant.kernel}: {refused}") from refused
+        raise AssertionError(f"{call.label}: {alternative.kernel}: {refused}") from refused
 
 
 def _check_place(place: Place, name: str, buffer: Buffer) -> None:

@@ -5,14 +5,14 @@ both sides check it. All numbers are little-endian, every table starts at a mult
 
     header    128 bytes: see `_HEADER`
     ports     inputs, then outputs          name u32, type u32, rank u32, 0 u32, place, 6 x i64 sizes
-    calls     in the order of execution     first variant u32, variants u32, label u32, gate u32, 3 x place
-    variants  ways to do a call             kernel u32, first argument u32, arguments u32, only u32, 10 x f32 cost
+    calls     in the order of execution     first alternative u32, alternatives u32, label u32, gate u32, 3 x place
+    alternatives  ways to do a call             kernel u32, first argument u32, arguments u32, only u32, 10 x f32 cost
     arguments                               place
     strings   NUL-terminated UTF-8; names, labels and gates are offsets into it
 
 A *place* is u64 (space << 56 | offset) and u64 bytes; all ones: none. The three places of a call are
 int32 lists whose first element is a count: output channels, input channels, vectors of pixels. A call without output
-channels or without pixels is skipped; without input channels it still writes the bias. Of several variants the one
+channels or without pixels is skipped; without input channels it still writes the bias. Of several alternatives the one
 with the least cost is called, nanoseconds on one thread, a missing count being 1: the first eight coefficients times
 (1, a, b, c, ab, ac, bc, abc), and a times the lesser of the ninth times b and of the tenth.
 One with an `only` other than 0 fits exactly so many vectors; the first fits any.
@@ -41,7 +41,7 @@ MAX_RANK = 6
 _HEADER = struct.Struct("<8sIIQIIQQQQ32s6II4x")
 """Magic, version, header bytes, plan bytes, CRC-32 of what follows the header, CRC-32 of the weights,
 bytes of weights, arena, state and one half of the flip space, SHA-256 of the library, numbers of inputs,
-outputs, calls, variants, arguments, bytes of strings, and the most threads that may share a step."""
+outputs, calls, alternatives, arguments, bytes of strings, and the most threads that may share a step."""
 
 _NONE = (1 << 64) - 1
 
@@ -62,24 +62,24 @@ def plan_bytes(plan: Plan, table: Sequence[Entry], library: bytes, weights: byte
     check_calls(plan, {entry.name: entry.contract for entry in table}, weights, plan.threads)
     strings, index = _Strings(), {entry.name: i for i, entry in enumerate(table)}
     ports = b"".join(_port(port, strings) for port in (*plan.inputs, *plan.outputs))
-    calls, variants, arguments = bytearray(), bytearray(), bytearray()
-    variant_count = argument_count = 0
+    calls, alternatives, arguments = bytearray(), bytearray(), bytearray()
+    alternative_count = argument_count = 0
     for call in plan.calls:
         counts = b"".join(_optional(place) for place in call.counts)
-        head = (variant_count, len(call.variants), strings.add(call.label), strings.add(call.gate))
+        head = (alternative_count, len(call.alternatives), strings.add(call.label), strings.add(call.gate))
         calls += struct.pack("<4I", *head) + counts
-        for variant in call.variants:
-            head = (index[variant.kernel], argument_count, len(variant.arguments), variant.only)
-            variants += struct.pack(f"<4I{COST_TERMS}f", *head, *variant.cost)
-            arguments += b"".join(place.packed() for place in variant.arguments)
-            argument_count += len(variant.arguments)
-        variant_count += len(call.variants)
+        for alternative in call.alternatives:
+            head = (index[alternative.kernel], argument_count, len(alternative.arguments), alternative.only)
+            alternatives += struct.pack(f"<4I{COST_TERMS}f", *head, *alternative.cost)
+            arguments += b"".join(place.packed() for place in alternative.arguments)
+            argument_count += len(alternative.arguments)
+        alternative_count += len(call.alternatives)
     text = strings.bytes()
-    body = ports + calls + variants + arguments + text
+    body = ports + calls + alternatives + arguments + text
     header = _HEADER.pack(
         MAGIC, VERSION, _HEADER.size, _HEADER.size + len(body), zlib.crc32(body), zlib.crc32(weights),
         len(weights), plan.arena, plan.state, plan.flip, library,
-        len(plan.inputs), len(plan.outputs), len(plan.calls), variant_count, argument_count, len(text),
+        len(plan.inputs), len(plan.outputs), len(plan.calls), alternative_count, argument_count, len(text),
         plan.threads,
     )  # fmt: skip
     return header + body

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from dvexport.decisions import TOKENS
-from dvexport.targets.roles import node_role
 from dvexport.targets.times import NodeTime, NodeTimes
 from dvexport.targets.tvm.session import CallTime
+from dvexport.targets.tvm.units.catalogue import KINDS
+from dvexport.targets.tvm.units.kinds import Role
 
 __all__ = ["call_times"]
 
@@ -40,5 +41,6 @@ def call_times(steps: Sequence[Sequence[CallTime]], skip: int) -> NodeTimes:
 def _node(call: CallTime, median_us: float, start_us: float) -> NodeTime:
     kind, _, value = call.label.partition(" ")
     kernel = f" ({call.kernel})" if call.kernel else ""
-    decides = call.gate == TOKENS.name or (bool(call.gate) and node_role(kind) == "decide")
-    return NodeTime(value + kernel, kind, call.gate or None, median_us, start_us, call.seconds * 1e6, decides)
+    role = KINDS[kind].role if kind in KINDS else Role.OTHER
+    decides = call.gate == TOKENS.name or (bool(call.gate) and role is Role.DECIDE)
+    return NodeTime(value + kernel, kind, call.gate or None, median_us, start_us, call.seconds * 1e6, decides, role)

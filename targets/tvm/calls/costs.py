@@ -4,7 +4,7 @@ A cost model has ten coefficients, nanoseconds on one thread. Eight are over (1,
 channels, input channels and vectors of pixels (`plan_file.py`). Two are what is waited for weights, a min(b line,
 stream): of few input channels each cache line comes alone, of many all come in a row. They are made of a few rates of
 the machine: what a kernel does is known exactly (`DirectConv`, `WinogradConv`), how long a unit of it takes is measured
-(`tune.py`).
+(`tuning/measure.py`).
 """
 
 from __future__ import annotations
@@ -14,14 +14,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dvexport.targets.tvm.kernels.conv.direct import DirectConv
+from dvexport.targets.tvm.machine.rates import Rates, _of_lanes
+
 if TYPE_CHECKING:
-    from dvexport.targets.tvm.kernels.conv.direct import DirectConv
     from dvexport.targets.tvm.kernels.conv.winograd import WinogradConv
     from dvexport.targets.tvm.machine.machine import Machine
 
-from dvexport.targets.tvm.machine.rates import Rates, _of_lanes
-
-__all__ = ["Cost", "TileVectors", "direct_cost", "evaluate", "fixed", "rates_of", "tile_vectors", "winograd_cost"]
+__all__ = [
+    "Cost",
+    "TileVectors",
+    "conv_cost",
+    "direct_cost",
+    "evaluate",
+    "fixed",
+    "rates_of",
+    "tile_vectors",
+    "winograd_cost",
+]
 
 Cost = tuple[float, ...]
 
@@ -127,6 +137,13 @@ def winograd_cost(spec: WinogradConv, tiles: TileVectors, inputs: int, machine: 
         line,
         weight * inputs,
     )
+
+
+def conv_cost(spec: DirectConv | WinogradConv, taps: int, tiles: TileVectors, inputs: int, machine: Machine) -> Cost:
+    """Return the cost model of a convolution, whichever its kernel; see `direct_cost` and `winograd_cost`."""
+    if isinstance(spec, DirectConv):
+        return direct_cost(spec, taps, inputs, machine)
+    return winograd_cost(spec, tiles, inputs, machine)
 
 
 def evaluate(cost: Sequence[float], a: float, b: float, c: float) -> float:

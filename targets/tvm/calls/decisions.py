@@ -8,8 +8,8 @@ import numpy as np
 import onnx_ir as ir
 
 from dvexport.graph.graph import static_shape
-from dvexport.targets.tvm.calls.memory import Buffer, Part
-from dvexport.targets.tvm.calls.program import FLOAT_BYTES, Program
+from dvexport.targets.tvm.calls.draft import Draft
+from dvexport.targets.tvm.calls.memory import FLOAT_BYTES, INT_BYTES, Buffer, Part
 from dvexport.targets.tvm.kernels import lists
 from dvexport.targets.tvm.kernels.abi import Kernel
 from dvexport.targets.tvm.kernels.conv.direct_data import Window, cell_bounds
@@ -18,22 +18,20 @@ from dvexport.targets.tvm.machine.machine import Machine
 
 __all__ = ["channel_list", "line_list", "lines_suffice", "not_skipped", "pixel_mask", "run_list"]
 
-_INT_BYTES = 4
 
-
-def channel_list(program: Program, mask: ir.Value | None, count: int, index: int) -> Part:
+def channel_list(draft: Draft, mask: ir.Value | None, count: int, index: int) -> Part:
     """Return the list of the channels that a mask (bool `[frames, count]`) names in frame `index`, or of all."""
     if mask is None:
-        return program.constants.add(np.array([count, *range(count)], np.int32))
-    return _channels(program, mask, count, index, lists.channels_from_mask)
+        return draft.constants.add(np.array([count, *range(count)], np.int32))
+    return _channels(draft, mask, count, index, lists.channels_from_mask)
 
 
-def not_skipped(program: Program, action: ir.Value, index: int) -> Part:
+def not_skipped(draft: Draft, action: ir.Value, index: int) -> Part:
     """Return the list of the channels whose action (int64 `[frames, C]`) is not 0, skip."""
-    return _channels(program, action, static_shape(action)[1], index, lists.channels_other_than)
+    return _channels(draft, action, static_shape(action)[1], index, lists.channels_other_than)
 
 
-def run_list(program: Program, tiles: ir.Value, index: int, table: np.ndarray, run: int) -> Part:
+def run_list(draft: Draft, tiles: ir.Value, index: int, table: np.ndarray, run: int) -> Part:
     """Return the list of the runs (or Winograd tiles) of a frame's active cells.
 
     Args:
@@ -45,30 +43,31 @@ def run_list(program: Program, tiles: ir.Value, index: int, table: np.ndarray, r
     total = int(table[cells])
 
     def make(frame: Part) -> Part:
-        made = Buffer(
-            f"runs of {tiles.name}", lists.run_list_size(lists.runs_capacity(total, run, program.machine)) * 4
+        size = lists.run_list_size(lists.runs_capacity(total, run, draft.machine))
+        made = Buffer(f"runs of {tiles.name}", size * INT_BYTES)
+        shape = draft.constants.add(lists.runs_shape(cells, total, run, draft.machine))
+        arguments = [frame, draft.constants.add(table), shape, made.part()]
+        draft.calls.call(
+            lists.cells_to_runs(draft.machine), arguments, f"list {tiles.name}", draft.values.gate_of(tiles)
         )
-        shape = program.constants.add(lists.runs_shape(cells, total, run, program.machine))
-        arguments = [frame, program.constants.add(table), shape, made.part()]
-        program.call(lists.cells_to_runs(program.machine), arguments, f"list {tiles.name}", program.gate_of(tiles))
         return made.part()
 
-    return _once(program, ("runs", tiles, index, run, table.tobytes()), tiles, index, make)
+    return _once(draft, ("runs", tiles, index, run, table.tobytes()), tiles, index, make)
 
 
-def line_list(program: Program, tiles: ir.Value, index: int, plane: Plane) -> Part:
+def line_list(draft: Draft, tiles: ir.Value, index: int, plane: Plane) -> Part:
     """Return the lines of a plane that a convolution over a frame's active cells reads."""
     grid = _grid(tiles)
 
     def make(frame: Part) -> Part:
-        made = Buffer(f"lines of {tiles.name}", lists.line_list_size(plane) * _INT_BYTES).part()
-        table = program.constants.add(lists.line_table(plane, grid, plane.pad))
-        shape = program.constants.add(lists.lines_shape(plane, grid))
-        kernel = lists.touched_lines(lists.table_words(grid), program.machine)
-        program.call(kernel, [frame, table, shape, made], f"list {tiles.name}", program.gate_of(tiles))
+        made = Buffer(f"lines of {tiles.name}", lists.line_list_size(plane) * INT_BYTES).part()
+        table = draft.constants.add(lists.line_table(plane, grid, plane.pad))
+        shape = draft.constants.add(lists.lines_shape(plane, grid))
+        kernel = lists.touched_lines(lists.table_words(grid), draft.machine)
+        draft.calls.call(kernel, [frame, table, shape, made], f"list {tiles.name}", draft.values.gate_of(tiles))
         return made
 
-    return _once(program, ("lines", tiles, index, plane), tiles, index, make)
+    return _once(draft, ("lines", tiles, index, plane), tiles, index, make)
 
 
 def lines_suffice(tiles: ir.Value, plane: Plane, window: Window, size: tuple[int, int]) -> bool:
@@ -95,37 +94,37 @@ def _reach_suffices(cells: int, read: int, made: int, window: Window, axis: int,
     return True
 
 
-def pixel_mask(program: Program, tiles: ir.Value, index: int, plane: Plane) -> Part:
+def pixel_mask(draft: Draft, tiles: ir.Value, index: int, plane: Plane) -> Part:
     """Return a frame's tile mask as a float plane: 1 at active pixels."""
 
     def make(frame: Part) -> Part:
         made = Buffer(f"mask of {tiles.name}", plane.size * FLOAT_BYTES).part()
-        shape = program.constants.add(lists.mask_shape(plane, _grid(tiles)))
-        label, gate = f"mask {tiles.name}", program.gate_of(tiles)
-        program.call(lists.mask_from_tiles(program.machine), [frame, shape, made], label, gate)
+        shape = draft.constants.add(lists.mask_shape(plane, _grid(tiles)))
+        label, gate = f"mask {tiles.name}", draft.values.gate_of(tiles)
+        draft.calls.call(lists.mask_from_tiles(draft.machine), [frame, shape, made], label, gate)
         return made
 
-    return _once(program, ("mask", tiles, index, plane), tiles, index, make)
+    return _once(draft, ("mask", tiles, index, plane), tiles, index, make)
 
 
-def _channels(program: Program, source: ir.Value, count: int, index: int, kernel: Callable[[Machine], Kernel]) -> Part:
+def _channels(draft: Draft, source: ir.Value, count: int, index: int, kernel: Callable[[Machine], Kernel]) -> Part:
     def make(frame: Part) -> Part:
-        made = Buffer(f"channels of {source.name}", lists.channel_list_size(count) * _INT_BYTES).part()
-        shape = program.constants.add(lists.channels_shape(count))
-        program.call(kernel(program.machine), [frame, shape, made], f"list {source.name}", program.gate_of(source))
+        made = Buffer(f"channels of {source.name}", lists.channel_list_size(count) * INT_BYTES).part()
+        shape = draft.constants.add(lists.channels_shape(count))
+        draft.calls.call(
+            kernel(draft.machine), [frame, shape, made], f"list {source.name}", draft.values.gate_of(source)
+        )
         return made
 
-    return _once(program, ("channels", source, index), source, index, make)
+    return _once(draft, ("channels", source, index), source, index, make)
 
 
-def _once(
-    program: Program, key: tuple[object, ...], source: ir.Value, index: int, make: Callable[[Part], Part]
-) -> Part:
+def _once(draft: Draft, key: tuple[object, ...], source: ir.Value, index: int, make: Callable[[Part], Part]) -> Part:
     """Return what `make` made of frame `index` of a decision the first time."""
-    if key not in program.lists:
-        frame = program.frame(program.flat(source), static_shape(source)[0], index)
-        program.lists[key] = make(frame)
-    return program.lists[key]
+    if key not in draft.lists:
+        frame = draft.flat(source).frame(static_shape(source)[0], index)
+        draft.lists[key] = make(frame)
+    return draft.lists[key]
 
 
 def _grid(tiles: ir.Value) -> tuple[int, int]:

@@ -18,10 +18,22 @@ from dvexport.targets.tvm.native_files import NATIVE_WEIGHTS
 from dvexport.targets.tvm.plan import Place as PlanPlace
 from dvexport.targets.tvm.plan import Space
 
-__all__ = ["Buffer", "Constants", "Part", "Placement", "lower_bound", "place_buffers"]
+__all__ = [
+    "FLOAT_BYTES",
+    "INT_BYTES",
+    "Buffer",
+    "Constants",
+    "Part",
+    "Placement",
+    "lower_bound",
+    "place_buffers",
+    "scratch",
+]
+
+FLOAT_BYTES = 4
+INT_BYTES = 4
 
 _ALIGN = 64
-_FLOAT_BYTES = 4
 
 
 @dataclass(eq=False)
@@ -62,6 +74,16 @@ class Part:
     def part(self, offset: int, size: int) -> Part:
         """Return some of these bytes."""
         return Part(self.buffer, self.offset + offset, size)
+
+    def frame(self, frames: int, index: int) -> Part:
+        """Return frame `index` of `frames` equal ones."""
+        size = self.size // frames
+        return self.part(index * size, size)
+
+
+def scratch(floats: int) -> Part:
+    """Return memory that one call uses."""
+    return Buffer("scratch", max(floats, 1) * FLOAT_BYTES).part()
 
 
 class Constants:
@@ -147,7 +169,7 @@ class Placement:
         if other is buffer or at + other.size <= start or start + buffer.size <= at:
             return False
         assert buffer.layout is not None
-        return other.layout != buffer.layout or (at - start) % (buffer.layout.size * _FLOAT_BYTES) != 0
+        return other.layout != buffer.layout or (at - start) % (buffer.layout.size * FLOAT_BYTES) != 0
 
     def place(self, part: Part, constants: Constants) -> PlanPlace:
         """Return the place of some bytes."""

@@ -1,7 +1,7 @@
 """Scalar expressions of generic kernels, and the integer arithmetic that makes their addresses plain.
 
 TVM's own expressions can't be rewritten from Python, so a function's body is read once into this small tree, rewritten
-here, and written out as vectors by `generic_loops.py`. An index becomes a *linear form*: a sum of axes times
+here, and written out as vectors by `loops.py`. An index becomes a *linear form*: a sum of axes times
 constants. Divisions and remainders, which reshapes leave behind, vanish where the axes' extents allow it.
 """
 

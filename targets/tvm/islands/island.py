@@ -1,8 +1,8 @@
 """Kernels for everything that has none of its own: policies, masks and odd operators between convolutions.
 
 An *island* is a set of ONNX nodes that read nothing but constants and given values. Its operators become loop
-nests through TVM's Relax (`generic_relax.py`), the nests are fused (`generic_fuse.py`) and written as vector code
-(`generic_loops.py`). Small nests share a kernel, as a call costs more than they do; large ones have their own, split
+nests through TVM's Relax (`relax.py`), the nests are fused (`fuse.py`) and written as vector code
+(`loops.py`). Small nests share a kernel, as a call costs more than they do; large ones have their own, split
 between threads.
 """
 
@@ -33,8 +33,6 @@ __all__ = ["Island", "compile_island"]
 
 _WORTH_THREADS = 1 << 16
 """Operations from which a stage has a kernel of its own, which several threads may share."""
-_WORTH_VECTORS = 512
-"""Operations from which code without vectors is reported."""
 
 
 @dataclass
@@ -46,14 +44,12 @@ class Island:
         buffers: element type and shape of temporaries by name.
         constants: arrays by name.
         aliases: outputs that are an input under another name: output -> input.
-        scalar: kernels that do a notable amount of work without vectors, with the number of operations.
     """
 
     calls: list[tuple[Kernel, tuple[str, ...]]] = field(default_factory=list)
     buffers: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
     constants: dict[str, np.ndarray] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
-    scalar: dict[str, int] = field(default_factory=dict)
 
 
 def compile_island(
@@ -117,7 +113,6 @@ def _named(template: Island, names: dict[str, str], large: dict[str, np.ndarray]
         {name(tensor): what for tensor, what in template.buffers.items()},
         {name(tensor): large.get(tensor, array) for tensor, array in template.constants.items()},
         {name(alias): name(tensor) for alias, tensor in template.aliases.items()},
-        dict(template.scalar),
     )
 
 
@@ -132,7 +127,7 @@ def _template(model: bytes, machine: Machine) -> Island:
     same = {source: name for name, source in fused.aliases.items() if source not in given}
     island = Island(aliases={name: source for name, source in fused.aliases.items() if source in given})
     for group in _groups(fused.stages):
-        kernel, used = _kernel(group, tensors, machine, island)
+        kernel, used = _kernel(group, tensors, machine)
         island.calls.append((kernel, tuple(same.get(tensor, tensor) for tensor in used)))
     for tensor in {tensor: None for _, used in island.calls for tensor in used}:
         if tensor in program.constants:
@@ -166,14 +161,11 @@ def _splits(stage: Stage) -> bool:
     return stage.operations >= _WORTH_THREADS and prod(stage.axes.values()) > 1
 
 
-def _kernel(
-    group: list[Stage], tensors: dict[str, Tensor], machine: Machine, island: Island
-) -> tuple[Kernel, tuple[str, ...]]:
+def _kernel(group: list[Stage], tensors: dict[str, Tensor], machine: Machine) -> tuple[Kernel, tuple[str, ...]]:
     """Return the kernel of some stages and the tensors that are its buffers; stores come after reads."""
     used = tuple(dict.fromkeys([name for stage in group for name in (*stage.reads, *stage.stores)]))
     splits = _splits(group[0])
     types = {f"b{i}": tensors[name].dtype.replace("bool", "uint8") for i, name in enumerate(used)}
-    scalar = 0
     write = write_kernel if splits else write_serial_kernel
     with write("generic", **types) as frame:
         stored = {name for stage in group for name in stage.stores}
@@ -183,11 +175,8 @@ def _kernel(
         for stage in group:
             for nest in nests(stage, tensors):
                 threads = (frame.part, frame.parts) if splits else None
-                if not write_nest(nest, buffers, machine, threads):
-                    scalar += nest.stage.operations
+                write_nest(nest, buffers, machine, threads)
     text = hashlib.sha256(frame.kernel.func.script().encode()).hexdigest()
     name = f"generic_{text[:16]}"
     func = frame.kernel.func.with_attr("global_symbol", name)
-    if scalar >= _WORTH_VECTORS:
-        island.scalar[name] = scalar
     return Kernel(name, func, frame.kernel.buffers, splits, frame.kernel.contract), used

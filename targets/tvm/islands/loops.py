@@ -32,16 +32,13 @@ _ENOUGH_SHARES = 16
 """Outer loops are joined until there are so many iterations to share between threads."""
 
 
-def write_nest(nest: Nest, buffers: dict[str, Any], machine: Machine, threads: tuple[Any, Any] | None) -> bool:
+def write_nest(nest: Nest, buffers: dict[str, Any], machine: Machine, threads: tuple[Any, Any] | None) -> None:
     """Write the loops of a nest inside an open kernel.
 
     Args:
         buffers: TIR buffer by tensor; of 1-byte elements for booleans.
         machine: its vectors, and the registers that accumulators may fill.
         threads: which share, of how many; None: everything.
-
-    Returns:
-        Whether its arithmetic is done in vectors.
     """
     lanes, registers = machine.lanes, machine.block[0] * machine.block[1]
     along = _vector_axis(nest)
@@ -51,7 +48,6 @@ def write_nest(nest: Nest, buffers: dict[str, Any], machine: Machine, threads: t
         _Spatial(nest, buffers, _width(nest.stage.axes[along], lanes), registers, threads).write()
     else:
         _Partial(nest, buffers, _width(nest.stage.reduced[along], lanes), registers, threads, along=along).write()
-    return along is not None
 
 
 def _width(extent: int, lanes: int) -> int:

@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from dvexport.errors import UsageError
 from dvexport.graph.graph import DV, OPSET, array_of, source_of, static_shape
+from dvexport.graph.match import is_op
 
 __all__ = ["Call", "Program", "canonical_model", "lower", "refuse", "unknown_operators"]
 
@@ -77,7 +78,7 @@ class _Writer:
 
     def model(self, nodes: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> tuple[bytes, dict[str, np.ndarray]]:
         for node in nodes:
-            if node.op_type != "Constant":
+            if not is_op(node, "Constant"):
                 self._node(node)
         results = []
         for i, value in enumerate(outputs):
@@ -141,25 +142,23 @@ def _info(name: str, value: ir.Value) -> onnx.ValueInfoProto:
 
 def _folded_norm(node: ir.Node) -> tuple[np.ndarray, np.ndarray] | None:
     """Return factor and summand of a batch normalisation with constant statistics, in the shape of a channel."""
-    if node.op_type != "BatchNormalization" or node.inputs[0] is None or node.inputs[0].shape is None:
+    if not is_op(node, "BatchNormalization") or node.inputs[0] is None or node.inputs[0].shape is None:
         return None
     arrays = [array_of(value) for value in node.inputs[1:5]]
-    training = node.attributes.get("training_mode")
-    if any(array is None for array in arrays) or (training is not None and training.as_int()):
+    training: int = node.attributes.get_int("training_mode", 0)
+    if any(array is None for array in arrays) or training:
         return None
     scale, bias, mean, variance = (np.asarray(array, np.float64) for array in arrays)
-    epsilon = node.attributes.get("epsilon")
-    factor = scale / np.sqrt(variance + (1e-5 if epsilon is None else epsilon.as_float()))
+    factor = scale / np.sqrt(variance + node.attributes.get_float("epsilon", 1e-5))
     shape = (1, -1, *[1] * (len(node.inputs[0].shape) - 2))
     return factor.astype(np.float32).reshape(shape), (bias - mean * factor).astype(np.float32).reshape(shape)
 
 
 def _selects_all(node: ir.Node) -> bool:
     """Whether a Gather takes every element of its axis in order."""
-    if node.op_type != "Gather" or node.inputs[0] is None or node.inputs[0].shape is None:
+    if not is_op(node, "Gather") or node.inputs[0] is None or node.inputs[0].shape is None:
         return False
-    index, which = array_of(node.inputs[1]), node.attributes.get("axis")
-    size = node.inputs[0].shape[0 if which is None else which.as_int()]
+    index, size = array_of(node.inputs[1]), node.inputs[0].shape[node.attributes.get_int("axis", 0)]
     return index is not None and isinstance(size, int) and np.array_equal(index, np.arange(size))
 
 

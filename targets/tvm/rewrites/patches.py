@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dvexport.graph.graph import Builder, array_of, static_shape
+from dvexport.graph.match import is_op, only_user
 
 __all__ = ["EmbedPatches"]
 
@@ -24,7 +25,7 @@ class EmbedPatches(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite convolution by convolution."""
-        convolutions = [node for node in model.graph if node.op_type == "Conv" and not node.domain]
+        convolutions = [node for node in model.graph if is_op(node, "Conv")]
         found = [node for node in convolutions if _lies_side_by_side(node)]
         for node in found:
             _replace(model, node)
@@ -94,13 +95,12 @@ def _replace(model: ir.Model, node: ir.Node) -> None:
 def _tokens_of(value: ir.Value, shape: list[int]) -> ir.Value | None:
     """Return the value that flattening places and transposing make of a result, if nobody else reads that."""
     for op_type in ("Reshape", "Transpose"):
-        uses = list(value.uses())
-        if len(uses) != 1 or value.is_graph_output() or uses[0][0].op_type != op_type:
+        user = only_user(value)
+        if user is None or not is_op(user, op_type):
             return None
-        user = uses[0][0]
         value = user.outputs[0]
-        if op_type == "Reshape" and list(static_shape(value)) != shape:
+        if is_op(user, "Reshape") and list(static_shape(value)) != shape:
             return None
-        if op_type == "Transpose" and list(user.attributes["perm"].as_ints()) != [0, 2, 1]:
+        if is_op(user, "Transpose") and list(user.attributes.get_ints("perm", ())) != [0, 2, 1]:
             return None
     return value

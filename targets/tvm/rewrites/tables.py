@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dvexport.graph.graph import array_of
+from dvexport.graph.match import is_op, made_by
 
 __all__ = ["LayOutTables", "chosen_rows"]
 
@@ -24,7 +25,7 @@ class LayOutTables(ir.passes.InPlacePass):
         """Lay out node by node, in order: what one makes may be all that the next one reads."""
         laid = 0
         for node in list(model.graph):
-            if node.domain or node.op_type not in _VALUES or _is_added(node):
+            if not is_op(node, *_VALUES) or _is_added(node):
                 continue
             arrays = [array_of(value) for value in node.inputs]
             if all(array is not None for array in arrays):
@@ -44,8 +45,8 @@ def _lay_out(model: ir.Model, node: ir.Node, arrays: list) -> None:
 
 def chosen_rows(value: ir.Value | None) -> tuple[np.ndarray, ir.Value] | None:
     """Return which rows of which constant a value is, None if it is not made that way."""
-    node = None if value is None else value.producer()
-    if node is None or node.op_type != "Gather" or node.domain or _axis(node) != 0:
+    node = made_by(value, "Gather")
+    if node is None or _axis(node) != 0:
         return None
     table, index = node.inputs
     rows, places = array_of(table), array_of(index)
@@ -56,20 +57,19 @@ def chosen_rows(value: ir.Value | None) -> tuple[np.ndarray, ir.Value] | None:
 
 def _is_added(node: ir.Node) -> bool:
     users = [user for user, _ in node.outputs[0].uses()]
-    return chosen_rows(node.outputs[0]) is not None and all(user.op_type == "Add" for user in users)
+    return chosen_rows(node.outputs[0]) is not None and all(is_op(user, "Add") for user in users)
 
 
 def _axis(node: ir.Node) -> int:
-    return node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+    return node.attributes.get_int("axis", 0)
 
 
 def _transpose(node: ir.Node, arrays: list) -> np.ndarray:
-    given = node.attributes.get("perm")
-    return arrays[0].transpose(given.as_ints() if given is not None else None)
+    return arrays[0].transpose(node.attributes.get_ints("perm"))
 
 
 def _reshape(node: ir.Node, arrays: list) -> np.ndarray:
-    zero = "allowzero" in node.attributes and node.attributes["allowzero"].as_int()
+    zero = node.attributes.get_int("allowzero", 0)
     shape = [
         arrays[0].shape[axis] if not size and not zero else int(size) for axis, size in enumerate(arrays[1].tolist())
     ]

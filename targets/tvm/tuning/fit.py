@@ -16,7 +16,7 @@ import numpy as np
 from dvexport.targets.tvm.calls.costs import evaluate, rates_of
 from dvexport.targets.tvm.machine.machine import Machine
 from dvexport.targets.tvm.machine.rates import Rates
-from dvexport.targets.tvm.tuning.tune import Sample
+from dvexport.targets.tvm.tuning.measure import Sample
 
 __all__ = ["Fit", "fit", "non_negative_least_squares"]
 
@@ -119,10 +119,10 @@ def _expected(samples: Sequence[Sample], machine: Machine) -> np.ndarray:
 
 def _choices(samples: Sequence[Sample], expected: np.ndarray, times: np.ndarray) -> tuple[int, int, float]:
     """Return how many works had a choice, how many choices are right, and what the others cost."""
-    ways = defaultdict(list)
+    rivals = defaultdict(list)
     for index, sample in enumerate(samples):
-        ways[sample.work].append(index)
-    several = [indices for indices in ways.values() if len(indices) > 1]
+        rivals[sample.work].append(index)
+    several = [indices for indices in rivals.values() if len(indices) > 1]
     best = np.array([min(times[indices]) for indices in several])
     picked = np.array([times[min(indices, key=lambda i: expected[i])] for indices in several])
     lost = float((picked - best).sum() / best.sum()) if several else 0.0

@@ -1,7 +1,7 @@
 """Choose what the convolution kernels of this machine are generated with, by measuring them.
 
 One parameter after the other: kernels of every value that may be good do the same work, all in one plan
-(`dvexport.targets.tvm.tuning.tune`), and the value whose kernels take the least time, by the geometric mean over all
+(`measure.py`), and the value whose kernels take the least time, by the geometric mean over all
 work, stays. It has to be better by more than what two measurements of one kernel differ.
 """
 
@@ -18,7 +18,8 @@ from dvexport.targets.tvm.kernels.conv.direct import DirectConv
 from dvexport.targets.tvm.machine.machine import Machine
 from dvexport.targets.tvm.machine.parameters import TALL, fits, parameters_of
 from dvexport.targets.tvm.machine.rates import MOST_ROWS, Parameters
-from dvexport.targets.tvm.tuning.tune import Layer, Sample, Way, Work, time_ways, ways_of
+from dvexport.targets.tvm.tuning.measure import Sample, Trial, time_trials, trials_of
+from dvexport.targets.tvm.tuning.workloads import Work, Workload, workloads
 
 __all__ = ["candidates", "choose_parameters"]
 
@@ -30,22 +31,12 @@ _BETTER = 0.02
 _FULL = 0.75
 """A register block may leave so much less sums than the largest one: with fewer, loading takes longer than adding."""
 
-_LAYERS = (
-    *[Layer(3, 1, c, c, s, 7) for c, s in ((64, 56), (128, 28), (256, 14), (512, 7))],
-    *[Layer(3, 1, c, c, s) for c, s in ((64, 56), (128, 28), (256, 14), (512, 7))],
-    *[Layer(3, 2, c, 2 * c, s, 7) for c, s in ((64, 28), (256, 7))],
-    Layer(7, 2, 3, 64, 112),
-    *[Layer(1, 1, c, 4 * c, s) for c, s in ((64, 56), (256, 14))],
-    Layer(1, 1, 1024, 256, 14, 7),
-)
-"""Of ResNet at 224 x 224, with and without gates for tiles."""
-
 _SHARES = ((1.0, 1.0, 1.0), (0.5, 0.5, 1.0), (1.0, 1.0, 0.5))
 """Of output channels, input channels and cells."""
 
 
 def choose_parameters(
-    machine: Machine, seconds: float, source: str, tell: Progress, layers: Sequence[Layer] = _LAYERS
+    machine: Machine, seconds: float, source: str, tell: Progress, given: Sequence[Workload] | None = None
 ) -> Parameters:
     """Return the parameters that this machine is fastest with.
 
@@ -54,12 +45,12 @@ def choose_parameters(
         seconds: how long to repeat, all parameters together.
         source: what they are to say of where they are from.
         tell: called with the name of each step as it begins.
-        layers: what to measure with.
+        given: what to measure with; by default `workloads.toml`'s.
 
     Raises:
         DeviceError: a package of the extra `tvm` is missing, or this machine can't run the code.
     """
-    best, works = parameters_of(machine), _works(layers)
+    best, works = parameters_of(machine), _works(workloads("parameters") if given is None else given)
     for name in best.values():
         values = candidates(name, best, machine)
         times = _times(name, values, best, works, machine, seconds / len(best.values()), tell)
@@ -104,20 +95,20 @@ def _winograd_blocks(machine: Machine) -> Iterator[tuple[int, ...]]:
                 yield tuple(min(most, each - each % 2) for each in rows[:last])
 
 
-def _works(layers: Sequence[Layer]) -> list[Work]:
+def _works(given: Sequence[Workload]) -> list[Work]:
     rng = np.random.default_rng(0)
 
     def some(count: int, share: float) -> np.ndarray:
         return np.sort(rng.permutation(count)[: max(1, round(count * share))])
 
     works = []
-    for layer in layers:
+    for workload in given:
         for rows, columns, of_cells in _SHARES:
-            if of_cells < 1 and layer.cells is None:
+            if of_cells < 1 and workload.cells is None:
                 continue
-            cells = np.zeros((layer.cells or 1) ** 2, bool)
+            cells = np.zeros((workload.cells or 1) ** 2, bool)
             cells[some(cells.size, of_cells)] = True
-            works.append(Work(layer, some(layer.cout, rows), some(layer.cin, columns), cells))
+            works.append(Work(workload, some(workload.cout, rows), some(workload.cin, columns), cells))
     return works
 
 
@@ -127,26 +118,26 @@ def _times(
 ) -> dict[Any, float]:  # fmt: skip
     """Return the time of each value's kernels, by that of the present one's: where they are not the same kernels."""
     of: list[tuple[int, Any]] = []
-    ways: list[Way] = []
+    trials: list[Trial] = []
     for index, work in enumerate(works):
         made = {}
         for value in values:
             tuned = replace(machine, parameters=replace(now, **{name: value}))
-            way = _way(index, work, tuned, direct=name != "winograd")
-            if way is not None:
-                made[value] = way
-        if len({way.sample.spec for way in made.values()}) > 1:
+            trial = _trial(index, work, tuned, direct=name != "winograd")
+            if trial is not None:
+                made[value] = trial
+        if len({trial.sample.spec for trial in made.values()}) > 1:
             of += [(index, value) for value in made]
-            ways += made.values()
-    if not ways:
+            trials += made.values()
+    if not trials:
         return {}
     tell(f"{name}: {len(values)} values")
-    return _means(values, dict(zip(of, time_ways(ways, machine, seconds, tell), strict=True)))
+    return _means(values, dict(zip(of, time_trials(trials, machine, seconds, tell), strict=True)))
 
 
-def _way(index: int, work: Work, machine: Machine, *, direct: bool) -> Way | None:
+def _trial(index: int, work: Work, machine: Machine, *, direct: bool) -> Trial | None:
     return next(
-        (way for way in ways_of(index, work, machine) if isinstance(way.sample.spec, DirectConv) == direct), None
+        (each for each in trials_of(index, work, machine) if isinstance(each.sample.spec, DirectConv) == direct), None
     )
 
 

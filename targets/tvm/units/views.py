@@ -6,16 +6,21 @@ are applied to an empty array, and where the result lies in it is read off.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
 from dvexport.graph.graph import array_of, static_shape
+from dvexport.graph.match import is_op, made_by
 
-__all__ = ["View", "is_dense", "is_static", "view_of"]
+__all__ = ["LARGE", "View", "factor_of", "is_dense", "is_float", "is_static", "view_of"]
+
+LARGE = 1 << 12
+"""Elements from which a view is worth more than the copy in an island, which may be fused with others."""
 
 _OPERATORS = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Split", "Slice", "Identity", "Mul", "Div")
+_FACTORS = ("Mul", "Div")
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,11 @@ class View:
             return 0
         return self.strides[axis]
 
+    def turned(self) -> View:
+        """Return the view with its last two axes exchanged."""
+        shape = (*self.shape[:-2], *self.shape[:-3:-1])
+        return replace(self, shape=shape, strides=(*self.strides[:-2], *self.strides[:-3:-1]))
+
 
 def view_of(value: ir.Value, *, scaled: bool = False) -> View:
     """Return a value as a view of the earliest value that it is one of; at least of itself.
@@ -54,17 +64,14 @@ def view_of(value: ir.Value, *, scaled: bool = False) -> View:
     """
     chain: list[ir.Node] = []
     at = value
-    while True:
-        node = at.producer()
-        if node is None or node.domain or node.op_type not in _OPERATORS or array_of(node.inputs[0]) is not None:
+    while (node := made_by(at, *_OPERATORS)) is not None:
+        before = node.inputs[0]
+        if before is None or array_of(before) is not None or not is_static(before):
             break
-        if not is_static(node.inputs[0]):
-            break
-        if node.op_type in ("Mul", "Div") and (not scaled or _factor(node) is None):
+        if is_op(node, *_FACTORS) and (not scaled or factor_of(node) is None):
             break
         chain.append(node)
-        assert node.inputs[0] is not None
-        at = node.inputs[0]
+        at = before
     for skipped in range(len(chain) + 1):
         nodes = tuple(reversed(chain[: len(chain) - skipped]))
         base = nodes[0].inputs[0] if nodes else value
@@ -96,8 +103,8 @@ def _apply(base: ir.Value, nodes: tuple[ir.Node, ...], value: ir.Value) -> View 
     for index, node in enumerate(nodes):
         result = nodes[index + 1].inputs[0] if index + 1 < len(nodes) else value
         assert result is not None
-        if node.op_type in ("Mul", "Div"):
-            factor = _factor(node)
+        if is_op(node, *_FACTORS):
+            factor = factor_of(node)
             assert factor is not None
             scale *= factor
             continue
@@ -112,16 +119,14 @@ def _apply(base: ir.Value, nodes: tuple[ir.Node, ...], value: ir.Value) -> View 
 def _step(node: ir.Node, x: np.ndarray, result: ir.Value) -> np.ndarray | None:
     """Apply an operator to a view; what must be copied is not one."""
     shape = static_shape(result)
-    if node.op_type == "Transpose":
-        given = node.attributes.get("perm")
-        return x.transpose(given.as_ints() if given is not None else None)
-    if node.op_type == "Split":
-        given = node.attributes.get("axis")
-        axis = 0 if given is None else given.as_int()
+    if is_op(node, "Transpose"):
+        return x.transpose(node.attributes.get_ints("perm"))
+    if is_op(node, "Split"):
+        axis = node.attributes.get_int("axis", 0)
         sizes = [static_shape(each)[axis] for each in node.outputs]
         first = sum(sizes[: node.outputs.index(result)])
         return np.moveaxis(np.moveaxis(x, axis, 0)[first : first + static_shape(result)[axis]], 0, axis)
-    if node.op_type == "Slice":
+    if is_op(node, "Slice"):
         return _slice(node, x)
     return x.reshape(shape)
 
@@ -140,10 +145,15 @@ def _slice(node: ir.Node, x: np.ndarray) -> np.ndarray | None:
     return x[tuple(where)]
 
 
-def _factor(node: ir.Node) -> float | None:
-    """Return the constant that a Mul or Div multiplies its first input by."""
+def factor_of(node: ir.Node) -> float | None:
+    """Return the constant that a Mul or Div multiplies its first input by, None if that is no single number."""
     array = array_of(node.inputs[1])
     if array is None or array.size != 1 or array.ndim > len(node.outputs[0].shape or ()):
         return None
     number = float(array.reshape(()))
-    return number if node.op_type == "Mul" else 1 / number
+    return number if is_op(node, "Mul") else 1 / number
+
+
+def is_float(value: ir.Value | None) -> bool:
+    """Tell whether a value is float32, as far as anybody says, and its shape is known."""
+    return value is not None and value.dtype in (ir.DataType.FLOAT, None) and value.shape is not None

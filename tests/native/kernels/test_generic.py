@@ -355,11 +355,12 @@ def test_exponentials_keep_their_precision_and_what_is_no_number():
             np.testing.assert_allclose(got[name], array.astype(np.float32), rtol=4e-7, atol=2e-38, err_msg=name)
 
 
-def test_code_without_vectors_is_reported():
-    island = check("g (float[900,3] x) => (float[3,900] y) { y = Transpose<perm = [1,0]>(x) }")
-    assert not island.scalar
-    island = check("g (float[2,900] x) => (float[900,2] y) { y = Transpose<perm = [1,0]>(x) }")
-    assert set(island.scalar) == {kernel.name for kernel, _ in island.calls}
+@pytest.mark.parametrize(("rows", "columns", "vectors"), [(900, 3, True), (2, 900, False)])
+def test_a_transposition_is_done_in_vectors_where_its_rows_are_long(rows, columns, vectors):
+    text = f"g (float[{rows},{columns}] x) => (float[{columns},{rows}] y) {{ y = Transpose<perm = [1,0]>(x) }}"
+    scripts = [kernel.func.script() for kernel, _ in check(text).calls]
+    assert scripts
+    assert any("Ramp" in script for script in scripts) == vectors
 
 
 def test_an_unknown_operator_is_named_with_its_place_in_the_model():

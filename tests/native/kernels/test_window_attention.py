@@ -10,7 +10,8 @@ from plane_kernels import compiled, every_machine, every_split, machine, rng, ru
 
 from dvexport.targets.tvm.kernels.tokens.attention import Sizes, Strides, attention_scratch, attention_spec
 from dvexport.targets.tvm.kernels.tokens.window_attention import WindowBias, window_attention, window_shape
-from dvexport.targets.tvm.units.transformers import AttentionUnit, token_units
+from dvexport.targets.tvm.units.attention import AttentionUnit
+from dvexport.targets.tvm.units.cut import find_units
 
 
 @every_machine
@@ -91,7 +92,7 @@ def attention(*lines):
             value.shape = ir.Shape((6, 1, 9, 9) if name == "chosen" else (6, 2, 9, 9))
         if value.dtype is None:
             value.dtype = ir.DataType.FLOAT
-    return next((u for u in token_units(model, ()) if isinstance(u, AttentionUnit) and u.v is not None), None)
+    return next((u for u in find_units(model) if isinstance(u, AttentionUnit) and u.v is not None), None)
 
 
 def test_how_biases_are_read():

@@ -24,7 +24,7 @@ from dvexport.dialect.flops import flop_table
 from dvexport.run.session import steps_of
 from dvexport.targets import catalogue
 from dvexport.targets.tvm.artifact import NativeArtifact, build_artifact
-from dvexport.targets.tvm.calls.program import ALGORITHMS
+from dvexport.targets.tvm.calls.draft import ALGORITHMS
 
 pytestmark = pytest.mark.slow
 

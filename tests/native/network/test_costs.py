@@ -16,12 +16,12 @@ from dvexport.targets.tvm.kernels.conv.direct import DirectConv
 from dvexport.targets.tvm.kernels.conv.winograd import WinogradConv
 from dvexport.targets.tvm.machine.machine import machine_for, machine_of
 from dvexport.targets.tvm.machine.rates import Rates
-from dvexport.targets.tvm.tuning import tune
 from dvexport.targets.tvm.tuning.fit import fit, non_negative_least_squares
-from dvexport.targets.tvm.tuning.tune import Layer, Sample
+from dvexport.targets.tvm.tuning.measure import Sample, measure
+from dvexport.targets.tvm.tuning.workloads import Workload, draw_works
 
 COUNTS = [(1, 1, 1), (5, 64, 3), (64, 17, 40), (512, 512, 200)]
-SMALL = (Layer(3, 1, 16, 16, 8, 4), Layer(1, 1, 32, 16, 8, None, residual=True))
+SMALL = (Workload(3, 1, 16, 16, 8, 4), Workload(1, 1, 32, 16, 8, None, residual=True))
 
 
 def known_rates() -> Rates:
@@ -181,7 +181,7 @@ def test_rates_of_other_targets_are_estimated_from_their_peak(name):
 
 def test_works_are_drawn_from_all_to_few():
     layer = SMALL[0]
-    works = tune.draw_works([layer], 40)
+    works = draw_works([layer], 40)
     assert (len(works[0].rows), len(works[0].columns), works[0].cells.sum()) == (16, 16, 16)
     assert {len(work.rows) for work in works} >= {1, 16}
     assert all((np.diff(work.rows) > 0).all() and 1 <= work.cells.sum() <= 16 for work in works)
@@ -189,8 +189,8 @@ def test_works_are_drawn_from_all_to_few():
 
 @pytest.mark.slow
 def test_a_real_measurement():
-    works, said = tune.draw_works(SMALL, 6), []
-    samples = tune.measure(host_machine(), works, 0.2, said.append)
+    works, said = draw_works(SMALL, 6), []
+    samples = measure(host_machine(), works, 0.2, said.append)
     assert said[0] == "write kernels"
     assert {sample.work for sample in samples} == set(range(12))
     assert sum(isinstance(sample.spec, WinogradConv) for sample in samples) == 6

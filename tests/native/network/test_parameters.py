@@ -16,11 +16,16 @@ from dvexport.targets.tvm.machine.parameters import TALL, fits, parameters_of
 from dvexport.targets.tvm.machine.rates import Parameters
 from dvexport.targets.tvm.tuning import parameters
 from dvexport.targets.tvm.tuning.parameters import candidates, choose_parameters
-from dvexport.targets.tvm.tuning.tune import Layer
+from dvexport.targets.tvm.tuning.workloads import Workload
 
 COMPILED = [name for name in catalogue.names() if "tvm" in catalogue.load(name).runtimes]
 OWN = Parameters((4, 4), (3, 5), 9, 0, (6, 4), "mine")
-SMALL = (Layer(3, 1, 16, 16, 28, 7), Layer(3, 1, 16, 16, 28), Layer(3, 1, 16, 16, 8), Layer(1, 1, 32, 16, 14))
+SMALL = (
+    Workload(3, 1, 16, 16, 28, 7),
+    Workload(3, 1, 16, 16, 28),
+    Workload(3, 1, 16, 16, 8),
+    Workload(1, 1, 32, 16, 14),
+)
 
 
 def machine(name: str = catalogue.HOST) -> Machine:
@@ -71,11 +76,11 @@ def test_kernels_are_generated_with_a_targets_own() -> None:
 def choose(monkeypatch: pytest.MonkeyPatch, seconds) -> tuple[Parameters, list[str]]:
     """Choose where a kernel of `spec` takes `seconds(spec)`."""
 
-    def timed(ways, _machine, _seconds, _tell):
-        return [replace(way.sample, seconds=seconds(way.sample.spec)) for way in ways]
+    def timed(trials, _machine, _seconds, _tell):
+        return [replace(trial.sample, seconds=seconds(trial.sample.spec)) for trial in trials]
 
     said: list[str] = []
-    monkeypatch.setattr(parameters, "time_ways", timed)
+    monkeypatch.setattr(parameters, "time_trials", timed)
     return choose_parameters(machine("x86-64-avx512"), 1.0, "measured: here", said.append, SMALL), said
 
 

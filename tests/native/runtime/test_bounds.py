@@ -18,7 +18,8 @@ from runtime_plans import add, network, sample_kernels, sample_plan, sample_weig
 from dvexport.errors import DeviceError
 from dvexport.targets.tvm.build.link import kernel_table
 from dvexport.targets.tvm.calls.memory import Constants
-from dvexport.targets.tvm.calls.write import write_program
+from dvexport.targets.tvm.calls.place import place
+from dvexport.targets.tvm.calls.write import write_draft
 from dvexport.targets.tvm.kernels import lists
 from dvexport.targets.tvm.kernels.abi import Kernel
 from dvexport.targets.tvm.kernels.bounds import (
@@ -143,9 +144,9 @@ def _ints(values: list[int]) -> np.ndarray:
 def _gated() -> tuple[Plan, dict[str, Contract], memoryview]:
     """A plan with gates, what its kernels state, and its weights."""
     model, constants = variants(traced("bottleneck", "even"), "stream", FRAMES, ("gated",))["gated"], Constants()
-    program = write_program(model, host_machine(), constants, threads=4)
-    plan = program.plan()
-    return plan, _contracts(program.kernels.values()), constants.file()
+    draft = write_draft(model, host_machine(), constants, threads=4)
+    plan = place(draft).plan
+    return plan, _contracts(draft.calls.kernels.values()), constants.file()
 
 
 def _contracts(kernels: Iterable[Kernel]) -> dict[str, Contract]:
@@ -156,8 +157,8 @@ def test_buffers_that_are_exported_are_large_enough_and_not_much_larger():
     """Scratch of a convolution over a whole plane was too small, where its vectors are more than those of the tiles."""
     plan, contracts, weights = _gated()
     touched = check_calls(plan, contracts, weights, plan.threads)
-    assert len(touched) == sum(len(call.variants) for call in plan.calls)
-    given = sum(place.size for call in plan.calls for way in call.variants for place in way.arguments)
+    assert len(touched) == sum(len(call.alternatives) for call in plan.calls)
+    given = sum(place.size for call in plan.calls for way in call.alternatives for place in way.arguments)
     assert sum(map(sum, touched)) > given / 2
 
 
@@ -169,10 +170,10 @@ def test_more_threads_than_scratch_is_for_are_refused():
 
 def test_both_readers_take_a_place_of_the_size_that_is_touched_and_no_smaller():
     plan, contracts, seen = sample_plan(), _contracts(sample_kernels()), 0
-    ways = [(i, k) for i, call in enumerate(plan.calls) for k in range(len(call.variants))]
+    ways = [(i, k) for i, call in enumerate(plan.calls) for k in range(len(call.alternatives))]
     touched = check_calls(plan, contracts, sample_weights(), plan.threads)
     for (call, way), sizes in zip(ways, touched, strict=True):
-        stated = contracts[plan.calls[call].variants[way].kernel]
+        stated = contracts[plan.calls[call].alternatives[way].kernel]
         made = {each.buffer for each in stated.makes}
         for argument, ((name, buffer), exact) in enumerate(zip(stated.buffers, sizes, strict=True)):
             if buffer.reads is ListKind.NONE and name not in made:  # a list has the size that it was written with
@@ -185,11 +186,11 @@ def test_both_readers_take_a_place_of_the_size_that_is_touched_and_no_smaller():
 def _opens(call: int, variant: int, argument: int, given: int) -> bool:
     """Whether the sample plan opens with another size of an argument; Python and C must agree."""
     plan = sample_plan()
-    ways = list(plan.calls[call].variants)
+    ways = list(plan.calls[call].alternatives)
     places = list(ways[variant].arguments)
     places[argument] = dataclasses.replace(places[argument], size=given)
     ways[variant] = dataclasses.replace(ways[variant], arguments=tuple(places))
-    plan.calls[call] = dataclasses.replace(plan.calls[call], variants=tuple(ways))
+    plan.calls[call] = dataclasses.replace(plan.calls[call], alternatives=tuple(ways))
     contracts = _contracts(sample_kernels())
     try:
         check_calls(plan, contracts, sample_weights(), plan.threads)
@@ -221,11 +222,11 @@ def test_a_kernel_that_states_nothing_gets_into_no_library():
 def test_a_list_is_forgotten_when_something_is_written_over_it():
     plan = sample_plan()
     contracts = _contracts(sample_kernels())
-    rows = plan.calls[4].variants[0].arguments[2]
+    rows = plan.calls[4].alternatives[0].arguments[2]
     over = dataclasses.replace(
-        plan.calls[0].variants[0],
-        arguments=(*plan.calls[0].variants[0].arguments[:2], Place(Space.ARENA, rows.offset, 800)),
+        plan.calls[0].alternatives[0],
+        arguments=(*plan.calls[0].alternatives[0].arguments[:2], Place(Space.ARENA, rows.offset, 800)),
     )
-    plan.calls.insert(5, dataclasses.replace(plan.calls[0], variants=(over,)))
+    plan.calls.insert(5, dataclasses.replace(plan.calls[0], alternatives=(over,)))
     with pytest.raises(AssertionError, match="a list is read that nothing has written"):
         check_calls(plan, contracts, sample_weights(), plan.threads)

@@ -22,7 +22,8 @@ from runtime_plans import Network, network, sample_network
 
 from dvexport.targets.tvm.build import link
 from dvexport.targets.tvm.calls.memory import Constants
-from dvexport.targets.tvm.calls.write import write_program
+from dvexport.targets.tvm.calls.place import place
+from dvexport.targets.tvm.calls.write import write_draft
 
 CASES = {"sample": 4000, "network": 400}
 HERE = Path(__file__).parent
@@ -41,9 +42,9 @@ def small_network() -> Network:
     """A network with gates of channels and tiles, as `test_network.py` compiles it."""
     machine, constants = host_machine(), Constants()
     model = variants(traced("dstep", "uneven"), "stream", FRAMES, ("gated",))["gated"]
-    program = write_program(model, machine, constants, threads=4)
-    plan = program.plan()
-    return network(plan, list(program.kernels.values()), bytes(constants.file()), machine)
+    draft = write_draft(model, machine, constants, threads=4)
+    plan = place(draft).plan
+    return network(plan, list(draft.calls.kernels.values()), bytes(constants.file()), machine)
 
 
 NETWORKS = {"sample": sample_network, "network": small_network}

@@ -14,7 +14,7 @@ from native_networks import artifact, variants
 from oracle_check import FRAMES, traced
 
 from dvexport.targets.tvm.calls.memory import Buffer, Constants, Placement, lower_bound, place_buffers
-from dvexport.targets.tvm.calls.write import write_program
+from dvexport.targets.tvm.calls.write import write_draft
 from dvexport.targets.tvm.kernels.plane import Plane
 from dvexport.targets.tvm.plan import Space
 
@@ -151,7 +151,7 @@ def test_variants_share_weights():
     models = variants(traced("dstep", "uneven"), "stream", FRAMES)
     constants, sizes = Constants(), []
     for model in (models["gated"], models["forced"], models["dense"]):
-        write_program(model, host_machine(), constants)
+        write_draft(model, host_machine(), constants)
         sizes.append(len(constants.file()))
     assert sizes[1] < 1.01 * sizes[0]
     assert sizes[2] < 1.6 * sizes[0]

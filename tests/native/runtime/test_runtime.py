@@ -256,7 +256,7 @@ HEADER, PORT, CALL = 128, 80, 64
 PORTS = len(sample_plan().inputs) + len(sample_plan().outputs)
 CALLS_AT = HEADER + PORTS * PORT
 VARIANTS_AT = CALLS_AT + len(sample_plan().calls) * CALL
-ARGUMENTS_AT = VARIANTS_AT + 56 * sum(len(call.variants) for call in sample_plan().calls)
+ARGUMENTS_AT = VARIANTS_AT + 56 * sum(len(call.alternatives) for call in sample_plan().calls)
 
 
 def _set(offset: int, layout: str, *values: int | float):

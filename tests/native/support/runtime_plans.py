@@ -35,7 +35,7 @@ from dvexport.targets.tvm.kernels.bounds import (
     writes,
 )
 from dvexport.targets.tvm.machine.machine import Machine, machine_of
-from dvexport.targets.tvm.plan import COST_TERMS, Call, Place, Plan, Port, Space, Variant
+from dvexport.targets.tvm.plan import COST_TERMS, Alternative, Call, Place, Plan, Port, Space
 from dvexport.targets.tvm.plan_file import plan_bytes
 
 CHANNELS = 200
@@ -160,32 +160,37 @@ def sample_plan() -> Plan:
     before, after = Place(Space.BEFORE, 0, floats), Place(Space.AFTER, 0, floats)
     expensive, cheap = _cost(9000.0), _cost(100.0)
     calls = [
-        Call((Variant("relu", (x, shape, y)),), "layer1/relu"),
-        Call((Variant("add", (total, y, shape, total)),), "layer1/sum"),
-        Call((Variant("add", (y, y, shape, after)),), "layer2/keep"),
-        Call((Variant("add", (before, after, shape, double)),), "layer2/pair"),
-        Call((Variant("decide", (y, shape, rows, action, tiles)),), "gate/decide", "g"),
+        Call((Alternative("relu", (x, shape, y)),), "layer1/relu"),
+        Call((Alternative("add", (total, y, shape, total)),), "layer1/sum"),
+        Call((Alternative("add", (y, y, shape, after)),), "layer2/keep"),
+        Call((Alternative("add", (before, after, shape, double)),), "layer2/pair"),
+        Call((Alternative("decide", (y, shape, rows, action, tiles)),), "gate/decide", "g"),
         Call(
-            tuple(Variant(name, (y, rows, copied), _cost(*cost)) for name, cost in COSTS.items()),
+            tuple(Alternative(name, (y, rows, copied), _cost(*cost)) for name, cost in COSTS.items()),
             "gate/copy",
             "g",
             (rows, None, None),
         ),
         Call(
-            (Variant("copy_few", (y, rows, copied), expensive), Variant("copy_many", (y, rows, copied), cheap, only=7)),
+            (
+                Alternative("copy_few", (y, rows, copied), expensive),
+                Alternative("copy_many", (y, rows, copied), cheap, only=7),
+            ),
             "gate/exact",
             "g",
             (None, None, rows),
         ),
         Call(
-            tuple(Variant(name, (y, rows, copied), _cost(first, 0.0, *wait)) for name, (first, *wait) in WAITS.items()),
+            tuple(
+                Alternative(name, (y, rows, copied), _cost(first, 0.0, *wait)) for name, (first, *wait) in WAITS.items()
+            ),
             "gate/wait",
             "g",
             (None, rows, None),
         ),
-        Call((Variant("who", (ran[0],), expensive),), "who/expensive"),
-        Call((Variant("who", (ran[1],), cheap),), "who/cheap"),
-        Call((Variant("who_alone", (ran[2],)),), "who/alone"),
+        Call((Alternative("who", (ran[0],), expensive),), "who/expensive"),
+        Call((Alternative("who", (ran[1],), cheap),), "who/cheap"),
+        Call((Alternative("who_alone", (ran[2],)),), "who/alone"),
     ]
     outputs = [
         Port("y", "float32", (1, CHANNELS), y),
