@@ -45,11 +45,12 @@ def test_a_row_left_out_is_missed():
 
 
 def test_a_parametrized_test_has_every_pair():
-    values = {"lanes": [4, 8, 16], "size": [(1, 2), [3], 0, False], "kernel": [len, max]}
-    names, rows = every_pair(**values).args
-    assert names == ("lanes", "size", "kernel")
-    found = [tuple(map(repr, row)) for row in rows]
+    values = {"lanes": [4, 8, 16], "size, grid": [((1, 2), 3), ([4], 0), (5, False)], "kernel": [len, max]}
+    names, rows = every_pair(values).args
+    assert names == ["lanes", "size", "grid", "kernel"]
+    found = [(repr(lanes), repr((size, grid)), repr(kernel)) for lanes, size, grid, kernel in rows]
     assert every(found) == every(product(*(map(repr, column) for column in values.values())))
+    assert len(found) == 9
 
 
 def test_cases_of_the_oracle_have_every_pair():

@@ -7,9 +7,9 @@ meeting is the point of a test (a kernel's size and its algorithm, say) are one 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import combinations, product
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
@@ -50,9 +50,17 @@ def covering(rows: Iterable[T], columns: Callable[[T], Sequence[Hashable]] = tup
     return [every[index] for index in sorted(chosen)]
 
 
-def every_pair(**values: Iterable[object]) -> pytest.MarkDecorator:
-    """Parametrize a test by a covering set of the product of `values`."""
-    lists = [list(column) for column in values.values()]
-    rows = covering(product(*(range(len(column)) for column in lists)))
-    cases = [tuple(column[i] for column, i in zip(lists, row, strict=True)) for row in rows]
-    return pytest.mark.parametrize(tuple(values), cases)
+def every_pair(columns: Mapping[str, Iterable[Any]]) -> pytest.MarkDecorator:
+    """Parametrize a test by a covering set of the product of `columns`.
+
+    Args:
+        columns: values by the parameter's name; by several names ("size, grid"), tuples of values that belong together.
+    """
+    lists = [list(values) for values in columns.values()]
+    names = [name.split(", ") for name in columns]
+    cases = []
+    for places in covering(product(*(range(len(values)) for values in lists))):
+        chosen = [values[i] for values, i in zip(lists, places, strict=True)]
+        parts = [value if len(name) > 1 else (value,) for name, value in zip(names, chosen, strict=True)]
+        cases.append([value for part in parts for value in part])
+    return pytest.mark.parametrize([part for name in names for part in name], cases)
