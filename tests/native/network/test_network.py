@@ -173,7 +173,7 @@ def test_nothing_active_runs_no_gated_convolution(name):
     assert len(calls) >= 3 * 4  # three blocks; two convolutions, and twice what the first may owe
     least = len(calls) if name == "no tile active" else len(calls) - 3  # the second convolution is no policy's
     assert len(skipped) >= least
-    assert all(call.seconds < 1e-4 for call in skipped)
+    assert all(0 in call.counts for call in skipped)  # no row, no column or no pixel: there was nothing to compute
 
 
 @pytest.mark.slow
