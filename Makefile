@@ -37,10 +37,10 @@ demo: $(READY)
 	@echo "the page: $(abspath $(OUT)/report.html)"
 
 test: lint $(EMULATORS)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest -n 2 -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
 
 bench: $(READY) $(PEERS)/.ready
 	$(BIN)/python -m benchmarks --peer-python $(PEERS)/bin/python

@@ -13,6 +13,10 @@ from hypothesis import settings
 settings.register_profile("dvexport", max_examples=25, deadline=None, derandomize=True, database=None)
 settings.load_profile("dvexport")
 
-# What tests export is remembered as made here by a list of their own, not the user's.
-os.environ["DVEXPORT_STATE"] = tempfile.mkdtemp(prefix="dvexport-tests-")
-atexit.register(shutil.rmtree, os.environ["DVEXPORT_STATE"], ignore_errors=True)
+# One folder for a run: its processes share what tests export, and a list of their own of what was made here, not the
+# user's. The first process makes it; those that it starts find it in their environment.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    folder = tempfile.mkdtemp(prefix="dvexport-tests-")
+    os.environ["DVEXPORT_TESTS"] = folder
+    os.environ["DVEXPORT_STATE"] = os.path.join(folder, "state")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)

@@ -77,9 +77,10 @@ def profile(
 
     print_result(result)
     if json_file:
+        from dvexport.profile.advice import advise
         from dvexport.profile.result import write_json
 
-        write_json(result, json_file)
+        write_json(result, json_file, [advice.to_dict() for advice in advise(result)])
     if html_file:
         from dvexport.profile.clip import load_clip
         from dvexport.profile.report import write_html

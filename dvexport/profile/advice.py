@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from enum import StrEnum
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from dvexport.passes.lowerings import KERNELS
 from dvexport.profile.result import GateStats, GateStep, ProfileResult, StepTimes
 from dvexport.targets.registry import backend_of
 
-__all__ = ["Advice", "advise", "better_lowering", "decisions", "overhead_share"]
+__all__ = ["Advice", "AdviceKind", "advise", "better_lowering", "decisions", "overhead_share"]
 
 WIDE_SPREAD = 0.15
 """Interquartile range over median above which a median is not trusted."""
@@ -32,13 +33,56 @@ NAMED = 3
 _ORDER = {"warning": 0, "hint": 1, "info": 2}
 
 
+class AdviceKind(StrEnum):
+    """What a piece of advice is about; scripts read this, people its text."""
+
+    OTHER_PROCESSOR = "other-processor"
+    """Measured on another kind of processor than the bundle is made for."""
+    NO_DENSE = "no-dense"
+    SLOWER = "slower-than-dense"
+    """The whole gated artifact takes longer than the dense one."""
+    LITTLE_ARRIVES = "little-arrives"
+    """It is faster, but most of the speed-up that the decisions allow is lost."""
+    FORCED = "forced"
+    UNRELIABLE = "unreliable"
+    """Steps of equal work take unequal time."""
+    VARIED = "varied-work"
+    """Gated steps spread, dense ones do not."""
+    COSTLY = "gate-costs-more"
+    """A gate takes longer than the same layers in the dense artifact."""
+    LOSSY = "gate-saves-less"
+    """A gate saves time, but much less than its FLOPs allow."""
+    UNUSED = "saving-unused"
+    """The lowering of a gate computes what its decisions leave out."""
+    NEVER_SKIPS = "never-skips"
+    ALWAYS_SKIPS = "always-skips"
+    DECIDING = "deciding-costs"
+    """Policies, masks or the choice of tokens take a large share of a step."""
+    NOTHING = "nothing"
+    """Nothing stands out."""
+
+
 @dataclass(frozen=True)
 class Advice:
-    """One piece of advice: `severity` is `warning`, `hint` or `info`; `gate` None for the whole."""
+    """One piece of advice.
 
+    Attributes:
+        kind: what it is about.
+        severity: `warning`, `hint` or `info`.
+        gate: the gate that it is about; None: the whole, or several gates.
+        text: for people.
+        lowering: what the gate is proposed to be lowered as instead; None: nothing else.
+    """
+
+    kind: AdviceKind
     severity: str
     gate: str | None
     text: str
+    lowering: str | None = None
+
+    def to_dict(self) -> dict[str, str | None]:
+        """Return the JSON form."""
+        return asdict(self)
 
 
 Rule = Callable[[ProfileResult], Iterator[Advice]]
@@ -48,7 +92,7 @@ def advise(result: ProfileResult) -> list[Advice]:
     """Return the advice for `result`, the most severe first; never empty."""
     found = [advice for rule in _RULES for advice in rule(result)]
     if not any(advice.severity != "info" for advice in found):
-        found.append(Advice("info", None, "No gate costs more than it saves; nothing stands out."))
+        found.append(Advice(AdviceKind.NOTHING, "info", None, "No gate costs more than it saves; nothing stands out."))
     return sorted(found, key=lambda advice: _ORDER[advice.severity])
 
 
@@ -102,19 +146,29 @@ def _costly_gates(result: ProfileResult) -> Iterator[Advice]:
         if gate.median_ms is None or gate.dense_median_ms is None or gate.median_ms <= gate.dense_median_ms:
             continue
         loss = gate.median_ms - gate.dense_median_ms
+        better = _proposed(result, gate)
         yield Advice(
+            AdviceKind.COSTLY,
             "warning",
             gate.gate,
             f"The gate costs {loss:.2f} ms a frame more than it saves ({gate.median_ms:.2f} ms gated, "
             f"{gate.dense_median_ms:.2f} ms dense){_overhead_text(result, gate.gate)}. "
-            + _change(gate.lowering, better_lowering(result, gate)),
+            + _change(gate.lowering, better),
+            better,
         )
 
 
-def _change(present: str, better: str) -> str:
+def _proposed(result: ProfileResult, gate: GateStats) -> str | None:
+    """Return the lowering that would change something for the better, or None."""
+    better = better_lowering(result, gate)
+    same = better == gate.lowering or (gate.lowering in NOT_SAVING and better in NOT_SAVING)
+    return None if same else better
+
+
+def _change(present: str, better: str | None) -> str:
     if present == KERNELS:
         return "Its kernels follow every decision already: it pays on a larger layer, or with sparser decisions."
-    if better == present or (present in NOT_SAVING and better in NOT_SAVING):
+    if better is None:
         return (
             "No lowering of this target promises to be cheaper: it pays on a larger layer, or with sparser decisions."
         )
@@ -139,34 +193,42 @@ def _low_realisation(result: ProfileResult) -> Iterator[Advice]:
             losses.append((gate.median_ms - gate.dense_median_ms * gate.executed_fraction, gate))
     losses.sort(key=lambda pair: -pair[0])
     for loss, gate in losses[:NAMED]:
-        better = better_lowering(result, gate)
-        proposal = (
-            f" Its decisions are sparser for '{better}': measure that."
-            if better not in ("masked", gate.lowering)
-            else ""
-        )
+        better = _saving(result, gate)
+        proposal = "" if better is None else f" Its decisions are sparser for '{better}': measure that."
         yield Advice(
+            AdviceKind.LOSSY,
             "hint",
             gate.gate,
             f"Saves time, but {loss:.2f} ms a frame less than its FLOPs allow (realisation "
             f"{gate.realisation:.2f}{_overhead_text(result, gate.gate)}).{proposal}",
+            better,
         )
     if others := [gate.gate for _, gate in losses[NAMED:]]:
         loss = sum(loss for loss, _ in losses[NAMED:])
-        yield Advice("hint", None, f"The same holds, with {loss:.2f} ms in all, for {', '.join(others)}.")
+        yield Advice(
+            AdviceKind.LOSSY, "hint", None, f"The same holds, with {loss:.2f} ms in all, for {', '.join(others)}."
+        )
+
+
+def _saving(result: ProfileResult, gate: GateStats) -> str | None:
+    """Return another lowering that leaves something out, or None."""
+    better = better_lowering(result, gate)
+    return None if better in ("masked", gate.lowering) else better
 
 
 def _unused_savings(result: ProfileResult) -> Iterator[Advice]:
     """Gates that save FLOPs on paper while the lowering computes everything."""
     for gate in result.gates:
         if gate.lowering in NOT_SAVING and 0 < gate.executed_fraction < 0.4:
-            better = better_lowering(result, gate)
-            if better not in ("masked", gate.lowering):
+            better = _saving(result, gate)
+            if better is not None:
                 yield Advice(
+                    AdviceKind.UNUSED,
                     "hint",
                     gate.gate,
                     f"Only {gate.executed_fraction:.0%} of its FLOPs are needed, but the lowering "
                     f"'{gate.lowering}' executes them all ({gate.reason}). Measure it as '{better}'.",
+                    better,
                 )
 
 
@@ -179,6 +241,7 @@ def _constant_gates(result: ProfileResult) -> Iterator[Advice]:
         taken = decisions(result, gate.gate)
         if taken and all(s.compute == s.channels and s.tiles_active == s.tiles_total for s in taken):
             yield Advice(
+                AdviceKind.NEVER_SKIPS,
                 "hint",
                 gate.gate,
                 f"Never skips: all {frames} frames compute every channel and tile. Train it with a stronger "
@@ -186,6 +249,7 @@ def _constant_gates(result: ProfileResult) -> Iterator[Advice]:
             )
         if taken and all(s.compute + s.reuse == 0 or s.tiles_active == 0 for s in taken):
             yield Advice(
+                AdviceKind.ALWAYS_SKIPS,
                 "hint",
                 gate.gate,
                 f"Always skips: none of the {frames} frames computes anything. If other clips agree, the "
@@ -207,24 +271,28 @@ def _policy_total(result: ProfileResult) -> Iterator[Advice]:
             f"The gates' decisions (policy networks and masks) take {share}: a "
             "smaller hidden size or a shared policy would give most of that back."
         )
-    yield Advice("hint", None, text)
+    yield Advice(AdviceKind.DECIDING, "hint", None, text)
 
 
 def _whole(result: ProfileResult) -> Iterator[Advice]:
     if result.device.is_target is False:
         yield Advice(
+            AdviceKind.OTHER_PROCESSOR,
             "warning",
             None,
             f"The bundle is made for {result.target}, and this is another kind of processor: what is told here of "
             "times and lowerings does not hold there.",
         )
     if result.realisation is None:
-        yield Advice("info", None, "No dense artifact was measured: speed-up and realisation are unknown.")
+        yield Advice(
+            AdviceKind.NO_DENSE, "info", None, "No dense artifact was measured: speed-up and realisation are unknown."
+        )
     elif result.speedup is not None and result.speedup < 1:
         text = f"The gated artifact is slower than the dense one (speed-up {result.speedup:.2f}): {_remedy(result)}."
-        yield Advice("warning", None, text)
+        yield Advice(AdviceKind.SLOWER, "warning", None, text)
     elif result.realisation < LOW_REALISATION:
         yield Advice(
+            AdviceKind.LITTLE_ARRIVES,
             "warning",
             None,
             f"Only {result.realisation:.0%} of the speed-up that the decisions allow arrives "
@@ -232,6 +300,7 @@ def _whole(result: ProfileResult) -> Iterator[Advice]:
         )
     if result.forced:
         yield Advice(
+            AdviceKind.FORCED,
             "info",
             None,
             "Decisions were forced to random ones: the times are real, the predictions mean nothing.",
@@ -250,9 +319,10 @@ def _spread(result: ProfileResult) -> Iterator[Advice]:
     if result.whole_clip:
         machine = max(machine, result.gated, key=lambda times: times.spread)
     if machine.spread > WIDE_SPREAD:
-        yield Advice("warning", None, _unreliable(result, machine))
+        yield Advice(AdviceKind.UNRELIABLE, "warning", None, _unreliable(result, machine))
     elif result.gated.spread > WIDE_SPREAD:
         yield Advice(
+            AdviceKind.VARIED,
             "info",
             None,
             f"Gated steps spread by {result.gated.spread:.0%} while dense ones stay within "

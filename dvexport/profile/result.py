@@ -8,7 +8,7 @@ model and backend, the *FLOP ratio* that the gates' decisions would allow, and t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -330,9 +330,9 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def write_json(result: ProfileResult, path: str | Path) -> None:
-    """Write the JSON form; nothing half-written is left at `path`."""
-    text = json.dumps(result.to_dict(), indent=1) + "\n"
+def write_json(result: ProfileResult, path: str | Path, advice: Iterable[Mapping[str, Any]] = ()) -> None:
+    """Write the JSON form, with `advice` (`Advice.to_dict`) as its last key; nothing half-written is left at `path`."""
+    text = json.dumps(result.to_dict() | {"advice": list(advice)}, indent=1) + "\n"
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

@@ -1,3 +1,5 @@
+"""Bundles: what is written is read again, to the byte, and whatever was altered is refused."""
+
 import hashlib
 import json
 import stat

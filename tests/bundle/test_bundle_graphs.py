@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from bundles import small_bundle
+from bundles import shared, small_bundle
 from onnx import TensorProto, helper
 
 import dvexport
@@ -30,7 +29,8 @@ GRAPHS = ("model.onnx", "gate_level.onnx", "dense_level.onnx")
 @functools.cache
 def pruned() -> Bundle:
     """A transformer that drops tokens: three graphs, and weights in a file of their own."""
-    return dvexport.export("vit_small", settings=TINY, output=Path(tempfile.mkdtemp()) / "pruned.dvx")
+    made = shared("pruned.dvx", lambda path: dvexport.export("vit_small", settings=TINY, output=path))
+    return Bundle.open(made)
 
 
 def bundle_of(graph: str) -> Bundle:

@@ -10,70 +10,16 @@ import stat
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cache_folder import DATA, KEY, OTHER, WHOLE, Maker, as_root, ask, kept
 
-from dvexport.cli import main
 from dvexport.own_folder import refusal
 from dvexport.targets.tvm.build import cache, cache_files
 
-KEY, OTHER = "0" * 64, "1" * 64
-DATA = bytes(range(256)) * 8
 NOBODY = 65534
-
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files to another user, or mounts a small disk")
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
-    """A folder for the cache that does not exist yet, and a process that has said and seen nothing."""
-    tmp_path.chmod(0o755)
-    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
-    for name, nothing in (("_said", set()), ("_tidied", set()), ("_seen", {})):
-        monkeypatch.setattr(cache, name, nothing)
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A function that mounts a disk of 64 KiB, or none; unmounted afterwards."""
-    place = tmp_path / "disk"
-    place.mkdir()
-
-    def mount(*options: str) -> Path:
-        command = ["mount", "-t", "tmpfs", "-o", ",".join(["size=64k,mode=0700", *options]), "tmpfs", place]
-        if subprocess.run(command, capture_output=True, check=False).returncode:
-            pytest.skip("disks can't be mounted here")
-        return place
-
-    yield mount
-    subprocess.run(["umount", place], capture_output=True, check=False)
-
-
-class Maker:
-    """Makes the same bytes every time, and counts how often it is asked."""
-
-    def __init__(self, data: bytes = DATA) -> None:
-        self.data, self.calls = data, 0
-
-    def __call__(self) -> bytes:
-        self.calls += 1
-        return self.data
-
-
-def kept(folder: Path, key: str = KEY) -> Path:
-    return folder / "v2" / f"kernel-{key}"
-
-
-def ask(make: Maker, times: int = 1, key: str = KEY) -> int:
-    """Ask for an entry and return how often it was made."""
-    before = make.calls
-    for _ in range(times):
-        assert cache.cached("kernel", key, make) == make.data
-    return make.calls - before
 
 
 def notes(caplog) -> list[str]:
@@ -95,7 +41,6 @@ def flip(at: int):
     return lambda data: data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
-WHOLE = 56 + len(DATA)
 DAMAGES = {
     "empty": lambda data: b"",
     "of no head": lambda data: data[:20],
@@ -361,160 +306,6 @@ def test_without_a_home_nothing_is_made(folder, monkeypatch, tmp_path, caplog, h
     monkeypatch.setenv("HOME", str(tmp_path / home) if home else "relative")
     assert cache.cache_folder() is None
     assert "there is no home folder" in refused(folder, caplog)
-
-
-def test_older_formats_and_unfinished_entries_are_removed(folder):
-    now, old = time.time(), time.time() - 7200
-    mine = make_older(folder)
-    ask(Maker())
-    begun, killed, lost = (
-        folder / "v2" / name
-        for name in (f".kernel-{KEY}.{'0' * 16}", f".library-{KEY}.{'1' * 16}", f".zig-{KEY}.{'2' * 16}.d")
-    )
-    for path, at in ((begun, now), (killed, old)):
-        path.write_bytes(b"x")
-        os.utime(path, (at, at))
-    lost.mkdir()
-    (lost / "o").write_text("x")
-    os.utime(lost, (old, old))
-    cache._tidied.clear()
-    ask(Maker(), key=OTHER)
-    assert {path for path in folder.rglob("*") if not path.is_dir()} == {
-        *mine,
-        begun,
-        kept(folder),
-        kept(folder, OTHER),
-    }
-
-
-def make_older(folder: Path) -> list[Path]:
-    """Write entries as the first format had them, and return files beside them that are not its."""
-    mine = [folder / "kernels" / "notes.o", folder / "linked" / f"{KEY}.txt", folder / "mine" / f"{KEY}.o"]
-    for path in (*mine, folder / "kernels" / f"{KEY}.o", folder / "linked" / OTHER):
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
-        path.write_bytes(b"")
-    return mine
-
-
-def test_what_is_not_used_for_long_is_removed(folder):
-    ask(Maker())
-    ask(Maker(), key=OTHER)
-    days = 86400.0
-    for key, age in ((KEY, cache.KEPT_DAYS + 1), (OTHER, cache.KEPT_DAYS - 1)):
-        at = time.time() - age * days
-        os.utime(kept(folder, key), (at, at))
-    cache._tidied.clear()
-    ask(Maker(), key="2" * 64)
-    assert {entry.path.name[7] for entry in cache.entries()} == {"1", "2"}
-    assert ask(Maker(), key=OTHER) == 0
-    assert kept(folder, OTHER).stat().st_mtime > time.time() - days
-
-
-def test_of_too_much_the_longest_unused_is_removed(folder, monkeypatch):
-    for i in range(3):
-        ask(Maker(), key=str(i) * 64)
-        at = time.time() - 1000 + [0, 200, 100][i]
-        os.utime(kept(folder, str(i) * 64), (at, at))
-    monkeypatch.setattr(cache, "KEPT_BYTES", 2 * WHOLE)
-    cache._tidied.clear()
-    ask(Maker(), key="3" * 64)
-    assert {entry.path.name[7] for entry in cache.entries()} == {"1", "3"}
-
-
-def make_foreign(folder: Path) -> list[Path]:
-    """Put things that are not ours into a cache, some under names nearly ours."""
-    inner = folder / "v2"
-    (inner / f"library-{KEY}").mkdir()
-    (inner / f"zig-{OTHER}.e").mkdir()
-    (folder / "precious").write_text("mine")
-    link = inner / f"runner-{OTHER}"
-    link.symlink_to(folder / "precious")
-    names = [
-        folder / f"kernel-{KEY}", inner / "notes.txt", inner / f"kernel-{KEY}.bak", inner / f"kernels-{KEY}",
-        inner / f"kernel-{KEY[1:]}", inner / f".kernel-{KEY}", inner / f"library-{KEY}" / "x",
-        inner / f"zig-{OTHER}.e" / "o",
-    ]  # fmt: skip
-    for path in names:
-        path.write_text("mine")
-    return [*names, link, folder / "precious", *make_older(folder)]
-
-
-def test_clear_removes_what_is_ours_and_nothing_else(folder):
-    ask(Maker())
-    ask(Maker(), key=OTHER)
-    mine = make_foreign(folder)
-    (folder / "v2" / f".kernel-{KEY}.{'0' * 16}").write_bytes(b"")
-    tree = folder / "v2" / f"zig-{KEY}.d" / "o"
-    tree.mkdir(parents=True)
-    (tree / "libc.a").write_bytes(b"x")
-    removed = cache.clear()
-    assert sorted(entry.kind for entry in removed) == ["kernel", "kernel", "older", "older", "unfinished", "unfinished"]
-    assert sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()) == sorted(mine)
-    assert ask(Maker(), times=2) == 1
-
-
-def test_empty_folders_of_others_stay(folder):
-    for name in ("kernels", "linked"):
-        (folder / name).mkdir(mode=0o700, parents=True)
-    folder.chmod(0o700)
-    ask(Maker())
-    assert [entry.kind for entry in cache.clear()] == ["kernel"]
-    assert sorted(path.name for path in folder.iterdir()) == ["kernels", "linked"]
-
-
-def test_clear_of_an_empty_or_missing_cache(folder):
-    assert cache.clear() == []
-    ask(Maker())
-    assert len(cache.clear()) == 1
-    assert list(folder.iterdir()) == []
-
-
-def call(capsys, *args: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as left:
-        main(["cache", *args])
-    out, err = capsys.readouterr()
-    return left.value.code, out, err
-
-
-def test_the_command(folder, capsys):
-    code, out, err = call(capsys)
-    assert (code, err) == (0, "")
-    assert out.splitlines()[:3] == [f"folder   {folder}", "entries  0", "size     0 B"]
-    assert not folder.exists()
-    ask(Maker())
-    _, out, _ = call(capsys)
-    assert f"entries     1 (1 kernel)\nsize        {WHOLE / 1024:.1f} KiB\n" in out
-    _, out, _ = call(capsys, "--json")
-    one = {"entries": 1, "bytes": WHOLE}
-    assert json.loads(out) == {"folder": str(folder), "trouble": None, **one, "kinds": {"kernel": one}}
-    code, out, _ = call(capsys, "clear", "--json")
-    assert (code, json.loads(out)["entries"]) == (0, 1)
-    assert call(capsys, "clear")[1] == f"removed 0 entries, 0 B, from {folder}\n"
-
-
-def test_the_command_says_what_is_wrong(folder, capsys):
-    ask(Maker())
-    folder.chmod(0o777)
-    code, out, _ = call(capsys)
-    assert code == 0
-    assert f"not used  others may write to {folder} " in out
-    assert "others may write" in json.loads(call(capsys, "--json")[1])["trouble"]
-    code, out, err = call(capsys, "clear")
-    assert (code, out) == (3, "")
-    assert f"nothing is removed\n  where: {folder}\n  why: others may write to" in err
-    assert kept(folder).exists()
-    assert call(capsys, "claer")[::2] == (2, "error: unknown action 'claer'\n  try: did you mean clear?\n")
-
-
-@as_root
-def test_the_command_names_what_can_not_be_removed(folder, small_disk, monkeypatch, capsys):
-    disk = small_disk()
-    monkeypatch.setenv(cache.VARIABLE, str(disk / "cache"))
-    ask(Maker())
-    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-    code, _, err = call(capsys, "clear")
-    assert code == 3
-    assert f"can't be cleared whole\n  where: {kept(disk / 'cache')}\n  why: Read-only file system" in err
 
 
 def test_the_names_of_kinds_are_told_apart():

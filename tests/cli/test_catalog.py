@@ -1,3 +1,5 @@
+"""The catalogue of targets: its entries, the host's own, and files of a user that say something wrong."""
+
 import dataclasses
 import tomllib
 from pathlib import Path

@@ -1,38 +1,25 @@
+"""The command line: help, wrong use, lists, and what it prints; `test_commands` has the work on bundles."""
+
+from __future__ import annotations
+
 import dataclasses
 import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
-import numpy as np
 import pytest
 from sample_bundle import FILES, make_manifest
 
 from dvexport.bundle.archive import write_bundle
 from dvexport.bundle.manifest import ModelEntry
-from dvexport.cli import main
 from dvexport.cli.export import origin_lines
 from dvexport.cli.options import parse_force, parse_pairs
 from dvexport.cli.output import checklist, file_size, print_table
-from dvexport.errors import CheckpointError, UsageError
+from dvexport.errors import UsageError
 
 HEAVY = ("torch", "onnx", "onnxruntime", "onnx_ir", "numpy", "pydantic", "rich", "av", "matplotlib")
-
-
-@pytest.fixture
-def call(capsys):
-    """Return a function that runs the command line and returns exit code, output and error text."""
-
-    def run(*args):
-        with pytest.raises(SystemExit) as left:
-            main([str(arg) for arg in args])
-        out, err = capsys.readouterr()
-        return left.value.code, out, err
-
-    return run
 
 
 @pytest.fixture
@@ -40,40 +27,14 @@ def bundle(tmp_path):
     return write_bundle(tmp_path / "a.dvx", make_manifest(), FILES).path
 
 
-@pytest.fixture
-def provide(monkeypatch):
-    """Return a function that puts `function` in place of a stage's work, and records its arguments."""
-
-    def put(module, name, result):
-        calls = []
-
-        def work(*args, **kwargs):
-            calls.append((args, kwargs))
-            if isinstance(result, Exception):
-                raise result
-            return result
-
-        stand_in = ModuleType(module)
-        setattr(stand_in, name, work)
-        monkeypatch.setitem(sys.modules, module, stand_in)
-        return calls
-
-    return put
-
-
-def test_help_is_fast_and_imports_nothing_heavy():
+def test_help_imports_nothing_heavy():
     code = (
         "import sys; from dvexport.cli import main\n"
         "try: main(['--help'])\n"
         f"except SystemExit: print(sorted(set(sys.modules) & set({HEAVY!r})))"
     )
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        times.append(time.perf_counter() - start)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-    assert min(times) < 0.5
     for command in ("models", "targets", "export", "inspect", "verify", "run", "profile", "tune", "train", "cache"):
         assert f"\n  {command} " in done.stdout
 
@@ -154,13 +115,6 @@ def test_version(call):
     assert out.startswith("dvexport, version ")
 
 
-def test_a_device_that_this_release_has_not(call, bundle):
-    code, _, err = call("profile", bundle, "--device", "adb:123")
-    assert code == 3
-    assert "'adb:123' is not available in this release" in err
-    assert "--device local" in err
-
-
 def test_targets(call):
     code, out, _ = call("targets")
     assert code == 0
@@ -212,36 +166,6 @@ def test_inspect_refuses_an_altered_bundle(call, bundle):
     assert err.startswith("error: the bundle is damaged")
 
 
-def test_export_hands_on_its_options(call, provide, bundle, tmp_path):
-    from dvexport.bundle.archive import Bundle
-
-    calls = provide("dvexport.export", "export", Bundle.open(bundle))
-    code, out, _ = call(
-        *("export", "dstep_resnet18", "--checkpoint", "w.pt", "--set", "frames=16", "--set", "shift=none"),
-        *("--target", "rk3588", "--mode", "clip", "--lowering", "layer1.0=tiles", "-o", tmp_path / "o.dvx"),
-        *("--calibrate", "v.mp4", "--assume-defaults"),
-    )
-    assert code == 0
-    ((args, kwargs),) = calls
-    assert args == ("dstep_resnet18",)
-    assert callable(kwargs.pop("progress"))
-    assert {
-        key: str(value) if key in ("checkpoint", "calibrate", "output") else value for key, value in kwargs.items()
-    } == {
-        "checkpoint": "w.pt",
-        "settings": {"frames": "16", "shift": "none"},
-        "assume_defaults": True,
-        "target": "rk3588",
-        "backend": "onnx",
-        "mode": "clip",
-        "lowering": {"layer1.0": "tiles"},
-        "calibrate": "v.mp4",
-        "output": str(tmp_path / "o.dvx"),
-    }
-    assert "gates: 1 tiles" in out
-    assert f"next: dvexport verify {tmp_path / 'o.dvx'}" in out
-
-
 def test_where_options_come_from_is_told():
     assert origin_lines(ModelEntry(name="m", settings={"shift": "none"})) == []  # nothing was imported
     entry = ModelEntry(name="m", settings={"shift": "none"}, inferred={"depth": 18}, assumed={"size": [224, 224]})
@@ -250,78 +174,6 @@ def test_where_options_come_from_is_told():
         "given: shift=none",
         "assumed: size=224x224  (nothing tells it; overrule with --set)",
     ]
-
-
-def test_export_leaves_nothing_behind_when_it_fails(call, provide, tmp_path):
-    provide("dvexport.export", "export", CheckpointError("truncated", where="w.pt"))
-    code, out, err = call("export", "m", "-o", tmp_path / "o.dvx")
-    assert (code, out) == (2, "")
-    assert err == "error: truncated\n  where: w.pt\n"
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_verify(call, provide, bundle):
-    rows = [("largest difference", 3.0e-7, 1e-5, True), ("decisions", "128 of 128", None, True)]
-    report = SimpleNamespace(rows=rows, ok=True, notes=(), gates=(), to_dict=lambda: {"ok": True})
-    calls = provide("dvexport.verify", "verify", report)
-    code, out, err = call("verify", bundle, "--clip", "v.mp4")
-    assert code == 0
-    assert out.splitlines()[1].split() == ["largest", "difference", "3e-07", "1e-05", "ok"]
-    assert "check the bundle's files\n" in err
-    assert str(calls[0][1]["clip"]) == "v.mp4"
-    assert calls[0][1]["checkpoint"] is None
-    code, out, _ = call("verify", bundle, "--json")
-    assert json.loads(out) == {"ok": True}
-
-
-def test_a_failed_verify_exits_with_1(call, provide, bundle):
-    rows = [("largest difference", 0.5, 1e-5, False), ("decisions", 3, 3, True)]
-    provide("dvexport.verify", "verify", SimpleNamespace(rows=rows, ok=False, notes=("no stream",), gates=()))
-    code, out, err = call("verify", bundle)
-    assert code == 1
-    assert "FAILED" in out and "note: no stream\n" in out
-    assert "error: 1 of 2 checks failed\n  where: largest difference" in err
-
-
-def test_run(call, provide, bundle):
-    result = SimpleNamespace(top=[("left", 0.875), ("up", 0.125)], to_dict=lambda: {"top": [["left", 0.875]]})
-    calls = provide("dvexport.run.run", "run", result)
-    code, out, _ = call("run", bundle, "--clip", "v.mp4", "--threads", "2")
-    assert code == 0
-    assert [line.split() for line in out.splitlines()] == [
-        ["probability", "class"],
-        ["87.50%", "left"],
-        ["12.50%", "up"],
-    ]
-    assert [str(arg) for arg in calls[0][0][1:]] == ["v.mp4", "2"]
-    code, out, _ = call("run", bundle, "--clip", "v.mp4", "--json")
-    assert json.loads(out)["top"] == [["left", 0.875]]
-
-
-def test_train_hands_on_its_options(call, provide, tmp_path):
-    calls = provide("dvexport.models.training.train", "train", None)
-    code, _, _ = call("train", "tsn_motion", "-o", tmp_path, "--restart", "--epochs", "3")
-    assert code == 0
-    ((args, kwargs),) = calls
-    assert args == ("tsn_motion",)
-    assert callable(kwargs.pop("progress"))
-    assert kwargs == {"output": tmp_path, "resume": False, "device": None, "epochs": 3}
-
-
-def test_figures_that_are_off_exit_with_1(call, provide, monkeypatch):
-    import dvexport.models
-
-    found = [SimpleNamespace(name="parameters", ok=True), SimpleNamespace(name="GMACs", ok=False)]
-    provide("dvexport.models.figures", "figures", found)
-    stand_in = sys.modules["dvexport.models.figures"]
-    rows = [("figure", "computed", "published", "difference", "", "why")]
-    rows += [(f.name, "1", "1", "0 %", "ok" if f.ok else "OFF", "") for f in found]
-    stand_in.table = lambda _found: rows
-    monkeypatch.setattr(dvexport.models, "figures", stand_in, raising=False)
-    code, out, err = call("models", "--figures", "--json")
-    assert code == 1
-    assert [row["ok"] for row in json.loads(out)] == [True, False]
-    assert "error: 1 of 2 figures are off\n  where: GMACs" in err
 
 
 def test_pairs_and_rates():
@@ -373,39 +225,6 @@ def test_file_sizes():
         "5.0 MiB",
         "3072.0 GiB",
     ]
-
-
-def test_profile_writes_what_was_asked_for(call, monkeypatch, bundle, tmp_path):
-    import dvexport.profile
-    from dvexport.profile import report, report_text, result, trace_events
-    from dvexport.video.clips import write_clip
-
-    write_clip(tmp_path / "v.mp4", np.zeros((5, 64, 64, 3), np.uint8), 12.5)
-    calls, pages = [], []
-    measured = SimpleNamespace(whole_clip=False, steps=[0] * 3, tokens=[])
-    monkeypatch.setattr(
-        dvexport.profile, "profile", lambda *args, **kwargs: calls.append(kwargs) or measured, raising=False
-    )
-    monkeypatch.setattr(report_text, "print_result", lambda _result: print("the table"))
-    monkeypatch.setattr(result, "write_json", lambda _result, path: path.write_text("{}"))
-    monkeypatch.setattr(report, "write_html", lambda _result, _path, frames: pages.append(frames.shape))
-    monkeypatch.setattr(trace_events, "write_trace", lambda _result, path: path.write_text("[]"))
-    code, out, _ = call(
-        *("profile", bundle, "--clip", tmp_path / "v.mp4", "--force", "tiles=0.5", "--runs", "2"),
-        *("--json", tmp_path / "p.json", "--html", tmp_path / "p.html", "--trace", tmp_path / "p.trace"),
-    )
-    assert code == 0
-    assert calls[0]["force"] == {"tiles": 0.5}
-    assert (calls[0]["runs"], calls[0]["warmup_s"], calls[0]["threads"], calls[0]["device"]) == (
-        2,
-        1.0,
-        1,
-        "local",
-    )
-    assert pages == [(3, 64, 64, 3)]
-    assert (tmp_path / "p.json").read_text() == "{}"
-    assert out.splitlines()[0] == "the table"
-    assert f"wrote {tmp_path / 'p.trace'}" in out
 
 
 def test_tune_writes_a_target_file(call, tmp_path, monkeypatch):

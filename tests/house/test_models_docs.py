@@ -1,3 +1,5 @@
+"""The model that docs/adding-a-model.md writes works as it says."""
+
 import re
 import sys
 from pathlib import Path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,7 @@ REGISTRY_HOSTS = re.compile(
 )
 
 MOST_LINES = 450
+MOST_FILES = 20
 
 
 def _tracked() -> list[Path]:
@@ -92,6 +94,23 @@ def test_a_module_says_what_it_is_and_what_it_offers(path):
     assigned = {t.id for n in tree.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
     assert path.name in ("__init__.py", "__main__.py") or "__all__" in assigned, "no __all__"
     assert len(path.read_text(encoding="utf-8").splitlines()) < MOST_LINES, "look for the second idea in it"
+
+
+TESTS = [path for folder in ("tests", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", TESTS, ids=_name)
+def test_a_module_of_tests_says_what_it_shows_and_is_short(path):
+    text = path.read_text(encoding="utf-8")
+    assert not text or ast.get_docstring(ast.parse(text)), "no docstring"
+    assert len(text.splitlines()) < MOST_LINES, "look for the second idea in it"
+
+
+def test_no_folder_is_a_crowd():
+    """Of so many files side by side some belong together; of passes each is a file."""
+    folders = Counter(path.parent for path in [*_modules(), *TESTS])
+    assert {name: count for name, count in folders.items() if count > MOST_FILES and name.name != "passes"} == {}
+    assert len(folders) > 30
 
 
 def test_what_tests_share_is_in_no_test_module():

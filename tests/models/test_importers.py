@@ -1,3 +1,5 @@
+"""Checkpoints in the layouts of their authors: read whole, or refused with what is wrong."""
+
 import os
 import pickle
 

@@ -1,3 +1,5 @@
+"""MobileNetV2 with shifts, online and over a whole clip, against its equations."""
+
 import pytest
 import torch
 from models_reference import mobilenet_offline, mobilenet_online_step, randomize_norms

@@ -1,3 +1,5 @@
+"""Gated ResNets against their equations, and what they export."""
+
 import copy
 
 import pytest

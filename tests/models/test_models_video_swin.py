@@ -1,3 +1,5 @@
+"""Video Swin against its official equations, pruned and not."""
+
 import itertools
 import math
 

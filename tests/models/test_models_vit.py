@@ -1,3 +1,5 @@
+"""ViT for videos against its official equations."""
+
 import math
 
 import pytest

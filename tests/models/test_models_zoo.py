@@ -1,3 +1,5 @@
+"""The zoo: names, settings, weights, and the errors of those who ask for what is not there."""
+
 import dataclasses
 import subprocess
 import sys

@@ -1,3 +1,5 @@
+"""Pruning of tokens by STA: what it drops, against a literal reading of its description."""
+
 import copy
 import math
 

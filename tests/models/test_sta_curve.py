@@ -32,6 +32,7 @@ def point(method, r, ms, accuracy):
     return Point(method, r, 10, 0.1, accuracy, 0, time, 1.0)
 
 
+@pytest.mark.slow
 def test_points_are_those_of_the_models(tmp_path, monkeypatch):
     monkeypatch.setitem(SPLITS, "validation", 24)
     recipe = tmp_path / "tiny.toml"

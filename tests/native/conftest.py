@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-FAST = ("test_lists.py", "test_memory.py")
-"""Those that compile next to nothing."""
+from one_of_each import FAST, ONE_OF_EACH
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test of this folder as slow but those of `FAST`."""
-    here = Path(__file__).parent
+    """Mark every test of this folder as slow, but those of `FAST` and the first case of each of `ONE_OF_EACH`."""
+    here, begun = Path(__file__).parent, set()
     for item in items:
-        if here in item.path.parents and item.path.name not in FAST:
+        if here not in item.path.parents or item.path.name in FAST:
+            continue
+        test = item.path.name, getattr(item, "originalname", item.name)
+        if test not in ONE_OF_EACH.values() or test in begun:
             item.add_marker(pytest.mark.slow)
+        begun.add(test)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from sample_profile import make_result
 
 from dvexport.passes.lowerings import KERNELS
-from dvexport.profile.advice import advise, better_lowering, overhead_share
+from dvexport.profile.advice import Advice, AdviceKind, advise, better_lowering, overhead_share
 from dvexport.profile.result import (
     GateStep,
     NodeTime,
     ProfileResult,
     StepTimes,
+    read_json,
+    write_json,
 )
+from dvexport.targets.registry import backend_of
 
 
 @pytest.fixture(scope="module")
@@ -23,59 +28,63 @@ def result() -> ProfileResult:
     return make_result()
 
 
-def _texts(result: ProfileResult, gate: str | None) -> str:
-    return " ".join(advice.text for advice in advise(result) if advice.gate == gate)
+def _kinds(result: ProfileResult, gate: str | None) -> set[AdviceKind]:
+    return {advice.kind for advice in advise(result) if advice.gate == gate}
+
+
+def _advice(result: ProfileResult, kind: AdviceKind) -> Advice:
+    """The only advice of a kind."""
+    (found,) = (advice for advice in advise(result) if advice.kind is kind)
+    return found
 
 
 def test_advice_names_the_gate_that_costs_more_than_it_saves(result: ProfileResult) -> None:
-    advice = advise(result)
-    costly = [item for item in advice if "costs" in item.text]
-    assert [item.gate for item in costly] == ["layer4.1"]
-    assert "0.26 ms" in costly[0].text
-    assert "'masked' in place of 'tiles'" in costly[0].text  # its channels are denser than its tiles
-    assert "38% of its time decides and moves data" in costly[0].text
-    assert advice[0].severity == "warning"
+    costly = _advice(result, AdviceKind.COSTLY)
+    assert costly.gate == "layer4.1"
+    assert costly.lowering == "masked"  # in place of 'tiles': its channels are denser than its tiles
+    (gate,) = (gate for gate in result.gates if gate.gate == "layer4.1")
+    assert gate.median_ms is not None and gate.dense_median_ms is not None
+    assert f"{gate.median_ms - gate.dense_median_ms:.2f} ms" in costly.text
+    assert overhead_share(result, "layer4.1") == pytest.approx(0.38, abs=0.005)
+    assert costly.severity == advise(result)[0].severity == "warning"
 
 
 def test_a_gate_of_kernels_has_no_lowering_to_change(result: ProfileResult) -> None:
     slow = replace(result.gates[0], lowering=KERNELS, median_ms=2.0, dense_median_ms=1.0)
-    text = _texts(replace(result, gates=[slow], backend="tvm"), slow.gate)
-    assert "1.00 ms a frame more than it saves" in text
-    assert "kernels follow every decision already" in text
-    assert "lowering" not in text
+    advice = _advice(replace(result, gates=[slow], backend="tvm"), AdviceKind.COSTLY)
+    assert (advice.gate, advice.lowering) == (slow.gate, None)
+    assert "lowering" not in advice.text
 
 
-@pytest.mark.parametrize(
-    ("change", "remedy"),
-    [
-        ({}, "--backend tvm"),
-        ({"backend": "tvm"}, "train sparser decisions"),
-        ({"gates": [], "tokens": [None]}, "drop more tokens"),
-    ],
-)
-def test_advice_where_the_gated_artifact_is_slower(result: ProfileResult, change: dict, remedy: str) -> None:
-    assert "is slower than" not in _texts(result, None)
+@pytest.mark.parametrize("change", [{}, {"backend": "tvm"}, {"gates": [], "tokens": [None]}])
+def test_advice_where_the_gated_artifact_is_slower(result: ProfileResult, change: dict) -> None:
+    assert AdviceKind.SLOWER not in _kinds(result, None)
     slower = replace(result, gated=result.dense, dense=result.gated, **change)
     assert slower.speedup is not None and slower.speedup < 1
-    assert f"{slower.speedup:.2f}): {remedy}" in _texts(slower, None).replace("try ", "")
+    remedy = "drop more tokens" if "tokens" in change else backend_of(slower.backend).remedy
+    assert remedy in _advice(slower, AdviceKind.SLOWER).text
+
+
+def test_the_remedy_is_the_backends() -> None:
+    assert backend_of("onnx").remedy != backend_of("tvm").remedy
 
 
 def test_advice_names_the_worst_gates_and_sums_up_the_rest(result: ProfileResult) -> None:
-    low = [item for item in advise(result) if item.gate and "less than its FLOPs allow" in item.text]
+    low = [item for item in advise(result) if item.kind is AdviceKind.LOSSY]
     kept = [gate for gate in result.gates if gate.gate != "layer4.1"]
-    worst = sorted(kept, key=lambda gate: gate.executed_fraction)[:3]
-    assert [item.gate for item in low] == [gate.gate for gate in worst]
-    rest = next(item for item in advise(result) if "The same holds" in item.text)
-    assert rest.text.count("layer") == 4
+    worst = sorted(kept, key=lambda gate: gate.executed_fraction)
+    assert [item.gate for item in low] == [*(gate.gate for gate in worst[:3]), None]
+    assert [gate.gate for gate in worst[3:] if gate.gate not in low[-1].text] == []
+    assert len(worst) == 7
 
 
 def test_advice_on_flops_that_the_lowering_does_not_save(result: ProfileResult) -> None:
     gate = replace(result.gates[0], lowering="masked", reason="above break-even", median_ms=1.4)
-    text = _texts(replace(result, gates=[gate]), gate.gate)
-    assert "executes them all (above break-even)" in text
-    assert "'tiles'" in text
+    unused = _advice(replace(result, gates=[gate]), AdviceKind.UNUSED)
+    assert (unused.gate, unused.lowering) == (gate.gate, "tiles")
+    assert gate.reason in unused.text
     slower = replace(gate, median_ms=1.6)
-    assert "--lowering GATE=tiles" in _texts(replace(result, gates=[slower]), gate.gate)
+    assert _advice(replace(result, gates=[slower]), AdviceKind.COSTLY).lowering == "tiles"
 
 
 def test_better_lowering_follows_the_sparser_unit(result: ProfileResult) -> None:
@@ -100,10 +109,10 @@ def test_advice_on_gates_that_never_or_always_skip(result: ProfileResult) -> Non
     taken["layer2.0"] = GateStep(0, 0, 128, 0, 49)
     steps = [replace(step, gates=step.gates | taken) for step in result.steps]
     constant = replace(result, steps=steps)
-    assert "Never skips" in _texts(constant, "layer1.0")
-    assert "Always skips" not in _texts(constant, "layer1.1")  # it reuses
-    assert "Always skips" in _texts(constant, "layer2.0")
-    assert "Never skips" not in _texts(replace(constant, forced={"tiles": 1.0}), "layer1.0")
+    assert AdviceKind.NEVER_SKIPS in _kinds(constant, "layer1.0")
+    assert AdviceKind.ALWAYS_SKIPS not in _kinds(constant, "layer1.1")  # it reuses
+    assert AdviceKind.ALWAYS_SKIPS in _kinds(constant, "layer2.0")
+    assert AdviceKind.NEVER_SKIPS not in _kinds(replace(constant, forced={"tiles": 1.0}), "layer1.0")
 
 
 def test_advice_on_a_measurement_that_is_not_reliable(result: ProfileResult) -> None:
@@ -112,17 +121,16 @@ def test_advice_on_a_measurement_that_is_not_reliable(result: ProfileResult) -> 
         dense=StepTimes(np.random.default_rng(1).uniform(8, 20, 200).tolist()),
         device=replace(result.device, governor="powersave", threads=4),
     )
-    text = _texts(noisy, None)
-    assert "not reliable" in text
+    text = _advice(noisy, AdviceKind.UNRELIABLE).text
     assert "'powersave'" in text
     assert "4 threads run on 4 cores" in text
-    assert "not reliable" not in _texts(result, None)
+    assert AdviceKind.UNRELIABLE not in _kinds(result, None)
 
 
 def test_advice_on_slow_and_low_realisation(result: ProfileResult) -> None:
-    assert "slower than the dense" in _texts(replace(result, dense=StepTimes([3.0] * 9)), None)
+    assert AdviceKind.SLOWER in _kinds(replace(result, dense=StepTimes([3.0] * 9)), None)
     low = replace(result, dense=StepTimes([result.gated.median * 1.1] * 9))
-    assert "of the speed-up that the decisions allow arrives" in _texts(low, None)
+    assert AdviceKind.LITTLE_ARRIVES in _kinds(low, None)
 
 
 def test_overhead_share_leaves_control_nodes_out(result: ProfileResult) -> None:
@@ -139,5 +147,16 @@ def test_overhead_share_leaves_control_nodes_out(result: ProfileResult) -> None:
 def test_advice_always_says_something(result: ProfileResult) -> None:
     ideal = result.gated.median * (result.flop_ratio or 0)
     good = replace(result, gates=[], nodes=[], dense=StepTimes([ideal] * 9))
-    assert any("nothing stands out" in advice.text for advice in advise(good))
+    assert [advice.kind for advice in advise(good) if advice.kind is AdviceKind.NOTHING] == [AdviceKind.NOTHING]
     assert all(advice.severity == "info" for advice in advise(good))
+
+
+def test_advice_goes_into_json_by_kind(result: ProfileResult, tmp_path: Path) -> None:
+    advice = advise(result)
+    write_json(result, tmp_path / "p.json", [one.to_dict() for one in advice])
+    found = json.loads((tmp_path / "p.json").read_text())["advice"]
+    assert [(one["kind"], one["gate"], one["lowering"]) for one in found] == [
+        (one.kind.value, one.gate, one.lowering) for one in advice
+    ]
+    assert ("gate-costs-more", "layer4.1", "masked") in {(one["kind"], one["gate"], one["lowering"]) for one in found}
+    assert advise(read_json(tmp_path / "p.json")) == advice

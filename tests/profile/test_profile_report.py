@@ -12,7 +12,7 @@ import pytest
 from sample_profile import FRAMES, GATE_MACS, NAMES, STEM_MACS, make_frames, make_result
 
 from dvexport.errors import UsageError
-from dvexport.profile.advice import advise
+from dvexport.profile.advice import AdviceKind, advise
 from dvexport.profile.figures_svg import action_strip, nice_ticks, tile_strip
 from dvexport.profile.masks_svg import mask_over_frame, mean_mask, shown_frames
 from dvexport.profile.report import render_html, write_html
@@ -90,7 +90,7 @@ def test_without_dense_the_ratios_are_unknown(result: ProfileResult) -> None:
     assert alone.realisation is None
     assert alone.flop_ratio == result.flop_ratio
     assert "dense not measured" in render_html(alone)
-    assert any("No dense artifact" in advice.text for advice in advise(alone))
+    assert any(advice.kind is AdviceKind.NO_DENSE for advice in advise(alone))
 
 
 def test_json_round_trip(result: ProfileResult, tmp_path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from oracle_check import (
     Case,
     assert_agrees,
     cases,
+    covering_cases,
     lowered,
     net_of,
     pattern,
@@ -32,17 +34,27 @@ from dvexport.passes.pipeline import Request
 from dvexport.targets.onnx.passes import lower
 
 CASES = cases()
+COVERING = covering_cases()
+"""Every two values of kind, size, lowering, mode and compactness meet in one of these; the others are slow tests."""
 GATES = 3
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("name", PATTERNS)
-def test_pattern(case, name):
-    assert_agrees(case, pattern(case.kind, case.size, name))
+def every_case(wanted: Callable[[Case], bool]) -> pytest.MarkDecorator:
+    """Parametrize by the cases that are `wanted`; those that are not of the covering set are slow."""
+    chosen = [case for case in CASES if wanted(case)]
+    marked = [case if case in COVERING else pytest.param(case, marks=pytest.mark.slow) for case in chosen]
+    return pytest.mark.parametrize("case", marked, ids=str)
+
+
+@every_case(lambda case: True)
+def test_patterns(case):
+    """Every pattern, each from a reset: one session is enough for all."""
+    for name in PATTERNS:
+        assert_agrees(case, pattern(case.kind, case.size, name), about=name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [c for c in CASES if c.kind != "plain_reader"], ids=str)  # AdaFuse again, once lowered
+@pytest.mark.parametrize("case", [c for c in COVERING if c.kind != "plain_reader"], ids=str)  # AdaFuse once lowered
 def test_random_decisions(case):
     @given(seed=st.integers(0, 2**16), share=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]))
     def agrees(seed, share):
@@ -51,7 +63,7 @@ def test_random_decisions(case):
     agrees()
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.lowering not in ("masked", "mixed")], ids=str)
+@every_case(lambda case: case.lowering not in ("masked", "mixed"))
 def test_the_lowering_meant_is_the_one_tested(case):
     count = Counter(choice.lowering for choice in lowered(case).choices)
     # F(4,3) needs cells of 4 pixels, which only the first gate's plane has; a bottleneck's stride leaves one gate
@@ -60,14 +72,14 @@ def test_the_lowering_meant_is_the_one_tested(case):
     assert count[case.lowering] >= least
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.compact and c.kind != "tiles"], ids=str)
+@every_case(lambda case: case.compact and case.kind != "tiles")
 def test_compact_merges_scatter_less(case):
     plane = Case(case.kind, case.size, case.lowering, case.mode)
     count = [Counter(node.op_type for node in lowered(c).model.graph.all_nodes()) for c in (case, plane)]
     assert count[0]["ScatterElements"] >= GATES > count[1]["ScatterElements"]
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.compact and c.mode == "stream" and c.kind == "dstep"], ids=str)
+@every_case(lambda case: case.compact and case.mode == "stream" and case.kind == "dstep")
 def test_compact_streams_are_updated_in_place(case):
     kept = {state.name for state in states_of(lowered(case).model) if state.in_place}
     assert kept == {"layer1.0.v", "layer2.0.v", "layer2.1.v"}

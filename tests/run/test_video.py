@@ -1,3 +1,5 @@
+"""Videos: which frames of a file a clip holds, and what becomes of them on the way to the model."""
+
 from fractions import Fraction
 
 import av

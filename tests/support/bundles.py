@@ -1,11 +1,11 @@
-"""Small models, and bundles of them made once for all tests of a process."""
+"""Small models, and bundles of them made once for all tests of a run, whose processes share them."""
 
 from __future__ import annotations
 
-import atexit
+import fcntl
 import functools
-import shutil
-import tempfile
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -32,17 +32,22 @@ def small_model(name: str) -> VideoModel:
     return model.eval()
 
 
+def shared(name: str, make: Callable[[Path], object]) -> Path:
+    """A file for all processes of the run, made by the first that asks: `make(path)` writes it whole or not at all."""
+    folder = Path(os.environ["DVEXPORT_TESTS"])
+    path = folder / name
+    with (folder / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait; it is let go when the file is closed
+        if not path.exists():
+            make(path)
+    return path
+
+
 @functools.cache
 def small_bundle(name: str, mode: str) -> Bundle:
     """A bundle of `small_model`."""
-    return export(small_model(name), output=_folder() / f"{name}.{mode}.dvx", mode=mode)
-
-
-@functools.cache
-def _folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="dvexport-tests-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+    path = shared(f"{name}.{mode}.dvx", lambda path: export(small_model(name), output=path, mode=mode))
+    return Bundle.open(path)
 
 
 def noise(frames: int = FRAMES, seed: int = 0) -> np.ndarray:

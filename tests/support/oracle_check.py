@@ -17,6 +17,7 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 import torch.nn.functional as F
+from covering import covering
 from graphs import session
 from torch import Tensor, nn
 
@@ -41,6 +42,7 @@ __all__ = [
     "Net",
     "assert_agrees",
     "cases",
+    "covering_cases",
     "lowered",
     "net_of",
     "pattern",
@@ -196,6 +198,11 @@ class Case:
         return "-".join([self.kind, self.size, self.lowering, self.mode] + ["compact"] * self.compact)
 
     @property
+    def columns(self) -> tuple[str, str, str, str, bool]:
+        """What cases differ in."""
+        return self.kind, self.size, self.lowering, self.mode, self.compact
+
+    @property
     def overrides(self) -> dict[str, str]:
         """The lowering by gate."""
         if self.lowering == "mixed":
@@ -219,6 +226,11 @@ def cases() -> list[Case]:
                 if kind != "chained":  # its merged activation is a state too, which needs the whole plane
                     found += [Case(kind, size, name, mode, compact=True) for name in by_tile]
     return found
+
+
+def covering_cases() -> list[Case]:
+    """Those of `cases` that have every pair of kind, size, lowering, mode and compactness."""
+    return covering(cases(), lambda case: case.columns)
 
 
 def statistics_of(kind: str, size: str) -> dict[str, ChannelStatistics]:
@@ -285,15 +297,15 @@ def _expected(kind: str, size: str, seed: int, decisions: Decisions) -> np.ndarr
     return _EAGER[key]
 
 
-def assert_agrees(case: Case, decisions: Decisions, seed: int = 0) -> None:
-    """Compare a lowering with eager PyTorch under the same decisions: 1e-5 of the largest value."""
+def assert_agrees(case: Case, decisions: Decisions, seed: int = 0, about: str = "drawn") -> None:
+    """Compare a lowering with eager PyTorch under the same decisions, told `about`: 1e-5 of the largest value."""
     frames = video(case.size, seed)
     expected = _expected(case.kind, case.size, seed, decisions)
     found = run_lowered(case, {"frames": frames, **decisions})
     assert found.shape == expected.shape
     error = np.abs(found - expected).max(axis=1)
     bound = 1e-5 * max(1.0, float(np.abs(expected).max()))
-    assert (error <= bound).all(), f"{case}: by frame {error}, more than {bound:.2g}"
+    assert (error <= bound).all(), f"{case}, {about}: by frame {error}, more than {bound:.2g}"
 
 
 @dataclass(frozen=True)

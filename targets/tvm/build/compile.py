@@ -141,5 +141,5 @@ def _key(kernel: Kernel, machine: Machine) -> str:
     from tvm.target import codegen
 
     compiler = (tvm.__version__, codegen.llvm_version_major(), machine.tvm_target, Path(__file__).read_bytes())
-    text = repr((kernel.name, *compiler, kernel.func.script(show_meta=True)))
+    text = repr((kernel.name, *compiler, kernel.text))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -14,6 +14,7 @@ are left alone, and what comes out has no undefined symbol.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -55,6 +56,11 @@ class Kernel:
     buffers: tuple[str, ...]
     splits: bool = True
     contract: Contract | None = field(default=None, compare=False)
+
+    @functools.cached_property
+    def text(self) -> str:
+        """All of the function, in TVM's script; for a large kernel it takes a tenth of a second to write."""
+        return str(self.func.script(show_meta=True))
 
 
 @dataclass

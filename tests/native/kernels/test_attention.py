@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from attention_arrays import heads_of, interleaved, softmax
-from plane_kernels import compiled, every_machine, every_split, machine, rng, run
+from plane_kernels import compiled, every_machine, every_two, machine, rng, run
 
 from dvexport.targets.tvm.kernels.tokens.attention import (
     Attention,
@@ -27,10 +26,7 @@ SIZES = [
 ]
 
 
-@every_machine
-@every_split
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("biases", [0, 1, 2])
+@every_two({"sizes": SIZES, "biases": [0, 1, 2]})
 def test_attention(lanes, threads, sizes, biases):
     random, on = rng(), machine(lanes)
     widths = {"q": (sizes.queries, sizes.depth), "k": (sizes.keys, sizes.depth), "v": (sizes.keys, sizes.width)}
@@ -57,10 +53,7 @@ def test_attention(lanes, threads, sizes, biases):
     np.testing.assert_allclose(y, expected, rtol=0, atol=3e-6 * max(1, np.abs(expected).max()))
 
 
-@every_machine
-@every_split
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("transposed", [False, True])
+@every_two({"sizes": SIZES, "transposed": [False, True]})
 def test_product_of_activations(lanes, threads, sizes, transposed):
     """B as rows, and as columns."""
     random, on = rng(), machine(lanes)

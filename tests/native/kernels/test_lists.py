@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from plane_kernels import compiled, every_machine, machine, pixel_mask, rng, run
+from covering import every_pair
+from plane_kernels import LANES, compiled, machine, pixel_mask, rng, run
 
 from dvexport.targets.tvm.kernels import lists
 from dvexport.targets.tvm.kernels.plane import Plane
@@ -43,10 +44,9 @@ def assert_channels(found: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_array_equal(found[1 : 1 + found[0]], np.flatnonzero(expected))
 
 
-@every_machine
-@pytest.mark.parametrize("per_cell", [[4], [8], [1], [16], [3, 5, 4], [2, 0, 19]])
-@pytest.mark.parametrize("cells", [49, 1, 6])
-@pytest.mark.parametrize("rate", RATES)
+@every_pair(
+    {"lanes": LANES, "per_cell": [[4], [8], [1], [16], [3, 5, 4], [2, 0, 19]], "cells": [49, 1, 6], "rate": RATES}
+)
 def test_cells_to_runs(lanes, per_cell, cells, rate):
     random, active = rng(), flags(rate, cells)
     counts = [per_cell[cell % len(per_cell)] for cell in range(cells)]
@@ -77,9 +77,7 @@ PLANES = [((56, 56, 1), (7, 7)), ((13, 17, 1), (3, 4)), ((7, 7, 1), (7, 7)), ((1
           ((40, 40, 1), (10, 10)), ((24, 33, 3), (2, 1)), ((8, 8, 0), (2, 2)), ((12, 12, 5), (3, 3))]  # fmt: skip
 
 
-@every_machine
-@pytest.mark.parametrize(("size", "grid"), PLANES)
-@pytest.mark.parametrize("rate", RATES)
+@every_pair({"lanes": LANES, "size, grid": PLANES, "rate": RATES})
 def test_mask_from_tiles(lanes, size, grid, rate):
     plane, tiles = Plane(*size), flags(rate, *grid)
     rubbish = np.full(plane.size, np.nan, np.float32)

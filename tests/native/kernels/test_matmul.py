@@ -5,8 +5,7 @@ from __future__ import annotations
 from math import erf
 
 import numpy as np
-import pytest
-from plane_kernels import compiled, every_machine, every_split, machine, rng, run
+from plane_kernels import compiled, every_two, machine, rng, run
 
 from dvexport.targets.tvm.kernels.tokens.matmul import (
     MatMul,
@@ -32,10 +31,7 @@ def reference(spec: MatMul, x: np.ndarray, weights: np.ndarray, bias: np.ndarray
     return y + residual if spec.residual else y
 
 
-@every_machine
-@every_split
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
-@pytest.mark.parametrize(("rows", "inputs", "outputs"), SIZES)
+@every_two({"spec": SPECS, "rows, inputs, outputs": SIZES})
 def test_product(lanes, threads, spec, rows, inputs, outputs):
     random, on = rng(), machine(lanes)
     x = random.standard_normal((rows, inputs)).astype(np.float32)

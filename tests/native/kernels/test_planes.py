@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from native_harness import aligned
-from plane_kernels import channel_list, compiled, every_machine, every_split, pixel_mask, rng, run
+from plane_kernels import channel_list, compiled, every_machine, every_two, pixel_mask, rng, run
 
 from dvexport.targets.tvm.kernels import lists
 from dvexport.targets.tvm.kernels.plane import Plane
@@ -23,9 +23,7 @@ def normal(*shape: int) -> np.ndarray:
     return rng().standard_normal(shape).astype(np.float32)
 
 
-@every_machine
-@every_split
-@pytest.mark.parametrize("size", SIZES)
+@every_two({"size": SIZES})
 def test_frame_becomes_planes_and_back(lanes, threads, size):
     plane = Plane(*size)
     frame, rubbish = normal(5, *size[:2]), np.full((5, plane.size), np.nan, np.float32)
@@ -36,9 +34,7 @@ def test_frame_becomes_planes_and_back(lanes, threads, size):
     np.testing.assert_array_equal(back, frame)
 
 
-@every_machine
-@every_split
-@pytest.mark.parametrize("size", SIZES)
+@every_two({"size": SIZES})
 def test_zero_pads_leaves_the_image(lanes, threads, size):
     plane, image = Plane(*size), normal(4, *size[:2])
     dirty = np.where(plane.inside() == 1, plane.pack(image), np.nan)
@@ -46,9 +42,7 @@ def test_zero_pads_leaves_the_image(lanes, threads, size):
     np.testing.assert_array_equal(clean, plane.pack(image))
 
 
-@every_machine
-@every_split
-@pytest.mark.parametrize("size", SIZES)
+@every_two({"size": SIZES})
 def test_zero_ends_leaves_what_is_between_the_first_and_the_last_pixel(lanes, threads, size):
     plane = Plane(*size)
     dirty = normal(4, plane.size)
@@ -59,19 +53,14 @@ def test_zero_ends_leaves_what_is_between_the_first_and_the_last_pixel(lanes, th
     assert not clean[:, last:].any()
 
 
-@every_machine
-@every_split
-@pytest.mark.parametrize("count", [1, 3, 4, 15, 64, 1000])
+@every_two({"count": [1, 3, 4, 15, 64, 1000]})
 def test_clear(lanes, threads, count):
     shape = elementwise.elementwise_shape(count)
     y = run(compiled(elementwise.clear, lanes), shape, normal(count), threads=threads)[-1]
     assert (y == 0).all()
 
 
-@every_machine
-@every_split
-@pytest.mark.parametrize("count", [1, 3, 4, 15, 63, 64, 400, 1023])
-@pytest.mark.parametrize("operator", BINARY)
+@every_two({"count": [1, 3, 4, 15, 63, 64, 400, 1023], "operator": BINARY})
 def test_elementwise(lanes, threads, count, operator):
     x, z = normal(2, count)
     shape = elementwise.elementwise_shape(count)
@@ -79,9 +68,7 @@ def test_elementwise(lanes, threads, count, operator):
     np.testing.assert_array_equal(y, BINARY[operator](x, z))
 
 
-@every_machine
-@every_split
-@pytest.mark.parametrize("operator", BINARY)
+@every_two({"operator": BINARY})
 def test_elementwise_in_place(lanes, threads, operator):
     x, z = normal(2, 1000)
     for place in (0, 1):
@@ -108,9 +95,7 @@ def test_clips_of_other_bounds_have_other_names():
     assert len({compiled(elementwise.clip, 16, *bounds).kernel.name for bounds in generators}) == 3
 
 
-@every_machine
-@every_split
-@pytest.mark.parametrize(("rows", "count"), [(1, 1), (1, 3), (1, 5000), (3, 7), (5, 33), (4, 0)])
+@every_two({"rows, count": [(1, 1), (1, 3), (1, 5000), (3, 7), (5, 33), (4, 0)]})
 def test_copy_of_rows(lanes, threads, rows, count):
     x, y = normal(rows, count + 9), normal(rows, count + 4)
     shape = elementwise.copy_shape(count, rows, count + 9, count + 4)
@@ -147,10 +132,7 @@ class Case:
 CASES = [((56, 56, 1), (7, 7)), ((13, 17, 1), (3, 4)), ((7, 7, 1), (7, 7)), ((14, 14, 2), (7, 7))]
 
 
-@every_machine
-@every_split
-@pytest.mark.parametrize(("size", "grid"), CASES)
-@pytest.mark.parametrize("rate", [0, 0.1, 0.5, 1])
+@every_two({"size, grid": CASES, "rate": [0, 0.1, 0.5, 1]})
 def test_merge(lanes, threads, size, grid, rate):
     case = Case(size, grid, rate)
     rows = channel_list(case.chosen)
@@ -158,10 +140,7 @@ def test_merge(lanes, threads, size, grid, rate):
     np.testing.assert_array_equal(u, np.where(case.chosen[:, None], case.merged, case.u))
 
 
-@every_machine
-@every_split
-@pytest.mark.parametrize(("size", "grid"), CASES)
-@pytest.mark.parametrize("rate", [0, 0.1, 0.5, 1])
+@every_two({"size, grid": CASES, "rate": [0, 0.1, 0.5, 1]})
 def test_merge_lines_writes_what_a_window_reads(lanes, threads, size, grid, rate):
     case = Case(size, grid, rate)
     rows, halo = channel_list(case.chosen), size[2]
@@ -182,9 +161,7 @@ def touched(case: Case, grid: tuple[int, int], halo: int) -> np.ndarray:
     return run(kernel, case.tiles.astype(np.uint8), table, shape, empty)[-1]
 
 
-@every_machine
-@every_split
-@pytest.mark.parametrize(("size", "grid"), CASES)
+@every_two({"size, grid": CASES})
 def test_merge_history_takes_reused_channels_from_the_history(lanes, threads, size, grid):
     case = Case(size, grid, 0.6)
     action = np.array([2, 1, 0, 2, 1, 1], np.int64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from plane_kernels import compiled, every_machine, every_split, rng, run
+from plane_kernels import compiled, every_two, rng, run
 
 from dvexport.targets.tvm.kernels.plane import Plane
 from dvexport.targets.tvm.kernels.planes import pooling
@@ -31,10 +31,7 @@ def windows(image: np.ndarray, kernel, strides, pads) -> np.ndarray:
     return views[:, :: strides[0], :: strides[1]]
 
 
-@every_machine
-@every_split
-@pytest.mark.parametrize(("size", "kernel", "strides", "pads"), WINDOWS)
-@pytest.mark.parametrize("kind", ["max", "avg"])
+@every_two({"size, kernel, strides, pads": WINDOWS, "kind": ["max", "avg"]})
 def test_windows(lanes, threads, size, kernel, strides, pads, kind):
     image = positive(3, *size)
     expected = windows(image, kernel, strides, pads)
@@ -53,10 +50,7 @@ def test_windows_wider_than_the_padding_are_refused():
         pooling.pool_shape(3, Plane(8, 8), Plane(8, 8), (1, 1), (2, 2))
 
 
-@every_machine
-@every_split
-@pytest.mark.parametrize("size", [(56, 56), (13, 17), (14, 14)])
-@pytest.mark.parametrize("cell", [(8, 8), (4, 4), (2, 2), (1, 1), (3, 6), (5, 7), (2, 12)])
+@every_two({"size": [(56, 56), (13, 17), (14, 14)], "cell": [(8, 8), (4, 4), (2, 2), (1, 1), (3, 6), (5, 7), (2, 12)]})
 def test_cell_mean(lanes, threads, size, cell):
     plane, image = Plane(*size), positive(5, *size)
     expected = windows(image, cell, cell, (0, 0)).mean((3, 4))
@@ -67,9 +61,7 @@ def test_cell_mean(lanes, threads, size, cell):
     np.testing.assert_allclose(y, expected, rtol=2e-6)
 
 
-@every_machine
-@every_split
-@pytest.mark.parametrize("size", [(56, 56), (13, 17), (7, 7), (1, 1), (4, 4)])
+@every_two({"size": [(56, 56), (13, 17), (7, 7), (1, 1), (4, 4)]})
 def test_global_mean(lanes, threads, size):
     plane, image = Plane(*size), positive(7, *size)
     shape = pooling.global_mean_shape(7, plane)

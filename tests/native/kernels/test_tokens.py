@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
+from covering import every_pair
 from native_harness import Callable
-from plane_kernels import compiled, every_machine, every_split, machine, rng, run
+from plane_kernels import THREADS, compiled, every_machine, every_two, machine, rng, run
 
 from dvexport.targets.tvm.kernels.tokens import tokens
 from dvexport.targets.tvm.kernels.tokens.tokens import scatter, scatter_shape
 
 
-@every_machine
-@every_split
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 7), (5, 64), (9, 100), (17, 384)])
+@every_two({"rows, columns": [(1, 1), (3, 7), (5, 64), (9, 100), (17, 384)]})
 def test_layer_norm(lanes, threads, rows, columns):
     random = rng()
     x = (random.standard_normal((rows, columns)) * 3 + 100).astype(np.float32)
@@ -40,10 +38,7 @@ def select(lanes: int, threads: int, x: np.ndarray, score: np.ndarray, keep: int
     return views[3], views[4]
 
 
-@every_machine
-@every_split
-@pytest.mark.parametrize(("batches", "count", "channels", "keep"), [(1, 1, 1, 1), (2, 19, 5, 7), (1, 196, 96, 148)])
-@pytest.mark.parametrize("levels", [1, 3, 1000])
+@every_two({"batches, count, channels, keep": [(1, 1, 1, 1), (2, 19, 5, 7), (1, 196, 96, 148)], "levels": [1, 3, 1000]})
 def test_select_tokens(lanes, threads, batches, count, channels, keep, levels):
     """Few levels of score: ties, which go to the lower index; all equal: the first ones."""
     random = rng()
@@ -65,9 +60,9 @@ def test_nan_counts_as_infinite(lanes):
     np.testing.assert_array_equal(index, [[2, 8, 7, 5, 6, 1, 0, 3, 4]])
 
 
-@every_split
-@pytest.mark.parametrize("dtype", ["float32", "int64"])
-@pytest.mark.parametrize(("rows", "count", "updates"), [(1, 1, 1), (3, 19, 7), (1, 196, 148)])
+@every_pair(
+    {"threads": THREADS, "dtype": ["float32", "int64"], "rows, count, updates": [(1, 1, 1), (3, 19, 7), (1, 196, 148)]}
+)
 def test_scatter(threads, dtype, rows, count, updates):
     """Places of all orders, from the end too, and one that is not there."""
     random = rng()

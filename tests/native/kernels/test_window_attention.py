@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
-import pytest
 from attention_arrays import heads_of, interleaved, softmax
-from plane_kernels import compiled, every_machine, every_split, machine, rng, run
+from plane_kernels import compiled, every_two, machine, rng, run
 
 from dvexport.targets.tvm.kernels.tokens.attention import Sizes, Strides, attention_scratch, attention_spec
 from dvexport.targets.tvm.kernels.tokens.window_attention import WindowBias, window_attention, window_shape
@@ -14,10 +13,7 @@ from dvexport.targets.tvm.units.attention import AttentionUnit
 from dvexport.targets.tvm.units.cut import find_units
 
 
-@every_machine
-@every_split
-@pytest.mark.parametrize("sizes", [Sizes(5, 2, 49, 49, 32, 32), Sizes(3, 3, 33, 20, 12, 7)])
-@pytest.mark.parametrize("which", ["m", "rmk"])
+@every_two({"sizes": [Sizes(5, 2, 49, 49, 32, 32), Sizes(3, 3, 33, 20, 12, 7)], "which": ["m", "rmk"]})
 def test_biases(lanes, threads, sizes, which):
     """By relative position, the same in all windows; masks, of which two serve all; one number for each key."""
     random, on = rng(), machine(lanes)

@@ -1,3 +1,5 @@
+"""Winograd kernels against convolution in float64, over subsets of channels and tiles."""
+
 from __future__ import annotations
 
 import dataclasses

@@ -14,6 +14,7 @@ from functools import cache
 
 import numpy as np
 import pytest
+from covering import covering
 from emulated import count_instructions, emulator, run_emulated
 from native_networks import artifact, machine_for, run_forced, variants, zoo_network
 from oracle_check import net_of, pattern, random_decisions, video
@@ -62,19 +63,21 @@ def assert_close(found: np.ndarray, expected: np.ndarray, share: float = LOGITS)
 # --- kernels, through small networks
 
 
-@pytest.mark.parametrize(
-    ("target", "kind", "size"),
-    [
-        ("raspberry-pi-4", "dstep", "even"),
-        ("raspberry-pi-4", "dstep", "uneven"),
-        ("raspberry-pi-4", "bottleneck", "even"),
-        ("raspberry-pi-4", "adafuse", "uneven"),
-        ("raspberry-pi-4", "tiles", "even"),
-        ("rv1126", "dstep", "even"),
-        ("rv1126", "bottleneck", "uneven"),
-    ],
-)
-@pytest.mark.parametrize("name", ["all pairs of actions", "tiles newly active under reuse", "random"])
+SMALL = [
+    ("raspberry-pi-4", "dstep", "even"), ("raspberry-pi-4", "dstep", "uneven"),
+    ("raspberry-pi-4", "bottleneck", "even"), ("raspberry-pi-4", "adafuse", "uneven"),
+    ("raspberry-pi-4", "tiles", "even"), ("rv1126", "dstep", "even"), ("rv1126", "bottleneck", "uneven"),
+]  # fmt: skip
+"""Target, kind and size."""
+DECISIONS = ("all pairs of actions", "tiles newly active under reuse", "random")
+CASES = covering([(*network, name) for network in SMALL for name in DECISIONS])
+
+
+def test_every_network_is_emulated():
+    assert {case[:3] for case in CASES} == set(SMALL)
+
+
+@pytest.mark.parametrize(("target", "kind", "size", "name"), CASES)
 def test_small_network(target, kind, size, name):
     """Forced decisions, so that lists of all lengths occur; the model's own are in every output beside."""
     emulated, frames = command(target), video(size)[:FRAMES]

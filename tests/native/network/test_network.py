@@ -7,10 +7,12 @@ what is compiled lies in the user's cache afterwards.
 from __future__ import annotations
 
 from functools import cache
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
+from covering import covering
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_networks import (
@@ -32,10 +34,16 @@ from dvexport.targets import catalogue
 from dvexport.targets.runtime import Runtime
 from dvexport.targets.tvm.artifact import build_artifact
 
-NETS = [(kind, size) for kind in KINDS for size in SIZES]
-MODES = ("stream", "clip")
+NETS = covering(product(KINDS, SIZES, ("stream", "clip")))
+"""Networks whose kinds, sizes and modes meet two by two. What three of them decide together is the lowering's, which
+`test_oracle` shows for all; kernels are shared by name."""
+STREAMS = [(kind, size) for kind, size, mode in NETS if mode == "stream"]
 SMALL = ("dstep", "uneven")
 """The one network that the fast tests compile: channels and tiles, cells that do not divide the planes."""
+
+
+every_network = pytest.mark.parametrize(("kind", "size", "mode"), NETS)
+every_stream = pytest.mark.parametrize(("kind", "size"), STREAMS)
 
 
 @cache
@@ -44,17 +52,19 @@ def opened(kind: str, size: str, mode: str = "stream", variant: str = "forced", 
     return artifact(kind, size, mode).variant(variant, frames).open(threads=threads)
 
 
-def assert_eager(found: np.ndarray, expected: np.ndarray) -> None:
+def assert_eager(found: np.ndarray, expected: np.ndarray, about: str = "") -> None:
     """Equal up to rounding, frame by frame."""
     error = np.abs(found - expected).max(axis=1)
     bound = TOLERANCE * float(np.abs(expected).max())
-    assert (error <= bound).all(), f"by frame {error}, more than {bound:.2g}"
+    assert (error <= bound).all(), f"{about}: by frame {error}, more than {bound:.2g}"
 
 
-def assert_follows(runtime: Runtime, kind: str, size: str, decisions: dict[str, np.ndarray], seed: int = 0) -> None:
+def assert_follows(
+    runtime: Runtime, kind: str, size: str, decisions: dict[str, np.ndarray], seed: int = 0, about: str = ""
+) -> None:
     """Compare a clip under forced decisions with eager PyTorch."""
     frames = video(size, seed)
-    assert_eager(run_forced(runtime, frames, decisions), net_of(kind, size).eager(frames, decisions))
+    assert_eager(run_forced(runtime, frames, decisions), net_of(kind, size).eager(frames, decisions), about)
 
 
 # --- the numbers
@@ -69,16 +79,15 @@ def test_small_network():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("kind", "size"), NETS)
-@pytest.mark.parametrize("name", PATTERNS)
-def test_pattern(kind, size, mode, name):
-    assert_follows(opened(kind, size, mode), kind, size, pattern(kind, size, name))
+@every_network
+def test_patterns(kind, size, mode):
+    """Every pattern, each from a reset."""
+    for name in PATTERNS:
+        assert_follows(opened(kind, size, mode), kind, size, pattern(kind, size, name), about=name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("kind", "size"), NETS)
+@every_network
 def test_random_decisions(kind, size, mode):
     @settings(max_examples=12)
     @given(seed=st.integers(0, 2**16), share=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]))
@@ -89,8 +98,7 @@ def test_random_decisions(kind, size, mode):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("kind", "size"), NETS)
+@every_network
 def test_own_decisions(kind, size, mode):
     """Not forced: policies, masks and their states, islands of other operators included."""
     frames = video(size, seed=5)
@@ -99,8 +107,7 @@ def test_own_decisions(kind, size, mode):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("kind", "size"), NETS)
+@every_network
 def test_dense_is_everything_computed(kind, size, mode):
     runtime, frames = opened(kind, size, mode, "dense"), video(size)
     assert list(runtime.inputs) == ["frames"]
@@ -112,7 +119,7 @@ def test_dense_is_everything_computed(kind, size, mode):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "size"), NETS)
+@every_stream
 def test_a_clip_of_a_causal_model_is_its_stream(kind, size):
     """A plan of one frame is stepped through a clip of frames."""
     decisions, frames = random_decisions(kind, size, 3, 0.5), video(size)
@@ -140,7 +147,7 @@ def test_frames_before_matter():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "size"), NETS)
+@every_stream
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads_change_nothing(kind, size, threads):
     decisions, frames = random_decisions(kind, size, 7, 0.6), video(size)
@@ -166,7 +173,7 @@ def test_nothing_active_runs_no_gated_convolution(name):
     assert len(calls) >= 3 * 4  # three blocks; two convolutions, and twice what the first may owe
     least = len(calls) if name == "no tile active" else len(calls) - 3  # the second convolution is no policy's
     assert len(skipped) >= least
-    assert all(call.seconds < 1e-4 for call in skipped)
+    assert all(0 in call.counts for call in skipped)  # no row, no column or no pixel: there was nothing to compute
 
 
 @pytest.mark.slow

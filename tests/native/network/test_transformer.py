@@ -13,10 +13,12 @@ from emulated import emulator, run_emulated
 from native_networks import machine_for
 
 from dvexport import gates
+from dvexport.errors import UsageError
 from dvexport.models.config import ViTConfig
 from dvexport.models.networks.vit import VisionTransformer
 from dvexport.passes.pipeline import Request
 from dvexport.targets import catalogue
+from dvexport.targets.runtime import DEFAULT_THREADS
 from dvexport.targets.tvm.artifact import NativeArtifact, build_artifact
 from dvexport.targets.tvm.passes import lower
 from dvexport.targets.tvm.units.cut import cut
@@ -68,7 +70,7 @@ def expected(kind: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+@pytest.mark.parametrize("threads", [1, 2, 3, DEFAULT_THREADS])
 def test_logits(kind, threads):
     with artifact(kind).variant("gated", FRAMES).open(threads=threads) as session:
         for _ in range(2):  # memory that the run before left
@@ -76,6 +78,12 @@ def test_logits(kind, threads):
             found = session.run({"frames": clip(kind)})
             reference = expected(kind)
             assert np.abs(found["logits"] - reference).max() <= 1e-5 * np.abs(reference).max()
+
+
+def test_threads_above_the_limit_are_refused():
+    """Attention and products of matrices have scratch for so many."""
+    with pytest.raises(UsageError, match=f"from 1 to {DEFAULT_THREADS}, not {DEFAULT_THREADS + 1}"):
+        artifact("pruned").variant("gated", FRAMES).open(threads=DEFAULT_THREADS + 1)
 
 
 @pytest.mark.parametrize("kind", ["pruned", "odd"])

@@ -17,6 +17,7 @@ from dvexport.errors import UsageError
 from dvexport.targets.runtime import DEFAULT_THREADS, MOST_THREADS
 from dvexport.targets.tvm.artifact import NativeArtifact, build_artifact
 from dvexport.targets.tvm.build import link
+from dvexport.targets.tvm.calls.program import ALGORITHMS
 from dvexport.targets.tvm.session import NativeSession
 
 SMALL = ("dstep", "uneven")
@@ -89,6 +90,19 @@ def test_the_limit_is_the_plans(limit):
         assert_same(logits(session), "gated")
     with pytest.raises(UsageError, match=f"threads must be a whole number from 1 to {limit}, not {limit + 1}"):
         opened(made, "gated", limit + 1)
+
+
+def test_every_algorithm_was_among_them():
+    """Or the tests above would hold of one that lays out its scratch for fewer threads."""
+    made, seen = laid_out_for(LIMIT), set()
+    for variant in VARIANTS:
+        with NativeSession(made.library, made.plans[variant], made.weights, threads=LIMIT, profile=True) as session:
+            logits(session)
+            seen |= {call.kernel for step in session.end_profile() for call in step if call.kernel}
+        with pytest.raises(UsageError, match=f"from 1 to {LIMIT}, not {LIMIT + 1}"):
+            opened(made, variant, LIMIT + 1)
+    for algorithm in ALGORITHMS:
+        assert any(kernel.startswith(algorithm) for kernel in seen), algorithm
 
 
 def test_memory_for_threads_is_in_the_arena():

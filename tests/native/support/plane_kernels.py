@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable as Function
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import pytest
+from covering import every_pair
 from native_harness import Callable, aligned, host_machine
 
 from dvexport.targets.tvm.kernels.abi import Kernel
@@ -16,8 +19,15 @@ from dvexport.targets.tvm.machine.machine import Machine
 GUARD = 64
 """Elements before and after a buffer that no kernel may write."""
 
-every_machine = pytest.mark.parametrize("lanes", [4, 8, 16])
-every_split = pytest.mark.parametrize("threads", [1, 2, 3])
+LANES, THREADS = (4, 8, 16), (1, 2, 3)
+
+every_machine = pytest.mark.parametrize("lanes", LANES)
+every_split = pytest.mark.parametrize("threads", THREADS)
+
+
+def every_two(columns: Mapping[str, Iterable[Any]]) -> pytest.MarkDecorator:
+    """Parametrize by machines, splits and `columns`, so that every two values of different columns meet."""
+    return every_pair({"lanes": LANES, "threads": THREADS, **columns})
 
 
 def machine(lanes: int) -> Machine:

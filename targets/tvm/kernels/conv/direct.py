@@ -16,6 +16,7 @@ the other, some columns on.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,7 @@ from dvexport.targets.tvm.machine.parameters import TALL
 __all__ = ["DirectConv", "direct_conv", "spec_for"]
 
 
+@functools.lru_cache(maxsize=256)  # a network asks for few, and for each many times
 def direct_conv(spec: DirectConv, machine: Machine) -> Kernel:
     """Return the function of a family.
 

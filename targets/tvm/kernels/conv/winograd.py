@@ -12,6 +12,7 @@ right and bottom edge of the image into the padding of the plane; what they writ
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -132,6 +133,7 @@ def scratch_floats(spec: WinogradConv, cin: int, vectors: int, threads: int, mac
     return threads * part_floats(spec, cin, vectors, machine)
 
 
+@functools.lru_cache(maxsize=256)  # a network asks for few, and for each many times
 def winograd_conv(spec: WinogradConv, machine: Machine) -> Kernel:
     """Return the kernel; its buffers are X, U, B, [R], [inside], rows, cols, tiles, scratch, shape and Y.
 
