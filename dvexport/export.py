@@ -1,6 +1,6 @@
 """From a model to a verified bundle: trace, lower, compare with PyTorch, write.
 
-A bundle is only written once its artifact has given PyTorch's logits and decisions on the golden clip.
+A bundle is only written once its artifact has given PyTorch's outputs and decisions on the golden clip.
 """
 
 from __future__ import annotations
@@ -36,15 +36,18 @@ from dvexport.graph.graph import DV, gate_name, static_shape, whole_clip_of
 from dvexport.graph.onnx_file import model_apart, model_bytes
 from dvexport.graph.state import states_of
 from dvexport.graph.weights import WEIGHTS, share_weights
+from dvexport.limits import Limits
 from dvexport.modes import MODES
 from dvexport.passes.choose_lowering import Abilities, CostTable
 from dvexport.passes.expose_probes import decision_values
 from dvexport.passes.pipeline import Lowered, Plan
+from dvexport.ports import Output, input_shapes, outputs_of
 from dvexport.run.calibrate import gate_rates, gate_statistics
 from dvexport.run.compare import compare, first_difference
+from dvexport.run.feeds import Feeds, count, with_arrays
 from dvexport.run.forced import draw
 from dvexport.run.forced_check import not_equal, verified_runs
-from dvexport.run.golden import moving_texture, pack, sample_clip, torch_steps
+from dvexport.run.golden import golden_feeds, moving_texture, pack, sample_clip, torch_steps
 from dvexport.run.seen import with_seen
 from dvexport.run.session import Session, Step
 from dvexport.targets import catalogue
@@ -54,6 +57,8 @@ from dvexport.trace import trace
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from dvexport.models.described import Description, Example
 
 __all__ = ["build_model", "export", "file_digest", "traced_levels"]
 
@@ -74,13 +79,17 @@ def export(
     mode: str | None = None,
     lowering: Mapping[str, str] | None = None,
     calibrate: str | Path | None = None,
+    inputs: str | Path | Mapping[str, np.ndarray] | None = None,
+    description: Description | None = None,
+    example: Example | None = None,
     progress: Progress | None = None,
+    **told: Any,
 ) -> Bundle:
     """Export a model to a bundle at `output`.
 
     Args:
         model: a name of the zoo, `package.module:factory`, a directory that Hugging Face's library saved,
-            or a `VideoModel`.
+            a `VideoModel`, or any module, which then needs `example`.
         output: written whole or not at all; the same export gives the same bytes. Native code is remembered as made
             here (`dvexport.bundle.trust`), if the user's list of exports can be written.
         checkpoint, settings, assume_defaults: weights and options, see `dvexport.models.zoo.create`.
@@ -91,6 +100,11 @@ def export(
         lowering: lowering by gate, or by `*` for every gate that allows it; overrules the choice.
         calibrate: a video; the rates of its decisions decide the lowerings. By default the shipped
             clip of the model's labels, if there is one; otherwise half of everything is assumed.
+        inputs: an .npz file, or arrays by name: the inputs beside the video to calibrate on, one row a frame.
+        example: of a module that is no `VideoModel`: a tensor, several in the order of its forward, or by name; frames
+            first. Shapes are read off it.
+        told: of such a module: `preprocess`, `outputs`, `labels`, `causal`, `whole_clip` (`models.described.Description`).
+        description: all of that as one object, in the place of `example` and `told`.
         progress: called with the name of each step as it begins.
 
     Raises:
@@ -107,13 +121,15 @@ def export(
     maker = backend_of(backend)
     writable_output(output)
     tell("load the model")
-    source = build_model(model, checkpoint, settings or {}, assume_defaults)
+    source = build_model(model, checkpoint, settings or {}, assume_defaults, _description(description, example, told))
     net = source.model
     mode = _mode_of(net, mode)
     preprocess = net.preprocess
-    clip = sample_clip(net.labels) if calibrate is None else None
-    golden_frames = _golden_frames(clip, preprocess)
-    calibration_frames = _clip_frames(calibrate or clip, preprocess)
+    names = list(input_shapes(net))
+    clip = sample_clip(net.labels) if calibrate is None and len(names) == 1 else None
+    golden_frames = golden_feeds(net, _golden_frames(clip, preprocess))
+    calibration_frames = _calibration_feeds(calibrate or clip, preprocess, names, inputs)
+    limits = maker.limits([output.name for output in outputs_of(net)])
     tell("trace")
     traced, dense = traced_levels(net)
     calibration = _calibration(traced, calibration_frames)
@@ -121,19 +137,21 @@ def export(
     built = maker.build(traced, plan, device, tell, dense)
     lowered = built.lowered
     tell("compare with PyTorch")
-    golden = _verified(Session(built.variant.open(), mode=mode), net, golden_frames)
-    runs = draw(traced, golden[0].decisions, len(golden_frames), preprocess.frames if mode == "clip" else None)
+    golden = _verified(Session(built.variant.open(), mode=mode), net, golden_frames, limits)
+    runs = draw(traced, golden[0].decisions, count(golden_frames), preprocess.frames if mode == "clip" else None)
     if runs:
         tell("compare under forced decisions")
-        runs, compared = verified_runs(Session(built.forced().open(), mode=mode), traced, net, golden_frames, runs)
+        forced = Session(built.forced().open(), mode=mode)
+        runs, compared = verified_runs(forced, traced, net, golden_frames, runs, limits)
     tell("write the bundle")
     manifest = Manifest(
         model=_model_entry(source),
         target=device.name,
         backend=backend,
         mode="clip" if mode == "clip" else "stream",
-        inputs=[_input(mode, preprocess)],
-        outputs=_outputs(lowered, mode, preprocess),
+        inputs=_inputs(net, mode),
+        outputs=_outputs(lowered, mode, net),
+        limits=limits,
         labels=list(net.labels),
         states=[StateEntry(**asdict(s)) for s in (states_of(lowered.model) if mode == "stream" else ())],
         gates=with_seen(_gates(traced, lowered), golden, compared if runs else None),
@@ -189,17 +207,18 @@ def build_model(
     checkpoint: str | Path | None,
     settings: Mapping[str, Any],
     assume_defaults: bool = False,
+    description: Description | None = None,
 ) -> Source:
     """Return the model to export, in evaluation mode.
 
     Without a checkpoint an architecture of the zoo gets random weights, the same every time.
 
     Raises:
-        UsageError: an unknown model or option, or a module that is no `VideoModel`.
+        UsageError: an unknown model or option, or a module that does not say enough of itself.
         CheckpointError: weights that are missing, damaged, unsafe or not finite.
     """
     if not isinstance(model, str):
-        source = _given(model, checkpoint, settings)
+        source = _given(model, checkpoint, settings, description)
     else:
         import torch
 
@@ -208,7 +227,7 @@ def build_model(
         model, checkpoint = zoo.saved_directory(model, checkpoint)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            net = zoo.create(model, checkpoint, assume_defaults=assume_defaults, **settings)
+            net = zoo.create(model, checkpoint, assume_defaults=assume_defaults, description=description, **settings)
         digest = None if checkpoint is None else file_digest(checkpoint)
         source = Source(net, model, _json_values(settings), digest)
     _check_weights(source.model)
@@ -230,17 +249,31 @@ def file_digest(path: str | Path) -> str:
         ) from error
 
 
-def _given(model: nn.Module, checkpoint: str | Path | None, settings: Mapping[str, Any]) -> Source:
-    from dvexport.models.base import VideoModel
+def _description(given: Description | None, example: Example | None, told: Mapping[str, Any]) -> Description | None:
+    """Return what is told of a module that is no `VideoModel`; None if nothing is."""
+    if given is not None or (example is None and not told):
+        return given
+    from dvexport.models.described import Description, shapes_of
+
+    if unknown := [
+        name for name in told if name not in Description.__dataclass_fields__ or name in ("inputs", "fallback")
+    ]:
+        raise TypeError(f"export() got an unexpected keyword argument '{unknown[0]}'")
+    if example is None:
+        raise UsageError("a module is described by an example of its inputs", hint="example=torch.zeros(3, 3, H, W)")
+    outputs = [one if isinstance(one, Output) else Output(one) for one in told.get("outputs", ())]
+    return Description(shapes_of(example), **{**told, "outputs": outputs})
+
+
+def _given(
+    model: Any, checkpoint: str | Path | None, settings: Mapping[str, Any], description: Description | None
+) -> Source:
+    from dvexport.models.described import described
 
     if checkpoint is not None or settings:
         raise UsageError("a model object has its weights and options already", hint="leave out checkpoint and settings")
-    if not isinstance(model, VideoModel):
-        raise UsageError(
-            f"a {type(model).__name__} is no VideoModel",
-            hint="subclass dvexport.models.base.VideoModel, see docs/adding-a-model.md",
-        )
-    return Source(model.eval(), model.name, {}, _weights_digest(model))
+    net = described(model, type(model).__name__, description)
+    return Source(net.eval(), net.name, {}, _weights_digest(net))
 
 
 def _weights_digest(model: nn.Module) -> str:
@@ -297,7 +330,7 @@ def traced_levels(net: Any) -> tuple[ir.Model, ir.Model | None]:
     Raises:
         TraceError: a model that can't be traced, or chooses tokens and has no dense version.
     """
-    traced = trace(net, net.preprocess.size)
+    traced = trace(net, input_shapes(net))
     if not any(kind == TOKENS.name for _, kind in decision_values(traced)):
         return traced, None
     if not hasattr(net, "without_pruning"):
@@ -306,7 +339,7 @@ def traced_levels(net: Any) -> tuple[ir.Model, ir.Model | None]:
             where=type(net).__name__,
             hint="define without_pruning(), see docs/adding-a-model.md",
         )
-    dense = trace(net.without_pruning(), net.preprocess.size)
+    dense = trace(net.without_pruning(), input_shapes(net))
     share_weights(traced, dense)
     return traced, dense
 
@@ -324,7 +357,19 @@ def _clip_frames(clip: str | Path | None, preprocess: Any) -> np.ndarray | None:
     return read_clip(clip, preprocess).frames
 
 
-def _calibration(traced: ir.Model, frames: np.ndarray | None) -> list[Step]:
+def _calibration_feeds(
+    clip: str | Path | None, preprocess: Any, names: list[str], inputs: str | Path | Mapping[str, np.ndarray] | None
+) -> Feeds | None:
+    """Return every input of a calibration clip; None without a clip."""
+    frames = _clip_frames(clip, preprocess)
+    if frames is not None:
+        return with_arrays(frames, names, inputs, clip)
+    if inputs is not None:
+        raise UsageError("inputs are given without the video that they belong to", hint="give calibrate too")
+    return None
+
+
+def _calibration(traced: ir.Model, frames: Feeds | None) -> list[Step]:
     """Return the decisions on the calibration frames; none without frames or decisions."""
     from dvexport.run.oracle import Oracle
 
@@ -347,7 +392,7 @@ def _plan(
     )
 
 
-def _verified(session: Session, net: Any, frames: np.ndarray) -> list[Step]:
+def _verified(session: Session, net: Any, frames: Feeds, limits: Limits) -> list[Step]:
     """Return what PyTorch gives on the golden clip, once the artifact gave the same.
 
     Decisions that the model does not tell are taken from the artifact. PyTorch follows the tokens that the artifact
@@ -355,28 +400,44 @@ def _verified(session: Session, net: Any, frames: np.ndarray) -> list[Step]:
     """
     got = session.run_clip(frames)
     want = torch_steps(net, frames, follow=got)
-    failed = [row for row in compare("artifact against PyTorch", got, want) if not row.ok]
+    failed = [row for row in compare("artifact against PyTorch", got, want, limits) if not row.ok]
     if failed:
         raise not_equal(failed[0], first_difference(got, want))
-    return [Step(w.logits, {**g.decisions, **w.decisions}) for g, w in zip(got, want, strict=True)]
+    return [Step(w.outputs, {**g.decisions, **w.decisions}) for g, w in zip(got, want, strict=True)]
 
 
-def _input(mode: str, preprocess: Any) -> InputEntry:
-    frames = preprocess.frames if mode == "clip" else 1
-    return InputEntry(name="frames", shape=(frames, 3, *preprocess.size), dtype="float32", preprocess=preprocess)
+def _inputs(net: Any, mode: str) -> list[InputEntry]:
+    frames = net.preprocess.frames if mode == "clip" else 1
+    return [
+        InputEntry(name=name, shape=(frames, *shape), dtype="float32", preprocess=None if index else net.preprocess)
+        for index, (name, shape) in enumerate(input_shapes(net).items())
+    ]
 
 
-def _outputs(lowered: Lowered, mode: str, preprocess: Any) -> list[OutputEntry]:
-    """Return the outputs but the states, the logits first; the first size of all is frames, or one whole clip."""
+def _outputs(lowered: Lowered, mode: str, net: Any) -> list[OutputEntry]:
+    """Return the outputs but the states, decisions last; the first size of all is frames, or one whole clip."""
     states = {state.output for state in states_of(lowered.model)}
-    frames = preprocess.frames if mode == "clip" else 1
+    meant = {output.name: output for output in outputs_of(net)}
+    frames = net.preprocess.frames if mode == "clip" else 1
     if whole_clip_of(lowered.model) is not None:
         frames = 1
     return [
-        OutputEntry(name=value.name, shape=(frames, *static_shape(value)[1:]), dtype=str(value.dtype.numpy()))  # type: ignore[arg-type,union-attr]
+        OutputEntry(
+            name=value.name,  # type: ignore[arg-type]
+            shape=(frames, *static_shape(value)[1:]),
+            dtype=str(value.dtype.numpy()),  # type: ignore[arg-type,union-attr]
+            **_meaning(meant.get(value.name or "")),
+        )
         for value in lowered.model.graph.outputs
         if value.name not in states
     ]
+
+
+def _meaning(output: Output | None) -> dict[str, Any]:
+    """Return the kind and labels of an output, those of logits aside, which are the manifest's; decisions have none."""
+    if output is None:
+        return {}
+    return {"kind": output.kind, "labels": [] if output.kind == "logits" else list(output.labels)}
 
 
 def _gates(traced: ir.Model, lowered: Lowered) -> list[GateEntry]:
