@@ -17,22 +17,14 @@ import onnx_ir as ir
 
 from dvexport.bundle.archive import GOLDEN, Bundle, Content, write_bundle
 from dvexport.bundle.levels import DENSE_LEVEL, GATE_LEVEL
-from dvexport.bundle.manifest import (
-    GateEntry,
-    InputEntry,
-    Manifest,
-    ModelEntry,
-    OutputEntry,
-    PassEntry,
-    StateEntry,
-    TokenEntry,
-)
+from dvexport.bundle.manifest import Manifest, ModelEntry, PassEntry, StateEntry
 from dvexport.bundle.trust import has_code, remember
-from dvexport.decisions import ACTION, TILES, TOKENS
+from dvexport.decisions import TOKENS
 from dvexport.dialect.flops import flop_table
+from dvexport.entries import gate_entries, input_entries, output_entries, token_entry
 from dvexport.errors import CheckpointError, TraceError, UsageError, unknown_name
 from dvexport.files import writable_output
-from dvexport.graph.graph import DV, gate_name, static_shape, whole_clip_of
+from dvexport.graph.graph import whole_clip_of
 from dvexport.graph.onnx_file import model_apart, model_bytes
 from dvexport.graph.state import states_of
 from dvexport.graph.weights import WEIGHTS, share_weights
@@ -40,7 +32,7 @@ from dvexport.limits import Limits
 from dvexport.modes import MODES
 from dvexport.passes.choose_lowering import Abilities, CostTable
 from dvexport.passes.expose_probes import decision_values
-from dvexport.passes.pipeline import Lowered, Plan
+from dvexport.passes.pipeline import Plan
 from dvexport.ports import Output, input_shapes, outputs_of
 from dvexport.run.calibrate import gate_rates, gate_statistics
 from dvexport.run.compare import compare, first_difference
@@ -103,7 +95,8 @@ def export(
         inputs: an .npz file, or arrays by name: the inputs beside the video to calibrate on, one row a frame.
         example: of a module that is no `VideoModel`: a tensor, several in the order of its forward, or by name; frames
             first. Shapes are read off it.
-        told: of such a module: `preprocess`, `outputs`, `labels`, `causal`, `whole_clip` (`models.described.Description`).
+        told: of such a module: `preprocess`, `outputs`, `labels`, `causal`, `whole_clip`, as
+            `models.described.Description` says.
         description: all of that as one object, in the place of `example` and `told`.
         progress: called with the name of each step as it begins.
 
@@ -149,16 +142,16 @@ def export(
         target=device.name,
         backend=backend,
         mode="clip" if mode == "clip" else "stream",
-        inputs=_inputs(net, mode),
-        outputs=_outputs(lowered, mode, net),
+        inputs=input_entries(net, mode),
+        outputs=output_entries(lowered, mode, net),
         limits=limits,
         labels=list(net.labels),
         states=[StateEntry(**asdict(s)) for s in (states_of(lowered.model) if mode == "stream" else ())],
-        gates=with_seen(_gates(traced, lowered), golden, compared if runs else None),
+        gates=with_seen(gate_entries(traced, lowered), golden, compared if runs else None),
         flops=flop_table(traced, dense).to_dict(),
         checkpoint=source.digest,
         memory=dict(built.memory),
-        tokens=_tokens(net),
+        tokens=token_entry(net),
         tools={name: version(name) for name in (*_TOOLS, *maker.tools)},
         passes=[
             PassEntry(
@@ -224,12 +217,12 @@ def build_model(
 
         from dvexport.models import zoo
 
-        model, checkpoint = zoo.saved_directory(model, checkpoint)
+        name, checkpoint = zoo.saved_directory(model, checkpoint)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            net = zoo.create(model, checkpoint, assume_defaults=assume_defaults, description=description, **settings)
+            net = zoo.create(name, checkpoint, assume_defaults=assume_defaults, description=description, **settings)
         digest = None if checkpoint is None else file_digest(checkpoint)
-        source = Source(net, model, _json_values(settings), digest)
+        source = Source(net, name, _json_values(settings), digest)
     _check_weights(source.model)
     return source
 
@@ -255,9 +248,8 @@ def _description(given: Description | None, example: Example | None, told: Mappi
         return given
     from dvexport.models.described import Description, shapes_of
 
-    if unknown := [
-        name for name in told if name not in Description.__dataclass_fields__ or name in ("inputs", "fallback")
-    ]:
+    known = Description.__dataclass_fields__.keys() - {"inputs", "fallback"}
+    if unknown := [name for name in told if name not in known]:
         raise TypeError(f"export() got an unexpected keyword argument '{unknown[0]}'")
     if example is None:
         raise UsageError("a module is described by an example of its inputs", hint="example=torch.zeros(3, 3, H, W)")
@@ -404,96 +396,3 @@ def _verified(session: Session, net: Any, frames: Feeds, limits: Limits) -> list
     if failed:
         raise not_equal(failed[0], first_difference(got, want))
     return [Step(w.outputs, {**g.decisions, **w.decisions}) for g, w in zip(got, want, strict=True)]
-
-
-def _inputs(net: Any, mode: str) -> list[InputEntry]:
-    frames = net.preprocess.frames if mode == "clip" else 1
-    return [
-        InputEntry(name=name, shape=(frames, *shape), dtype="float32", preprocess=None if index else net.preprocess)
-        for index, (name, shape) in enumerate(input_shapes(net).items())
-    ]
-
-
-def _outputs(lowered: Lowered, mode: str, net: Any) -> list[OutputEntry]:
-    """Return the outputs but the states, decisions last; the first size of all is frames, or one whole clip."""
-    states = {state.output for state in states_of(lowered.model)}
-    meant = {output.name: output for output in outputs_of(net)}
-    frames = net.preprocess.frames if mode == "clip" else 1
-    if whole_clip_of(lowered.model) is not None:
-        frames = 1
-    return [
-        OutputEntry(
-            name=value.name,  # type: ignore[arg-type]
-            shape=(frames, *static_shape(value)[1:]),
-            dtype=str(value.dtype.numpy()),  # type: ignore[arg-type,union-attr]
-            **_meaning(meant.get(value.name or "")),
-        )
-        for value in lowered.model.graph.outputs
-        if value.name not in states
-    ]
-
-
-def _meaning(output: Output | None) -> dict[str, Any]:
-    """Return the kind and labels of an output, those of logits aside, which are the manifest's; decisions have none."""
-    if output is None:
-        return {}
-    return {"kind": output.kind, "labels": [] if output.kind == "logits" else list(output.labels)}
-
-
-def _gates(traced: ir.Model, lowered: Lowered) -> list[GateEntry]:
-    """Describe every gate by its decisions and its choice."""
-    decided = decision_values(traced)
-    widths: dict[str, int] = {}
-    for node in traced.graph:
-        if node.domain == DV and node.op_type == "GatedConv":
-            widths.setdefault(gate_name(node), static_shape(node.inputs[1])[0])  # type: ignore[arg-type]
-    entries = []
-    for choice in lowered.choices:
-        names = [
-            name
-            for name, kind in ((ACTION.over, ACTION.name), (TILES.over, TILES.name))
-            if (choice.gate, kind) in decided
-        ]
-        tiles = decided.get((choice.gate, TILES.name))
-        assert tiles is None or tiles.shape is not None
-        grid = None if tiles is None else (int(tiles.shape[1]), int(tiles.shape[2]))  # type: ignore[index,arg-type]
-        entries.append(
-            GateEntry(
-                name=choice.gate,
-                kind="+".join(names) or "none",
-                channels=widths[choice.gate],
-                grid=grid,
-                lowering=choice.lowering,
-                reason=choice.reason,
-                overridden=choice.overridden,
-                expected_ms={name: round(ms, 4) for name, ms in choice.expected_ms.items()},
-            )
-        )
-    return entries + [
-        _token_gate(node) for node in traced.graph if node.domain == DV and node.op_type == "SelectTokens"
-    ]
-
-
-def _tokens(net: Any) -> TokenEntry | None:
-    """Return where the tokens lie of a model that tells (`token_grid`, `token_groups`: see docs/adding-a-model.md)."""
-    stages = getattr(net, "token_groups", None)
-    if not stages:
-        return None
-    return TokenEntry(
-        grid=tuple(net.token_grid),  # type: ignore[arg-type]
-        stages=[[stage.gate(group) for group in range(stage.groups)] for stage in stages],
-        grids=[getattr(stage, "grid", None) for stage in stages],
-    )
-
-
-def _token_gate(node: ir.Node) -> GateEntry:
-    assert node.inputs[0] is not None
-    _, tokens, channels = static_shape(node.inputs[0])
-    return GateEntry(
-        name=gate_name(node),
-        kind=TOKENS.over,
-        channels=channels,
-        tokens=(node.attributes["keep"].as_int(), tokens),
-        lowering="top-k",
-        reason="every shape is fixed: what is dropped is never computed",
-    )

@@ -136,9 +136,8 @@ def _golden(bundle: Bundle) -> tuple[Feeds, list[Step]]:
         frames, steps = unpack(bundle.golden(), inputs, outputs)
     except (KeyError, IndexError, TypeError, ZeroDivisionError) as error:  # an array missing, empty or too short
         raise BundleError("the golden data is incomplete", where=str(bundle.path), why=repr(error)) from error
-    if not steps or any(
-        array.ndim != len(entry.shape) for array, entry in zip(frames.values(), manifest.inputs, strict=True)
-    ):
+    ranks = [len(entry.shape) for entry in manifest.inputs]
+    if not steps or [array.ndim for array in frames.values()] != ranks:
         why = f"{len(steps)} results of frames of shape {[list(array.shape) for array in frames.values()]}"
         raise BundleError("the golden data is incomplete", where=str(bundle.path), why=why)
     return frames, steps

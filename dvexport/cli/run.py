@@ -79,4 +79,4 @@ def _write(result: RunResult, path: Path) -> None:
     from dvexport.files import atomic_write
 
     with atomic_write(path) as temporary, open(temporary, "wb") as stream:
-        np.savez(stream, **result.outputs)
+        np.savez(stream, **dict(result.outputs))  # type: ignore[arg-type]

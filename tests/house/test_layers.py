@@ -75,6 +75,7 @@ LAYERS = (
     "dvexport.targets.registry",
     "dvexport.targets",
     "dvexport.run",
+    "dvexport.entries",
     "dvexport.export",
     "dvexport.rebuild",
     "dvexport.verify",

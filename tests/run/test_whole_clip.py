@@ -21,6 +21,7 @@ from dvexport.dialect.flops import flop_table, operator_flops
 from dvexport.errors import CheckFailed, ClipError, TraceError, UsageError
 from dvexport.export import export
 from dvexport.graph.weights import WEIGHTS
+from dvexport.limits import Limits
 from dvexport.models.base import VideoModel, imagenet_preprocess
 from dvexport.passes.pipeline import Plan
 from dvexport.profile import profile
@@ -279,9 +280,9 @@ def test_too_many_other_tokens_fail():
     def step(index):
         return [Step(np.zeros(2, np.float32), {("sta.0.0", "tokens"): index})]
 
-    (row,) = decision_rows("x", step(swapped), step(order))
+    (row,) = decision_rows("x", step(swapped, Limits()), step(order))
     assert row.ok and row.value == 2
-    (row,) = decision_rows("x", step(order[::-1]), step(order))
+    (row,) = decision_rows("x", step(order[::-1], Limits()), step(order))
     assert not row.ok
 
 
