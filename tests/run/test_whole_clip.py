@@ -280,9 +280,9 @@ def test_too_many_other_tokens_fail():
     def step(index):
         return [Step(np.zeros(2, np.float32), {("sta.0.0", "tokens"): index})]
 
-    (row,) = decision_rows("x", step(swapped, Limits()), step(order))
+    (row,) = decision_rows("x", step(swapped), step(order), Limits())
     assert row.ok and row.value == 2
-    (row,) = decision_rows("x", step(order[::-1], Limits()), step(order))
+    (row,) = decision_rows("x", step(order[::-1]), step(order), Limits())
     assert not row.ok
 
 
