@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+from typing import NamedTuple
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from PIL import Image
 
 from dvexport.cli import main
@@ -25,8 +27,18 @@ DETECTOR = (
 )  # fmt: skip
 
 
-def cli(*arguments):
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+class Outcome(NamedTuple):
+    exit_code: int
+    printed: str
+    output: str
+
+
+def cli(*arguments) -> Outcome:
+    """Run a command: its exit code, what it printed, and that with the errors."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as left:
+        main([str(argument) for argument in arguments])
+    return Outcome(left.value.code, out.getvalue(), out.getvalue() + err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +90,7 @@ def test_run_draws_boxes_and_takes_inputs_beside_the_clip(files, tmp_path):
     words = ("run", files / "detector.dvx", *clip, "--inputs", files / "flow.npz")
     result = cli(*words, "--pictures", tmp_path, "--json")
     assert result.exit_code == 0, result.output
-    told = {one["name"]: one for one in json.loads(result.output)["outputs"]}
+    told = {one["name"]: one for one in json.loads(result.printed)["outputs"]}
     assert told["boxes"]["kind"] == "boxes" and told["boxes"]["shape"] == [CLIP, 12, 4]
     assert 0 <= told["scores"]["min"] <= told["scores"]["mean"] <= told["scores"]["max"] <= 1
     assert len(list(tmp_path.glob("boxes-*.png"))) == CLIP
@@ -135,9 +147,11 @@ def test_pictures_show_where_a_class_is_and_which_boxes_are_sure():
     drawn = draw_map(image, scores)
     assert (drawn[4:] == 100).all()
     np.testing.assert_allclose(drawn[0, 0], (np.array(colour(1)) + 100) / 2, atol=1)
-    boxes = np.array([[1, 1, 6, 6], [0, 0, 7, 7]], np.float32)
-    drawn = draw_boxes(image, boxes, np.array([[0.1, 0.2], [0.1, 0.9]], np.float32)[:, :2])
-    assert tuple(drawn[7, 3]) == colour(2) and (drawn[6, 3] == 100).all()
+    image = np.full((40, 60, 3), 100, np.uint8)
+    boxes = np.array([[10, 20, 50, 35], [2, 2, 57, 37]], np.float32)
+    drawn = draw_boxes(image, boxes, np.array([[0.1, 0.2], [0.1, 0.9]], np.float32))
+    assert tuple(drawn[37, 30]) == colour(2) and (drawn[35, 30] == 100).all()
+    assert tuple(draw_boxes(image, boxes, None)[35, 30]) == colour(1)
 
 
 def test_nothing_to_draw_is_said(files, tmp_path):
