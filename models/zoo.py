@@ -25,7 +25,7 @@ from dvexport.video.preprocess import Preprocess
 
 if TYPE_CHECKING:
     from dvexport.models.base import VideoModel
-    from dvexport.models.described import Described, Description
+    from dvexport.models.described import Description
 
 __all__ = [
     "DIRECTORY",
@@ -233,8 +233,10 @@ def create(
     assume_defaults: bool = False,
     description: Description | None = None,
     **settings: Any,
-) -> VideoModel | Described:
+) -> VideoModel:
     """Make a model, in evaluation mode.
+
+    A factory's module with a description is a `models.described.Described`, which has the same attributes.
 
     Args:
         name: a name of `names()`, `package.module:factory` for a model of your own, or a directory that
@@ -254,7 +256,7 @@ def create(
         UntoldError: for a checkpoint that leaves options open.
     """
     name, checkpoint = saved_directory(name, checkpoint)
-    model: VideoModel | Described
+    model: VideoModel
     if description is not None and ":" not in name:
         raise UsageError(f"'{name}' says itself what it takes and gives", hint="leave out its example and description")
     if name == DIRECTORY:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
+import shlex
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dvexport.cli import main
@@ -160,3 +164,19 @@ def test_nothing_to_draw_is_said(files, tmp_path):
     assert cli(*words).exit_code == 0
     result = cli("run", tmp_path / "plain.dvx", "--clip", files / "clip.mp4", "--pictures", tmp_path / "p")
     assert result.exit_code == 2 and "nothing to draw" in result.output
+
+
+def test_the_guide_s_tasks_are_exported_and_run(tmp_path, monkeypatch):
+    guide = (Path(__file__).parents[2] / "docs" / "adding-a-model.md").read_text(encoding="utf-8")
+    tasks, script = re.findall(r"```python\n(.*?)```", guide, flags=re.S)[1:3]
+    (tmp_path / "my_tasks.py").write_text(tasks, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(script, "guide", "exec"), {"torch": torch})
+    assert printed.getvalue() == "(12, 4) (12, 3)\n"
+    command = next(line for line in guide.splitlines() if line.startswith("dvexport export my_tasks"))
+    result = cli(*shlex.split(command)[1:])
+    assert result.exit_code == 0, result.output
+    assert cli("verify", "detector.dvx", "--model", "my_tasks:detector").exit_code == 0
