@@ -378,7 +378,8 @@ def _from_factory(name: str, checkpoint: str | Path | None, settings: Mapping[st
         raise
     except Exception as error:
         raise _broken_factory(name, error) from error
-    if not isinstance(model, (nn.Module, Described)):
+    weights = model.unwrapped if isinstance(model, Described) else model
+    if not isinstance(weights, nn.Module):
         raise UsageError(
             f"'{name}' returned a {type(model).__name__}, not a torch module", hint="see docs/adding-a-model.md"
         )
@@ -386,7 +387,7 @@ def _from_factory(name: str, checkpoint: str | Path | None, settings: Mapping[st
         from dvexport.models.checkpoints.checkpoint import read_checkpoint
         from dvexport.models.checkpoints.importers import load_weights
 
-        load_weights(model, read_checkpoint(checkpoint).state, where=str(checkpoint))
+        load_weights(weights, read_checkpoint(checkpoint).state, where=str(checkpoint))
     return model
 
 

@@ -26,7 +26,7 @@ def description_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed((
         click.option("--input", "shapes", multiple=True, metavar="NAME=SIZES",
                      help="One frame of an input of your own module, such as frames=3x96x128; the video first."),
-        click.option("--port", "kinds", multiple=True, metavar="NAME=KIND",
+        click.option("--kind", "kinds", multiple=True, metavar="NAME=KIND",
                      help="What an output of it is: logits, map, boxes, scores or array; in order for a tuple."),
         click.option("--preprocess", multiple=True, metavar="KEY=VALUE",
                      help="How its frames are made: imagenet, mean=R,G,B, std=R,G,B, resize=N, frames=N, "
@@ -57,7 +57,7 @@ def description_of(
     return Description(
         sizes,
         _preprocess(preprocess, next(iter(sizes.values()))) if preprocess else None,
-        [Output(name, kind) for name, kind in parse_pairs("--port", kinds).items()],  # type: ignore[arg-type]
+        [Output(name, kind) for name, kind in parse_pairs("--kind", kinds).items()],  # type: ignore[arg-type]
         causal=not no_causal,
         whole_clip=whole_clip,
     )

@@ -90,7 +90,7 @@ def write_pictures(result: RunResult, folder: str | Path) -> list[Path]:
         raise UsageError(
             "there is nothing to draw: the model gives no maps and no boxes",
             why=told,
-            hint="declare what an output is at export, such as --port masks=map; --output writes arrays",
+            hint="declare what an output is at export, such as --kind masks=map; --output writes arrays",
         )
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)

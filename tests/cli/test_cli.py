@@ -236,6 +236,8 @@ def test_export_hands_on_its_options(call, provide, bundle, tmp_path):
         "mode": "clip",
         "lowering": {"layer1.0": "tiles"},
         "calibrate": "v.mp4",
+        "inputs": None,
+        "description": None,
         "output": str(tmp_path / "o.dvx"),
     }
     assert "gates: 1 tiles" in out

@@ -22,12 +22,12 @@ from dvexport.video.clips import write_clip
 from tests.support.task_models import CLIP, FLOW, SIZE, clip_feeds
 
 SEGMENTER = (
-    "tests.support.task_models:segmenter", "--input", "frames=3x48x64", "--port", "masks=map",
+    "tests.support.task_models:segmenter", "--input", "frames=3x48x64", "--kind", "masks=map",
     "--preprocess", "imagenet", "--preprocess", f"frames={CLIP}",
 )  # fmt: skip
 DETECTOR = (
     "tests.support.task_models:detector", "--input", "frames=3x48x64", "--input", "flow=2x24x32",
-    "--port", "boxes=boxes", "--port", "scores=scores", "--preprocess", "imagenet", "--preprocess", f"frames={CLIP}",
+    "--kind", "boxes=boxes", "--kind", "scores=scores", "--preprocess", "imagenet", "--preprocess", f"frames={CLIP}",
 )  # fmt: skip
 
 
@@ -130,7 +130,7 @@ def test_a_missing_input_says_which_and_how(files, command, tmp_path):
     ("words", "says"),
     [
         (SEGMENTER[:1], "--input frames=3xHxW"),
-        ((*SEGMENTER[:1], "--port", "masks=map"), "described by its inputs"),
+        ((*SEGMENTER[:1], "--kind", "masks=map"), "described by its inputs"),
         ((*SEGMENTER[:3],), "nothing tells how the model's frames"),
         ((*SEGMENTER[:2], "frames=3x48xa"), "--input takes NAME=SIZES"),
         ((*SEGMENTER[:4], "masks=picture"), "unknown kind of output 'picture'"),
