@@ -90,7 +90,7 @@ def test_the_golden_data_is_pytorchs(stream):
     for decision in model.decisions():
         got = np.stack([step.decisions[decision.gate, "action"] for step in steps])
         np.testing.assert_array_equal(got, decision.action)
-    assert len(frames) == FRAMES
+    assert len(frames["frames"]) == FRAMES
 
 
 def test_the_golden_frames_are_a_picture_that_moves():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from torch import nn
 
 import dvexport
 from dvexport.bundle.archive import Bundle, write_bundle
+from dvexport.bundle.manifest import parse_manifest
 from dvexport.errors import CheckFailed, TraceError, UsageError
 from dvexport.export import export
 from dvexport.limits import Limits
@@ -25,6 +27,7 @@ from dvexport.run.open import open_session
 from dvexport.run.session import Step
 from dvexport.targets.onnx.backend import BACKEND
 from dvexport.verify import verify
+from tests.support.bundles import small_bundle, small_model
 from tests.support.task_models import CLIP, DETECTOR, FLOW, LABELS, SEGMENTER, SIZE, clip_feeds, detector, segmenter
 
 TASKS = {"segmenter": (segmenter, SEGMENTER), "detector": (detector, DETECTOR)}
@@ -252,3 +255,19 @@ def test_the_logits_of_a_model_without_any_are_an_error():
         step = session.step(clip_feeds(flow=False, frames=1))
     with pytest.raises(UsageError, match="gives no logits"):
         _ = step.logits
+
+
+def test_a_bundle_of_format_1_still_opens_runs_and_is_verified(tmp_path):
+    bundle = small_bundle("tsn_resnet18", "stream")
+    members = {name: bundle.read(name) for name in bundle.manifest.files}
+    raw = json.loads(bundle.manifest.to_json())
+    raw["format"] = 1
+    del raw["limits"]
+    for entry in raw["outputs"]:
+        del entry["kind"], entry["labels"]
+    old = write_bundle(tmp_path / "old.dvx", parse_manifest(json.dumps(raw).encode(), where="here"), members)
+    opened = Bundle.open(old.path)
+    assert opened.manifest.format == 1
+    assert opened.manifest.declared_outputs == (Output("logits", "logits", tuple(bundle.manifest.labels)),)
+    report = verify(opened, model=small_model("tsn_resnet18"))
+    assert report.ok and {row.limit for row in report.rows if row.name == "PyTorch: logits"} == {1e-3}
