@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
@@ -26,6 +28,7 @@ from dvexport.run.compare import compare, output_error
 from dvexport.run.open import open_session
 from dvexport.run.session import Step
 from dvexport.targets.onnx.backend import BACKEND
+from dvexport.targets.onnx.emit import emit
 from dvexport.verify import verify
 from tests.support.bundles import small_bundle, small_model
 from tests.support.task_models import CLIP, DETECTOR, FLOW, LABELS, SEGMENTER, SIZE, clip_feeds, detector, segmenter
@@ -271,3 +274,16 @@ def test_a_bundle_of_format_1_still_opens_runs_and_is_verified(tmp_path):
     assert opened.manifest.declared_outputs == (Output("logits", "logits", tuple(bundle.manifest.labels)),)
     report = verify(opened, model=small_model("tsn_resnet18"))
     assert report.ok and {row.limit for row in report.rows if row.name == "PyTorch: logits"} == {1e-3}
+
+
+@pytest.mark.parametrize(("transform", "fits"), [("half_pixel", True), ("half_pixel_symmetric", False)])
+def test_a_resize_is_written_in_an_older_opset_where_it_means_the_same(transform, fits):
+    graph = f'''<ir_version: 10, opset_import: ["" : 20]>
+    g (float[1, 1, 4, 4] x) => (float[1, 1, 8, 8] y) <float[4] scales = {{1.0, 1.0, 2.0, 2.0}}>
+    {{ y = Resize<mode = "linear", coordinate_transformation_mode = "{transform}">(x, , scales) }}'''
+    model = ir.from_proto(onnx.parser.parse_model(graph))
+    if fits:
+        assert onnx.load_from_string(emit(model, opset=18)).opset_import[0].version == 18
+    else:
+        with pytest.raises(UsageError, match="can't be written in opset 18"):
+            emit(model, opset=18)
