@@ -30,16 +30,18 @@ if TYPE_CHECKING:
     from dvexport.bundle.archive import Bundle
     from dvexport.errors import DvexportError
     from dvexport.export import export
+    from dvexport.ports import Output
     from dvexport.run.open import open_session
     from dvexport.run.run import run
     from dvexport.run.session import Session
     from dvexport.verify import verify
 
-__all__ = ["Bundle", "DvexportError", "Session", "export", "open_session", "run", "verify"]
+__all__ = ["Bundle", "DvexportError", "Output", "Session", "export", "open_session", "run", "verify"]
 
 _HOMES = {
     "Bundle": "dvexport.bundle.archive",
     "DvexportError": "dvexport.errors",
+    "Output": "dvexport.ports",
     "Session": "dvexport.run.session",
     "export": "dvexport.export",
     "open_session": "dvexport.run.open",

@@ -1,6 +1,6 @@
 """From a model to a verified bundle: trace, lower, compare with PyTorch, write.
 
-A bundle is only written once its artifact has given PyTorch's logits and decisions on the golden clip.
+A bundle is only written once its artifact has given PyTorch's outputs and decisions on the golden clip.
 """
 
 from __future__ import annotations
@@ -17,44 +17,41 @@ import onnx_ir as ir
 
 from dvexport.bundle.archive import GOLDEN, Bundle, Content, write_bundle
 from dvexport.bundle.levels import DENSE_LEVEL, GATE_LEVEL
-from dvexport.bundle.manifest import (
-    GateEntry,
-    InputEntry,
-    Manifest,
-    ModelEntry,
-    OutputEntry,
-    PassEntry,
-    StateEntry,
-    TokenEntry,
-)
+from dvexport.bundle.limits import Limits
+from dvexport.bundle.manifest import Manifest, ModelEntry, PassEntry, StateEntry
 from dvexport.bundle.trust import has_code, remember
-from dvexport.decisions import ACTION, TILES, TOKENS
+from dvexport.decisions import TOKENS
 from dvexport.dialect.flops import flop_table
+from dvexport.entries import gate_entries, input_entries, output_entries, token_entry
 from dvexport.errors import CheckpointError, TraceError, UsageError, unknown_name
 from dvexport.files import writable_output
-from dvexport.graph.graph import DV, gate_name, static_shape, whole_clip_of
+from dvexport.graph.graph import whole_clip_of
 from dvexport.graph.onnx_file import model_apart, model_bytes
 from dvexport.graph.state import states_of
 from dvexport.graph.weights import WEIGHTS, share_weights
-from dvexport.modes import MODES
+from dvexport.names import MODES
 from dvexport.passes.expose_probes import decision_values
 from dvexport.passes.lowerings import Abilities, CostTable
-from dvexport.passes.pipeline import Lowered, Request
+from dvexport.passes.pipeline import Request
+from dvexport.ports import Output, input_shapes, outputs_of
 from dvexport.run.calibrate import gate_rates, gate_statistics
 from dvexport.run.compare import compare, first_difference
+from dvexport.run.feeds import Feeds, count, with_arrays
 from dvexport.run.forced import draw
 from dvexport.run.forced_check import not_equal, verified_runs
-from dvexport.run.golden import moving_texture, pack, sample_clip, torch_steps
+from dvexport.run.golden import golden_feeds, moving_texture, pack, sample_clip, torch_steps
 from dvexport.run.seen import with_seen
 from dvexport.run.session import Session, Step
 from dvexport.targets import catalogue
 from dvexport.targets.backend import Built
 from dvexport.targets.registry import backend_of
-from dvexport.tokens import HasDenseForm, TellsTokens
+from dvexport.tokens import HasDenseForm
 from dvexport.trace import trace
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from dvexport.models.described import Description, Example
 
 __all__ = ["build_model", "export", "file_digest", "traced_levels"]
 
@@ -75,13 +72,17 @@ def export(
     mode: str | None = None,
     lowering: Mapping[str, str] | None = None,
     calibrate: str | Path | None = None,
+    inputs: str | Path | Mapping[str, np.ndarray] | None = None,
+    description: Description | None = None,
+    example: Example | None = None,
     progress: Progress | None = None,
+    **told: Any,
 ) -> Bundle:
     """Export a model to a bundle at `output`.
 
     Args:
         model: a name of the zoo, `package.module:factory`, a directory that Hugging Face's library saved,
-            or a `VideoModel`.
+            a `VideoModel`, or any module, which then needs `example`.
         output: written whole or not at all; the same export gives the same bytes. Native code is remembered as made
             here (`dvexport.bundle.trust`), if the user's list of exports can be written.
         checkpoint, settings, assume_defaults: weights and options, see `dvexport.models.zoo.create`.
@@ -92,6 +93,12 @@ def export(
         lowering: lowering by gate, or by `*` for every gate that allows it; overrules the choice.
         calibrate: a video; the rates of its decisions decide the lowerings. By default the shipped
             clip of the model's labels, if there is one; otherwise half of everything is assumed.
+        inputs: an .npz file, or arrays by name: the inputs beside the video to calibrate on, one row a frame.
+        example: of a module that is no `VideoModel`: a tensor, several in the order of its forward, or by name; frames
+            first. Shapes are read off it.
+        told: of such a module: `preprocess`, `outputs`, `labels`, `causal`, `whole_clip`, as
+            `models.described.Description` says.
+        description: all of that as one object, in the place of `example` and `told`.
         progress: called with the name of each step as it begins.
 
     Raises:
@@ -108,13 +115,15 @@ def export(
     maker = backend_of(backend)
     writable_output(output)
     tell("load the model")
-    source = build_model(model, checkpoint, settings or {}, assume_defaults)
+    source = build_model(model, checkpoint, settings or {}, assume_defaults, _description(description, example, told))
     net = source.model
     mode = _mode_of(net, mode)
     preprocess = net.preprocess
-    clip = sample_clip(net.labels) if calibrate is None else None
-    golden_frames = _golden_frames(clip, preprocess)
-    calibration_frames = _clip_frames(calibrate or clip, preprocess)
+    names = list(input_shapes(net))
+    clip = sample_clip(net.labels) if calibrate is None and len(names) == 1 else None
+    golden_frames = golden_feeds(net, _golden_frames(clip, preprocess))
+    calibration_frames = _calibration_feeds(calibrate or clip, preprocess, names, inputs)
+    limits = maker.limits([output.name for output in outputs_of(net)])
     tell("trace")
     traced, dense = traced_levels(net)
     calibration = _calibration(traced, calibration_frames)
@@ -122,26 +131,28 @@ def export(
     built = maker.build(traced, plan, device, tell, dense)
     lowered = built.lowered
     tell("compare with PyTorch")
-    golden = _verified(Session(built.variant.open(), mode=mode), net, golden_frames)
-    runs = draw(traced, golden[0].decisions, len(golden_frames), preprocess.frames if mode == "clip" else None)
+    golden = _verified(Session(built.variant.open(), mode=mode), net, golden_frames, limits)
+    runs = draw(traced, golden[0].decisions, count(golden_frames), preprocess.frames if mode == "clip" else None)
     if runs:
         tell("compare under forced decisions")
-        runs, compared = verified_runs(Session(built.forced().open(), mode=mode), traced, net, golden_frames, runs)
+        forced = Session(built.forced().open(), mode=mode)
+        runs, compared = verified_runs(forced, traced, net, golden_frames, runs, limits)
     tell("write the bundle")
     manifest = Manifest(
         model=_model_entry(source),
         target=device.name,
         backend=backend,
         mode="clip" if mode == "clip" else "stream",
-        inputs=[_input(mode, preprocess)],
-        outputs=_outputs(lowered, mode, preprocess),
+        inputs=input_entries(net, mode),
+        outputs=output_entries(lowered, mode, net),
+        limits=limits,
         labels=list(net.labels),
         states=[StateEntry(**asdict(s)) for s in (states_of(lowered.model) if mode == "stream" else ())],
-        gates=with_seen(_gates(traced, lowered), golden, compared if runs else None),
+        gates=with_seen(gate_entries(traced, lowered), golden, compared if runs else None),
         flops=flop_table(traced, dense).to_dict(),
         checkpoint=source.digest,
         memory=dict(built.memory),
-        tokens=_tokens(net),
+        tokens=token_entry(net),
         tools={name: version(name) for name in (*_TOOLS, *maker.tools)},
         passes=[
             PassEntry(
@@ -190,28 +201,29 @@ def build_model(
     checkpoint: str | Path | None,
     settings: Mapping[str, Any],
     assume_defaults: bool = False,
+    description: Description | None = None,
 ) -> Source:
     """Return the model to export, in evaluation mode.
 
     Without a checkpoint an architecture of the zoo gets random weights, the same every time.
 
     Raises:
-        UsageError: an unknown model or option, or a module that is no `VideoModel`.
+        UsageError: an unknown model or option, or a module that does not say enough of itself.
         CheckpointError: weights that are missing, damaged, unsafe or not finite.
     """
     if not isinstance(model, str):
-        source = _given(model, checkpoint, settings)
+        source = _given(model, checkpoint, settings, description)
     else:
         import torch
 
         from dvexport.models import zoo
 
-        model, checkpoint = zoo.saved_directory(model, checkpoint)
+        name, checkpoint = zoo.saved_directory(model, checkpoint)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            net = zoo.create(model, checkpoint, assume_defaults=assume_defaults, **settings)
+            net = zoo.create(name, checkpoint, assume_defaults=assume_defaults, description=description, **settings)
         digest = None if checkpoint is None else file_digest(checkpoint)
-        source = Source(net, model, _json_values(settings), digest)
+        source = Source(net, name, _json_values(settings), digest)
     _check_weights(source.model)
     return source
 
@@ -231,17 +243,30 @@ def file_digest(path: str | Path) -> str:
         ) from error
 
 
-def _given(model: nn.Module, checkpoint: str | Path | None, settings: Mapping[str, Any]) -> Source:
-    from dvexport.models.base import VideoModel
+def _description(given: Description | None, example: Example | None, told: Mapping[str, Any]) -> Description | None:
+    """Return what is told of a module that is no `VideoModel`; None if nothing is."""
+    if given is not None or (example is None and not told):
+        return given
+    from dvexport.models.described import Description, shapes_of
+
+    known = Description.__dataclass_fields__.keys() - {"inputs", "fallback"}
+    if unknown := [name for name in told if name not in known]:
+        raise TypeError(f"export() got an unexpected keyword argument '{unknown[0]}'")
+    if example is None:
+        raise UsageError("a module is described by an example of its inputs", hint="example=torch.zeros(3, 3, H, W)")
+    outputs = [one if isinstance(one, Output) else Output(one) for one in told.get("outputs", ())]
+    return Description(shapes_of(example), **{**told, "outputs": outputs})
+
+
+def _given(
+    model: Any, checkpoint: str | Path | None, settings: Mapping[str, Any], description: Description | None
+) -> Source:
+    from dvexport.models.described import described
 
     if checkpoint is not None or settings:
         raise UsageError("a model object has its weights and options already", hint="leave out checkpoint and settings")
-    if not isinstance(model, VideoModel):
-        raise UsageError(
-            f"a {type(model).__name__} is no VideoModel",
-            hint="subclass dvexport.models.base.VideoModel, see docs/adding-a-model.md",
-        )
-    return Source(model.eval(), model.name, {}, _weights_digest(model))
+    net = described(model, type(model).__name__, description)
+    return Source(net.eval(), net.name, {}, _weights_digest(net))
 
 
 def _weights_digest(model: nn.Module) -> str:
@@ -298,8 +323,7 @@ def traced_levels(net: Any) -> tuple[ir.Model, ir.Model | None]:
     Raises:
         TraceError: a model that can't be traced, or chooses tokens and has no dense version.
     """
-    size = net.preprocess.size
-    traced = trace(net, size)
+    traced = trace(net, input_shapes(net))
     if not any(kind == TOKENS.name for _, kind in decision_values(traced)):
         return traced, None
     if not isinstance(net, HasDenseForm):
@@ -308,7 +332,7 @@ def traced_levels(net: Any) -> tuple[ir.Model, ir.Model | None]:
             where=type(net).__name__,
             hint="define without_pruning(), see docs/adding-a-model.md",
         )
-    dense = trace(net.without_pruning(), size)
+    dense = trace(net.without_pruning(), input_shapes(net))
     share_weights(traced, dense)
     return traced, dense
 
@@ -326,7 +350,19 @@ def _clip_frames(clip: str | Path | None, preprocess: Any) -> np.ndarray | None:
     return read_clip(clip, preprocess).frames
 
 
-def _calibration(traced: ir.Model, frames: np.ndarray | None) -> list[Step]:
+def _calibration_feeds(
+    clip: str | Path | None, preprocess: Any, names: list[str], inputs: str | Path | Mapping[str, np.ndarray] | None
+) -> Feeds | None:
+    """Return every input of a calibration clip; None without a clip."""
+    frames = _clip_frames(clip, preprocess)
+    if frames is not None:
+        return with_arrays(frames, names, inputs, clip)
+    if inputs is not None:
+        raise UsageError("inputs are given without the video that they belong to", hint="give calibrate too")
+    return None
+
+
+def _calibration(traced: ir.Model, frames: Feeds | None) -> list[Step]:
     """Return the decisions on the calibration frames; none without frames or decisions."""
     from dvexport.run.oracle import Oracle
 
@@ -349,7 +385,7 @@ def _plan(
     )
 
 
-def _verified(session: Session, net: Any, frames: np.ndarray) -> list[Step]:
+def _verified(session: Session, net: Any, frames: Feeds, limits: Limits) -> list[Step]:
     """Return what PyTorch gives on the golden clip, once the artifact gave the same.
 
     Decisions that the model does not tell are taken from the artifact. PyTorch follows the tokens that the artifact
@@ -357,84 +393,7 @@ def _verified(session: Session, net: Any, frames: np.ndarray) -> list[Step]:
     """
     got = session.run_clip(frames)
     want = torch_steps(net, frames, follow=got)
-    failed = [row for row in compare("artifact against PyTorch", got, want) if not row.ok]
+    failed = [row for row in compare("artifact against PyTorch", got, want, limits) if not row.ok]
     if failed:
         raise not_equal(failed[0], first_difference(got, want))
-    return [Step(w.logits, {**g.decisions, **w.decisions}) for g, w in zip(got, want, strict=True)]
-
-
-def _input(mode: str, preprocess: Any) -> InputEntry:
-    frames = preprocess.frames if mode == "clip" else 1
-    return InputEntry(name="frames", shape=(frames, 3, *preprocess.size), dtype="float32", preprocess=preprocess)
-
-
-def _outputs(lowered: Lowered, mode: str, preprocess: Any) -> list[OutputEntry]:
-    """Return the outputs but the states, the logits first; the first size of all is frames, or one whole clip."""
-    states = {state.output for state in states_of(lowered.model)}
-    frames = preprocess.frames if mode == "clip" else 1
-    if whole_clip_of(lowered.model) is not None:
-        frames = 1
-    return [
-        OutputEntry(name=value.name, shape=(frames, *static_shape(value)[1:]), dtype=str(value.dtype.numpy()))  # type: ignore[arg-type,union-attr]
-        for value in lowered.model.graph.outputs
-        if value.name not in states
-    ]
-
-
-def _gates(traced: ir.Model, lowered: Lowered) -> list[GateEntry]:
-    """Describe every gate by its decisions and its choice."""
-    decided = decision_values(traced)
-    widths: dict[str, int] = {}
-    for node in traced.graph:
-        if node.domain == DV and node.op_type == "GatedConv":
-            widths.setdefault(gate_name(node), static_shape(node.inputs[1])[0])  # type: ignore[arg-type]
-    entries = []
-    for choice in lowered.choices:
-        names = [
-            name
-            for name, kind in ((ACTION.over, ACTION.name), (TILES.over, TILES.name))
-            if (choice.gate, kind) in decided
-        ]
-        tiles = decided.get((choice.gate, TILES.name))
-        assert tiles is None or tiles.shape is not None
-        grid = None if tiles is None else (int(tiles.shape[1]), int(tiles.shape[2]))  # type: ignore[index,arg-type]
-        entries.append(
-            GateEntry(
-                name=choice.gate,
-                kind="+".join(names) or "none",
-                channels=widths[choice.gate],
-                grid=grid,
-                lowering=choice.lowering,
-                reason=choice.reason,
-                overridden=choice.overridden,
-                expected_ms={name: round(ms, 4) for name, ms in choice.expected_ms.items()},
-            )
-        )
-    return entries + [
-        _token_gate(node) for node in traced.graph if node.domain == DV and node.op_type == "SelectTokens"
-    ]
-
-
-def _tokens(net: Any) -> TokenEntry | None:
-    """Return where the tokens lie of a model that tells."""
-    if not isinstance(net, TellsTokens) or not net.token_groups:
-        return None
-    stages = net.token_groups
-    return TokenEntry(
-        grid=net.token_grid,
-        stages=[[stage.gate(group) for group in range(stage.groups)] for stage in stages],
-        grids=[getattr(stage, "grid", None) for stage in stages],
-    )
-
-
-def _token_gate(node: ir.Node) -> GateEntry:
-    assert node.inputs[0] is not None
-    _, tokens, channels = static_shape(node.inputs[0])
-    return GateEntry(
-        name=gate_name(node),
-        kind=TOKENS.over,
-        channels=channels,
-        tokens=(node.attributes["keep"].as_int(), tokens),
-        lowering="top-k",
-        reason="every shape is fixed: what is dropped is never computed",
-    )
+    return [Step(w.outputs, {**g.decisions, **w.decisions}) for g, w in zip(got, want, strict=True)]

@@ -15,9 +15,9 @@ from torch.nn.modules import module
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 
-from dvexport.activations import ACTIVATIONS
 from dvexport.errors import UsageError, unknown_name
 from dvexport.geometry import output_size
+from dvexport.names import ACTIVATIONS
 
 __all__ = ["check_activation", "check_conv", "check_input", "check_norm", "conv_attributes", "refused"]
 

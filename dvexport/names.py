@@ -1,10 +1,16 @@
-"""Legal names of gates and states."""
+"""Names that are legal: of gates and states, of modes, of activations."""
 
 from __future__ import annotations
 
 import re
 
-__all__ = ["name_problem"]
+__all__ = ["ACTIVATIONS", "MODES", "name_problem"]
+
+MODES = ("stream", "clip")
+"""How an artifact takes frames. `stream`: one frame a step, explicit state in and out. `clip`: all frames at once."""
+
+ACTIVATIONS = ("none", "relu")
+"""What a gated convolution may end with; for code that runs without torch."""
 
 _NAME = re.compile(r"[A-Za-z0-9_./:-]{1,100}")
 

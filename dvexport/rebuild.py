@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dvexport.errors import BundleError, UsageError
+from dvexport.ports import LOGITS, input_shapes, outputs_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,19 +42,18 @@ def rebuild(
     model: str | nn.Module | None = None,
     checkpoint: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
-    size: tuple[int, int],
-    classes: int,
+    inputs: Mapping[str, tuple[int, ...]],
+    outputs: Mapping[str, tuple[int, ...]],
 ) -> tuple[Any, tuple[str, ...]]:
     """Return the model in evaluation mode, or None where it is not built; and what there is to say about that.
 
     Args:
         model: the user's word for what the bundle was made from: `package.module:factory`, a directory that Hugging
-            Face's library saved, a name of the zoo, or the `VideoModel` itself. None: the manifest's, if it is of the
+            Face's library saved, a name of the zoo, or the module itself. None: the manifest's, if it is of the
             zoo.
         checkpoint: weights; compared with the manifest's digest.
         settings: options for a factory that the user names: those that the bundle was exported with.
-        size, classes: height and width of the golden frames, and how many logits they have: the manifest may say
-            anything.
+        inputs, outputs: shapes of one frame in the golden data, by name: the manifest may say anything.
 
     Raises:
         UsageError: `checkpoint`, `settings` or the model are not those of the bundle.
@@ -62,7 +62,7 @@ def rebuild(
     """
     if model is not None and not isinstance(model, str):
         net, notes = _given(model, manifest, checkpoint, settings)
-        _check_shapes(net, size, classes)
+        _check_shapes(net, inputs, outputs)
         return net, notes
     from dvexport.models import zoo
 
@@ -86,9 +86,10 @@ def rebuild(
     if own:
         options = _same_settings(manifest, settings or {}, name)
     else:
-        options = _bounded(manifest, name, {"size": size, "frames": manifest.preprocess.frames, "classes": classes})
+        sizes = {"size": next(iter(inputs.values()))[1:], "classes": outputs.get(LOGITS, (0,))[0]}
+        options = _bounded(manifest, name, {**sizes, "frames": manifest.preprocess.frames})
     net = _built(name, checkpoint, options, manifest)
-    _check_shapes(net, size, classes)
+    _check_shapes(net, inputs, outputs)
     return net, _other_name(name, manifest)
 
 
@@ -105,13 +106,36 @@ def _given(
 ) -> tuple[Any, tuple[str, ...]]:
     from dvexport.export import build_model
 
-    source = build_model(model, checkpoint, settings or {})
+    source = build_model(model, checkpoint, settings or {}, description=_description(manifest))
     return source.model, _other_name(source.name, manifest)
 
 
-def _check_shapes(net: Any, size: tuple[int, int], classes: int) -> None:
+def _description(manifest: Manifest) -> Any:
+    """Return what the bundle says of its model, for a module that says nothing of itself."""
+    from dvexport.models.described import Description
+
+    rows, frames = manifest.outputs[0].shape[0], manifest.inputs[0].shape[0]
+    return Description(
+        {entry.name: entry.shape[1:] for entry in manifest.inputs},
+        manifest.preprocess,
+        manifest.declared_outputs,
+        whole_clip=rows == 1 < frames,
+        fallback=True,
+    )
+
+
+def _check_shapes(net: Any, inputs: Mapping[str, tuple[int, ...]], outputs: Mapping[str, tuple[int, ...]]) -> None:
     """Raise UsageError where a model can't have made the bundle's results."""
-    for what, found, wanted in (("frames of", net.preprocess.size, size), ("classes:", len(net.labels), classes)):
+    ours, names = input_shapes(net), [output.name for output in outputs_of(net)]
+    checks: list[tuple[str, Any, Any]] = [
+        ("inputs", list(ours), list(inputs)),
+        ("frames of", next(iter(ours.values()))[1:], tuple(next(iter(inputs.values()))[1:])),
+        ("inputs of", list(ours.values()), [tuple(shape) for shape in inputs.values()]),
+        ("outputs", names, list(outputs)),
+    ]
+    if list(outputs) == [LOGITS] and net.labels:
+        checks.append(("classes:", len(net.labels), outputs[LOGITS][0]))
+    for what, found, wanted in checks:
         if found != wanted:
             raise UsageError(
                 "this is not the model that the bundle was made from",
@@ -212,4 +236,5 @@ def _built(name: str, checkpoint: str | Path | None, options: Mapping[str, Any],
         most = 2 * sum(entry.size for entry in manifest.files.values()) + _SLACK
         if (size := zoo.weight_bytes(name, options)) > most:
             raise _unfit("*", f"its weights and tables take {size} bytes, more than {most} for a bundle of its size")
-    return build_model(name, checkpoint, options, assume_defaults=True).model
+    description = _description(manifest) if ":" in name else None
+    return build_model(name, checkpoint, options, assume_defaults=True, description=description).model

@@ -6,7 +6,8 @@ import contextlib
 import io
 import logging
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import onnx_ir as ir
 
@@ -15,25 +16,24 @@ from dvexport.dialect.spec import decisions_at
 from dvexport.errors import DvexportError, TraceError
 from dvexport.graph.fold import fold_constants
 from dvexport.graph.graph import DV, FRAMES, OPSET, make_contiguous, mark_whole_clip, source_of
-
-if TYPE_CHECKING:
-    from torch import nn
+from dvexport.ports import VIDEO, outputs_of
 
 __all__ = ["trace"]
 
 _EXAMPLE_FRAMES = 3  # any number that torch does not specialise on, as it does on 0 and 1
 
 
-def trace(model: nn.Module, size: tuple[int, int]) -> ir.Model:
+def trace(model: Any, inputs: tuple[int, int] | Mapping[str, tuple[int, ...]]) -> ir.Model:
     """Trace `model` into gate-level ONNX.
 
     Args:
-        model: takes `[frames, 3, height, width]`, returns `[frames, classes]`, or `[1, classes]` if it has
-            `whole_clip` (`models.base.VideoModel`); put in eval mode.
-        size: height and width of a frame, in pixels.
+        model: takes and returns tensors whose first axis is frames; one row of results if it has `whole_clip`
+            (`models.base.VideoModel`). Its outputs are `ports.outputs_of` it. Put in eval mode.
+        inputs: shape of one frame of every input, in the order of forward; or height and width of a frame for a model
+            that takes `frames` `[frames, 3, height, width]` alone.
 
     Returns:
-        A model with input `frames`, output `logits`, the frame axis symbolic (fixed for a model that reads whole
+        A model with inputs and outputs of these names, the frame axis symbolic (fixed for a model that reads whole
         clips, see `graph.whole_clip_of`), batch norm folded, and each gate a node of the `dv` domain with
         its shapes set.
 
@@ -45,17 +45,20 @@ def trace(model: nn.Module, size: tuple[int, int]) -> ir.Model:
 
     model = model.eval()
     frames: int | None = model.preprocess.frames if getattr(model, "whole_clip", False) else None  # type: ignore[union-attr,assignment]
-    example = torch.zeros(frames or _EXAMPLE_FRAMES, 3, *size)
+    shapes = dict(inputs) if isinstance(inputs, Mapping) else {VIDEO: (3, *inputs)}
+    outputs = [output.name for output in outputs_of(model)]
+    example = tuple(torch.zeros(frames or _EXAMPLE_FRAMES, *shape) for shape in shapes.values())
+    module = getattr(model, "unwrapped", model)  # of a `models.described.Described`
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
-                model,
-                (example,),
+                module,
+                example,
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=[FRAMES],
-                output_names=["logits"],
-                dynamic_shapes=None if frames else ({0: torch.export.Dim(FRAMES)},),
+                input_names=list(shapes),
+                output_names=outputs,
+                dynamic_shapes=None if frames else tuple({0: torch.export.Dim(FRAMES)} for _ in shapes),
                 verbose=False,
             )
     except Exception as error:
@@ -65,7 +68,7 @@ def trace(model: nn.Module, size: tuple[int, int]) -> ir.Model:
         cause = error.__cause__ or error
         raise TraceError(
             "the model can't be traced",
-            where=type(model).__name__,
+            where=type(module).__name__,
             why=str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__,
             hint="gates must use dvexport.gates, and no Python branch may depend on a tensor's values",
         ) from error
@@ -76,8 +79,31 @@ def trace(model: nn.Module, size: tuple[int, int]) -> ir.Model:
     make_contiguous(traced)  # here, and not in each variant that is made of it: transposed weights are as large as all
     if frames:
         mark_whole_clip(traced, frames)
+    _check_ports(traced, list(shapes), outputs, type(module).__name__, frames is None)
     _check(traced)
     return traced
+
+
+def _check_ports(model: ir.Model, inputs: list[str], outputs: list[str], where: str, dynamic: bool) -> None:
+    """Check that the graph takes and gives what the model said, each with the frame axis."""
+    given = [value.name for value in model.graph.outputs]
+    if given != outputs:
+        raise TraceError(
+            f"the model gives {len(given)} outputs, and says it gives {', '.join(outputs)}",
+            where=where,
+            hint="name them all in declared_outputs, see docs/adding-a-model.md",
+        )
+    taken = [value.name for value in model.graph.inputs]
+    if missing := [name for name in inputs if name not in taken]:
+        raise TraceError(f"the input '{missing[0]}' was lost in the trace", where=where)
+    for value in model.graph.outputs if dynamic else ():
+        if value.shape is None or not value.shape or str(value.shape[0]) != FRAMES:
+            raise TraceError(
+                "an output lacks the frame axis",
+                where=f"{where}, '{value.name}'",
+                why=f"its shape is {value.shape}, where the first size must be '{FRAMES}'",
+                hint="give one row for each frame, frames first",
+            )
 
 
 def _refusal(error: BaseException | None) -> DvexportError | None:

@@ -18,7 +18,8 @@ from dvexport.bundle.levels import read_gate_level
 from dvexport.errors import BundleError, TraceError, UsageError
 from dvexport.graph.graph import whole_clip_of
 from dvexport.rebuild import rebuild
-from dvexport.run.compare import Difference, Row, compare, error_row, first_difference, logits_error
+from dvexport.run.compare import Difference, Row, compare, first_difference, output_rows
+from dvexport.run.feeds import Feeds, count, with_arrays
 from dvexport.run.forced import ForcedRun
 from dvexport.run.forced import unpack as unpack_forced
 from dvexport.run.forced_check import NOT_FORCED, check_forced, references_of
@@ -78,6 +79,7 @@ def verify(
     checkpoint: str | Path | None = None,
     model: str | nn.Module | None = None,
     settings: Mapping[str, Any] | None = None,
+    inputs: str | Path | Mapping[str, np.ndarray] | None = None,
 ) -> VerifyReport:
     """Compare a bundle's artifact with its golden data, its oracle, its other mode and PyTorch.
 
@@ -86,8 +88,9 @@ def verify(
         checkpoint: the weights that the bundle was exported from, to build the PyTorch model again.
             Models that ship with weights, or were exported without any, need none.
         model: what the bundle was made from, where that is no model of the zoo: `package.module:factory`, a directory
-            or a `VideoModel`. A bundle's own word for it is neither imported nor opened.
+            or a module. A bundle's own word for it is neither imported nor opened.
         settings: options for that factory, the same as at export.
+        inputs: the inputs beside the clip's video: an .npz file, or arrays by name, one row a frame.
 
     Raises:
         UsageError: `checkpoint` or `settings` are not those that the bundle was made from.
@@ -98,22 +101,25 @@ def verify(
     manifest = bundle.manifest
     # What may be refused is read first: compiled code of a bundle runs as soon as it is loaded.
     golden_frames, golden_steps = _golden(bundle)
-    size, classes = golden_frames.shape[2:], golden_steps[0].logits.size
-    net, said = rebuild(manifest, model=model, checkpoint=checkpoint, settings=settings, size=size, classes=classes)
+    shapes = {name: array.shape[1:] for name, array in golden_frames.items()}
+    results = {name: value.shape for name, value in golden_steps[0].outputs.items()}
+    net, said = rebuild(manifest, model=model, checkpoint=checkpoint, settings=settings, inputs=shapes, outputs=results)
     gate_level = read_gate_level(bundle)
     runs = _forced_runs(bundle)
     session = open_session(bundle)
     on_golden = session.run_clip(golden_frames)
     pairs = [("golden data", on_golden, golden_steps)]
     frames, got = golden_frames, on_golden
+    if clip is None and inputs is not None:
+        raise UsageError("inputs are given without the video that they belong to", hint="give --clip too")
     if clip is not None:
-        frames = _clip_frames(clip, manifest)
+        frames = with_arrays(_clip_frames(clip, manifest), list(frames), inputs, clip)
         got = session.run_clip(frames)
     pairs.append(("gate-level oracle", got, Oracle(gate_level).run_clip(frames, follow=got)))
     if net is not None:
         pairs.append(("PyTorch", got, torch_steps(net, frames, follow=got)))
-    rows = [row for name, mine, theirs in pairs for row in compare(name, mine, theirs)]
-    rows.append(_repeat_row(session, frames, got))
+    rows = [row for name, mine, theirs in pairs for row in compare(name, mine, theirs, manifest.limits)]
+    rows += _repeat_rows(session, frames, got)
     forced_rows, compared, no_force = _forced(bundle, runs, gate_level, golden_frames, net)
     rows += forced_rows
     mode_row, no_mode = _other_mode(gate_level, manifest, frames, got)
@@ -123,13 +129,16 @@ def verify(
     return VerifyReport(rows, next((d for d in found if d), None), notes, gates_seen(manifest.gates, got, compared))
 
 
-def _golden(bundle: Bundle) -> tuple[np.ndarray, list[Step]]:
+def _golden(bundle: Bundle) -> tuple[Feeds, list[Step]]:
+    manifest = bundle.manifest
+    inputs, outputs = [entry.name for entry in manifest.inputs], [one.name for one in manifest.declared_outputs]
     try:
-        frames, steps = unpack(bundle.golden())
+        frames, steps = unpack(bundle.golden(), inputs, outputs)
     except (KeyError, IndexError, TypeError, ZeroDivisionError) as error:  # an array missing, empty or too short
         raise BundleError("the golden data is incomplete", where=str(bundle.path), why=repr(error)) from error
-    if frames.ndim != 4 or not steps:
-        why = f"{len(steps)} results of frames of shape {list(frames.shape)}"
+    ranks = [len(entry.shape) for entry in manifest.inputs]
+    if not steps or [array.ndim for array in frames.values()] != ranks:
+        why = f"{len(steps)} results of frames of shape {[list(array.shape) for array in frames.values()]}"
         raise BundleError("the golden data is incomplete", where=str(bundle.path), why=why)
     return frames, steps
 
@@ -141,21 +150,22 @@ def _clip_frames(clip: str | Path, manifest: Manifest) -> np.ndarray:
     return read_clip(clip, manifest.preprocess).frames
 
 
-def _repeat_row(session: Session, frames: np.ndarray, before: Sequence[Step]) -> Row:
+def _repeat_rows(session: Session, frames: Feeds, before: Sequence[Step]) -> list[Row]:
     """After a reset nothing of the run before may be left: the results are equal to the bit."""
-    return error_row("again after a reset: logits", logits_error(session.run_clip(frames), before), limit=0.0)
+    return output_rows("again after a reset", session.run_clip(frames), before, limits=None)
 
 
 def _forced_runs(bundle: Bundle) -> list[ForcedRun]:
     """Return the forced steps of the golden data; BundleError if there should be some and are none."""
-    runs = unpack_forced(bundle.golden(), where=str(bundle.path))
+    outputs = [output.name for output in bundle.manifest.declared_outputs]
+    runs = unpack_forced(bundle.golden(), where=str(bundle.path), outputs=outputs)
     if not runs and any(gate.seen is not None and gate.seen.forced is not None for gate in bundle.manifest.gates):
         raise BundleError("the golden data is incomplete", where=str(bundle.path), why="it has no forced steps")
     return runs
 
 
 def _forced(
-    bundle: Bundle, runs: Sequence[ForcedRun], gate_level: ir.Model, frames: np.ndarray, net: Any
+    bundle: Bundle, runs: Sequence[ForcedRun], gate_level: ir.Model, frames: Feeds, net: Any
 ) -> tuple[list[Row], list[list[Decisions]] | None, str | None]:
     """Compare under forced decisions: the rows, the decisions compared (None: none were), and what could not be."""
     if not runs:
@@ -165,14 +175,14 @@ def _forced(
     stored = {id(run): run.steps() for run in runs}
     references = references_of(gate_level, frames, net) | {"golden data": lambda run: stored[id(run)]}
     try:
-        found = check_forced(session, runs, frames, references)
+        found = check_forced(session, runs, frames, references, bundle.manifest.limits)
     except UsageError as error:  # of the bundle's own decisions
         raise BundleError("the golden data is damaged", where=str(bundle.path), why=str(error)) from error
-    return list(found.rows.values()), found.decisions, found.note(references)
+    return [row for rows in found.rows.values() for row in rows], found.decisions, found.note(references)
 
 
 def _other_mode(
-    gate_level: ir.Model, manifest: Manifest, frames: np.ndarray, got: Sequence[Step]
+    gate_level: ir.Model, manifest: Manifest, frames: Feeds, got: Sequence[Step]
 ) -> tuple[list[Row], str | None]:
     """Compare with the same model lowered for the other mode; nothing where it can't stream."""
     from dataclasses import replace
@@ -181,9 +191,9 @@ def _other_mode(
         return [], "no stream to compare with: the model reads a clip as one"
     mode = "clip" if manifest.mode == "stream" else "stream"
     # Lowerings differ between the modes (channels can't be lowered in a clip): masked is always legal.
-    plan = replace(plan_of(manifest, "gated"), mode=mode, frames=len(frames), variant="masked", overrides={})
+    plan = replace(plan_of(manifest, "gated"), mode=mode, frames=count(frames), variant="masked", overrides={})
     try:
         other = session_of(gate_level, plan).run_clip(frames)
     except TraceError as error:
         return [], f"no stream to compare with: {error.what}"
-    return [error_row(f"{manifest.mode} against {mode}: logits", logits_error(got, other))], None
+    return output_rows(f"{manifest.mode} against {mode}", got, other, manifest.limits), None

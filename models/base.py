@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dvexport import gates
 from dvexport.errors import UsageError
+from dvexport.ports import LOGITS, VIDEO, Output
 from dvexport.video.preprocess import Preprocess
 
 __all__ = ["VideoModel", "imagenet_preprocess"]
@@ -75,6 +76,16 @@ class VideoModel(nn.Module):
             A model that reads whole clips overrides this and returns one row a clip.
         """
         return gates.frame_mean(self.per_frame_logits(frames))
+
+    @property
+    def input_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of one frame of every input, in the order of `forward`: of the video alone."""
+        return {VIDEO: (3, *self.preprocess.size)}
+
+    @property
+    def declared_outputs(self) -> tuple[Output, ...]:
+        """What `forward` gives: logits. A subclass that gives anything else says so here."""
+        return (Output(LOGITS, "logits", tuple(self.labels)),)
 
     import_report: Any = None
     """What an import inferred and assumed (`importers.ImportReport`), None without a checkpoint."""

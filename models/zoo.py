@@ -25,6 +25,7 @@ from dvexport.video.preprocess import Preprocess
 
 if TYPE_CHECKING:
     from dvexport.models.base import VideoModel
+    from dvexport.models.described import Description
 
 __all__ = [
     "DIRECTORY",
@@ -230,9 +231,12 @@ def create(
     *,
     labels: str | Path | Sequence[str] | None = None,
     assume_defaults: bool = False,
+    description: Description | None = None,
     **settings: Any,
 ) -> VideoModel:
     """Make a model, in evaluation mode.
+
+    A factory's module with a description is a `models.described.Described`, which has the same attributes.
 
     Args:
         name: a name of `names()`, `package.module:factory` for a model of your own, or a directory that
@@ -243,6 +247,7 @@ def create(
         labels: class names, or a text file with one a line.
         assume_defaults: where nothing tells an option that changes the numbers, take the official default
             instead of raising UntoldError (`dvexport.models.checkpoints.untold`).
+        description: what a module that a factory returns does not tell of itself, if it is no `VideoModel`.
         settings: options as in `describe(name).options`; strings are parsed as in `--set key=value`.
 
     Raises:
@@ -251,10 +256,15 @@ def create(
         UntoldError: for a checkpoint that leaves options open.
     """
     name, checkpoint = saved_directory(name, checkpoint)
+    model: VideoModel
+    if description is not None and ":" not in name:
+        raise UsageError(f"'{name}' says itself what it takes and gives", hint="leave out its example and description")
     if name == DIRECTORY:
         model = _from_directory(checkpoint, settings, assume_defaults)
     elif ":" in name:
-        model = _from_factory(name, checkpoint, settings)
+        from dvexport.models.described import described
+
+        model = described(_from_factory(name, checkpoint, settings), name, description)
     else:
         model = _from_zoo(describe(name), checkpoint, settings, assume_defaults)
     if labels is not None:
@@ -342,9 +352,11 @@ def _trained_input(trained: Mapping[str, Any], built: Preprocess, settings: Mapp
     return preprocess
 
 
-def _from_factory(name: str, checkpoint: str | Path | None, settings: Mapping[str, Any]) -> VideoModel:
+def _from_factory(name: str, checkpoint: str | Path | None, settings: Mapping[str, Any]) -> Any:
     """Call `package.module:factory` of the user's; the working folder is searched too."""
-    from dvexport.models.base import VideoModel
+    from torch import nn
+
+    from dvexport.models.described import Described
 
     module_name, _, attribute = name.partition(":")
     with _working_folder_first():
@@ -366,16 +378,16 @@ def _from_factory(name: str, checkpoint: str | Path | None, settings: Mapping[st
         raise
     except Exception as error:
         raise _broken_factory(name, error) from error
-    if not isinstance(model, VideoModel):
+    weights = model.unwrapped if isinstance(model, Described) else model
+    if not isinstance(weights, nn.Module):
         raise UsageError(
-            f"'{name}' returned a {type(model).__name__}, not a VideoModel",
-            hint="subclass dvexport.models.base.VideoModel, see docs/adding-a-model.md",
+            f"'{name}' returned a {type(model).__name__}, not a torch module", hint="see docs/adding-a-model.md"
         )
     if checkpoint is not None:
         from dvexport.models.checkpoints.checkpoint import read_checkpoint
         from dvexport.models.checkpoints.importers import load_weights
 
-        load_weights(model, read_checkpoint(checkpoint).state, where=str(checkpoint))
+        load_weights(weights, read_checkpoint(checkpoint).state, where=str(checkpoint))
     return model
 
 

@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 import onnx_ir as ir
 
 from dvexport.errors import DvexportError, PassError, unknown_name
-from dvexport.modes import MODES
+from dvexport.names import MODES
 from dvexport.passes.check_dialect import CheckDialect
 from dvexport.passes.choose_lowering import Choice
 from dvexport.passes.clean_up import CleanUp

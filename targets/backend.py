@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from dvexport.bundle.limits import Limits
 from dvexport.errors import UsageError
 from dvexport.graph.weights import WeightFile
 from dvexport.targets.catalogue import Target
@@ -64,6 +65,9 @@ class Backend(Protocol):
 
     def check(self, device: Target, lowering: Mapping[str, str]) -> None:
         """Raise UsageError where a request can't be met, DeviceError where a package is missing."""
+
+    def limits(self, outputs: Sequence[str]) -> Limits:
+        """Return how far an artifact may be from its model, by the names of the model's outputs."""
 
     def build(
         self, traced: ir.Model, plan: Request, device: Target, tell: Progress, dense: ir.Model | None = None

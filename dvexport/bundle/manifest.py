@@ -17,9 +17,13 @@ from pydantic import (
     PlainSerializer,
     PlainValidator,
     ValidationError,
+    model_validator,
 )
 
+from dvexport.bundle.limits import Limits
+from dvexport.decisions import PROBE, decision_key
 from dvexport.errors import BundleError, UsageError
+from dvexport.ports import LOGITS, Output, OutputKind
 from dvexport.video.preprocess import Preprocess
 
 __all__ = [
@@ -39,7 +43,8 @@ __all__ = [
     "parse_manifest",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2 has kinds and labels of outputs, inputs beside the video, and limits; what 1 had means the same."""
 
 _DRIVE = re.compile(r"^[A-Za-z]:")
 
@@ -53,8 +58,8 @@ class _Entry(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
-def _preprocess(value: Any) -> Preprocess:
-    if isinstance(value, Preprocess):
+def _preprocess(value: Any) -> Preprocess | None:
+    if value is None or isinstance(value, Preprocess):
         return value
     if not isinstance(value, Mapping):
         raise ValueError("needs an object")
@@ -64,21 +69,30 @@ def _preprocess(value: Any) -> Preprocess:
         raise ValueError(f"{error.where}: {error.why}") from error
 
 
+def _preprocess_json(value: Preprocess | None) -> dict[str, Any] | None:
+    return None if value is None else value.to_dict()
+
+
 class InputEntry(_Entry):
-    """An input: its static shape and what to do to a video to fill it."""
+    """An input: its static shape and what to do to a video to fill it; None for one that no video fills."""
 
     name: str
     shape: Shape
     dtype: Dtype
-    preprocess: Annotated[Preprocess, PlainValidator(_preprocess), PlainSerializer(Preprocess.to_dict)]
+    preprocess: Annotated[Preprocess | None, PlainValidator(_preprocess), PlainSerializer(_preprocess_json)]
 
 
 class OutputEntry(_Entry):
-    """An output, such as the logits."""
+    """An output, such as the logits: its static shape, and what it means (`dvexport.ports.Output`).
+
+    A bundle of format 1 says nothing of that; its only output are logits. Their labels are the manifest's.
+    """
 
     name: str
     shape: Shape
     dtype: Dtype
+    kind: OutputKind = "array"
+    labels: list[str] = []
 
 
 class StateEntry(_Entry):
@@ -201,7 +215,7 @@ class FileEntry(_Entry):
 
 
 class Manifest(_Entry):
-    """The whole manifest, in format version 1.
+    """The whole manifest.
 
     Attributes:
         mode: `stream` (a frame a step, explicit state) or `clip` (all frames at once).
@@ -212,10 +226,11 @@ class Manifest(_Entry):
         tools: version of every package that had a part in it.
         passes: in the order they ran.
         tokens: where its tokens lie, for a model that chooses them and tells.
+        limits: how far the artifact may be from the model, as its backend stated at export.
         memory: bytes that an instance needs on the device, by use; empty where the backend does not know.
     """
 
-    format: Literal[1] = 1
+    format: Literal[1, 2] = 2
     model: ModelEntry
     target: str
     backend: str
@@ -232,11 +247,30 @@ class Manifest(_Entry):
     passes: list[PassEntry] = []
     memory: dict[str, Count] = {}
     tokens: TokenEntry | None = None
+    limits: Limits = Limits()
+
+    @model_validator(mode="after")
+    def _has_video(self) -> Manifest:
+        if self.inputs[0].preprocess is None:
+            raise ValueError("the first input is a video, and has no preprocess")
+        return self
 
     @property
     def preprocess(self) -> Preprocess:
         """Preprocessing of the first input, the video."""
-        return self.inputs[0].preprocess
+        found = self.inputs[0].preprocess
+        assert found is not None
+        return found
+
+    @property
+    def declared_outputs(self) -> tuple[Output, ...]:
+        """The outputs that are no decisions, with what they mean."""
+        found = []
+        for entry in self.outputs:
+            kind: OutputKind = "logits" if self.format == 1 and entry.name == LOGITS else entry.kind
+            if decision_key(entry.name, PROBE) is None:
+                found.append(Output(entry.name, kind, tuple(self.labels if kind == "logits" else entry.labels)))
+        return tuple(found)
 
     def to_json(self) -> bytes:
         """Return the bytes of `manifest.json`: the same for the same content."""

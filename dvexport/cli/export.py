@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dvexport.cli.options import parse_choice, parse_pairs, path_option
+from dvexport.cli.described import description_of, description_options
+from dvexport.cli.options import inputs_option, parse_choice, parse_pairs, path_option
 from dvexport.cli.output import checklist, file_size, print_lines
 from dvexport.errors import UntoldError
-from dvexport.modes import MODES
+from dvexport.names import MODES
 from dvexport.targets.discover import BACKENDS
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ __all__ = ["export", "memory_line", "origin_lines", "trust_line"]
 @parse_choice("mode", MODES, default=None, otherwise="; stream where the model can")
 @click.option("--lowering", multiple=True, metavar="GATE=KIND", help="Overrule the lowering of one gate; repeatable.")
 @path_option("--calibrate", help="Video whose decisions say what to expect of each gate.")
+@inputs_option
+@description_options
 @path_option("-o", "--output", help="Bundle to write.", required=True)
 def export(
     model: str,
@@ -44,7 +47,9 @@ def export(
     mode: str | None,
     lowering: tuple[str, ...],
     calibrate: Path | None,
+    inputs: Path | None,
     output: Path,
+    **told: Any,
 ) -> None:
     """Export MODEL to a bundle.
 
@@ -53,6 +58,7 @@ def export(
     """
     options = parse_pairs("--set", settings)
     overrides = parse_pairs("--lowering", lowering)
+    description = description_of(**told)
     from dvexport.files import writable_output
 
     writable_output(output)
@@ -70,6 +76,8 @@ def export(
             output=output,
             lowering=overrides,
             calibrate=calibrate,
+            inputs=inputs,
+            description=description,
             progress=progress,
         )
     manifest = bundle.manifest

@@ -12,6 +12,7 @@ from dvexport.errors import UsageError, unknown_name
 
 __all__ = [
     "bundle_argument",
+    "inputs_option",
     "json_flag",
     "parse_choice",
     "parse_force",
@@ -37,6 +38,13 @@ trust_flag = click.option(
 json_flag = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 threads_option = click.option(
     "--threads", default=1, show_default=True, type=int, help="Threads of the runtime, as many as the bundle takes."
+)
+
+
+inputs_option = click.option(
+    "--inputs",
+    type=plain_path,
+    help="An .npz file with the model's inputs beside the video: arrays by name, one row a frame.",
 )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from dvexport.cli.options import bundle_argument, parse_force, path_option, threads_option, trust_flag
+from dvexport.cli.options import bundle_argument, inputs_option, parse_force, path_option, threads_option, trust_flag
 from dvexport.cli.output import checklist, print_lines
 from dvexport.errors import DeviceError
 
@@ -18,6 +18,7 @@ LOCAL = "local"
 @click.command()
 @bundle_argument
 @path_option("--clip", help="Video to profile on.  [default: the bundle's golden frames]")
+@inputs_option
 @click.option("--device", default=LOCAL, show_default=True, help="Where to run; this release: local.")
 @threads_option
 @click.option("--force", metavar="channels=P,tiles=P", help="Replace the decisions by random ones at these rates.")
@@ -36,6 +37,7 @@ LOCAL = "local"
 def profile(
     bundle: Path,
     clip: Path | None,
+    inputs: Path | None,
     device: str,
     threads: int,
     force: str | None,
@@ -66,6 +68,7 @@ def profile(
         result = run_profile(
             opened,
             clip=clip,
+            inputs=inputs,
             device=device,
             threads=threads,
             force=rates,
@@ -85,7 +88,7 @@ def profile(
         from dvexport.profile.clip import load_clip
         from dvexport.profile.report import write_html
 
-        images = load_clip(opened, clip).images
+        images = load_clip(opened, clip, inputs).images
         write_html(result, html_file, images if result.whole_clip else images[: len(result.steps)])
     if trace_file:
         from dvexport.profile.trace_events import write_trace

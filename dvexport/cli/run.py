@@ -1,36 +1,82 @@
-"""`dvexport run`: predictions for a video."""
+"""`dvexport run`: what a model gives for a video."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from dvexport.cli.options import bundle_argument, json_flag, path_option, threads_option, trust_flag
+from dvexport.cli.options import bundle_argument, inputs_option, json_flag, path_option, threads_option, trust_flag
 from dvexport.cli.output import print_json, print_table
+
+if TYPE_CHECKING:
+    from dvexport.run.run import RunResult
 
 __all__ = ["run"]
 
 
 @click.command()
 @bundle_argument
-@path_option("--clip", help="Video to classify.", required=True)
+@path_option("--clip", help="Video to run on.", required=True)
+@inputs_option
+@path_option("--output", help="Write every output to this .npz file: arrays by name, frames first.")
+@path_option("--pictures", help="Write maps and boxes as a PNG a frame into this folder.")
 @threads_option
 @trust_flag
 @json_flag
-def run(bundle: Path, clip: Path, threads: int, trust: bool, as_json: bool) -> None:
-    """Classify a video, the most probable class first.
+def run(
+    bundle: Path,
+    clip: Path,
+    inputs: Path | None,
+    output: Path | None,
+    pictures: Path | None,
+    threads: int,
+    trust: bool,
+    as_json: bool,
+) -> None:
+    """Run a bundle on a video.
 
+    Prints the classes of a classifier, the most probable first, and of other models what each output holds.
     A bundle of backend tvm is a program. It runs if you exported it on this machine, any other with --trust.
     """
     from dvexport.bundle.archive import Bundle
+    from dvexport.files import writable_output
 
     opened = Bundle.open(bundle, trust=trust)
+    if output is not None:
+        writable_output(output)
     from dvexport.run.run import run as run_clip
 
-    result = run_clip(opened, clip, threads)
+    result = run_clip(opened, clip, threads, inputs=inputs, images=pictures is not None)
+    if output is not None:
+        _write(result, output)
+    if pictures is not None:
+        from dvexport.run.pictures import write_pictures
+
+        write_pictures(result, pictures)
     if as_json:
         print_json(result.to_dict())
-        return
-    rows = [(f"{probability:7.2%}", label) for label, probability in result.top]
-    print_table(("probability", "class"), rows, right=("probability",))
+    elif result.top:
+        rows = [(f"{probability:7.2%}", label) for label, probability in result.top]
+        print_table(("probability", "class"), rows, right=("probability",))
+    else:
+        _print_outputs(result)
+
+
+def _print_outputs(result: RunResult) -> None:
+    columns = ("shape", "min", "mean", "max")
+    rows = [
+        (one.name, one.kind, "x".join(map(str, one.shape)), *(f"{value:.4g}" for value in (one.min, one.mean, one.max)))
+        for one in result.summaries()
+    ]
+    print_table(("output", "kind", *columns), rows, right=columns)
+
+
+def _write(result: RunResult, path: Path) -> None:
+    import numpy as np
+
+    from dvexport.files import atomic_write
+
+    with atomic_write(path) as temporary, open(temporary, "wb") as stream:
+        np.savez(stream, **dict(result.outputs))  # type: ignore[arg-type]

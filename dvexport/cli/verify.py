@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dvexport.cli.options import bundle_argument, json_flag, parse_pairs, path_option, trust_flag
+from dvexport.cli.options import bundle_argument, inputs_option, json_flag, parse_pairs, path_option, trust_flag
 from dvexport.cli.output import checklist, print_json, print_table
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ __all__ = ["verify"]
 @click.command()
 @bundle_argument
 @path_option("--clip", help="Compare on this video too.")
+@inputs_option
 @path_option("--checkpoint", help="Rebuild the model from these weights and compare with PyTorch.")
 @click.option("--model", help="What it was made from, if not of the zoo: package.module:factory or a directory.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Option for that factory; repeatable.")
@@ -28,6 +29,7 @@ __all__ = ["verify"]
 def verify(
     bundle: Path,
     clip: Path | None,
+    inputs: Path | None,
     checkpoint: Path | None,
     model: str | None,
     settings: tuple[str, ...],
@@ -53,7 +55,7 @@ def verify(
         progress("run the artifact and compare")
         from dvexport.verify import verify as run_verify
 
-        report = run_verify(opened, clip=clip, checkpoint=checkpoint, model=model, settings=options)
+        report = run_verify(opened, clip=clip, inputs=inputs, checkpoint=checkpoint, model=model, settings=options)
     if as_json:
         print_json(report.to_dict())
     else:

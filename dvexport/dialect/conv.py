@@ -7,9 +7,9 @@ from typing import Any
 
 import onnx_ir as ir
 
-from dvexport.activations import ACTIVATIONS
 from dvexport.geometry import output_size
 from dvexport.graph.graph import Builder, array_of
+from dvexport.names import ACTIVATIONS
 
 __all__ = [
     "CONV_ATTRIBUTES",

@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass, replace
 
 import onnx_ir as ir
 
+from dvexport.decisions import PROBE, decision_key
 from dvexport.errors import TraceError
 from dvexport.graph.graph import fresh_output, static_shape
 
-__all__ = ["State", "add_state", "mark_in_place", "remove_state", "state_input", "states_of"]
+__all__ = ["State", "add_state", "mark_in_place", "remove_state", "results_of", "state_input", "states_of"]
 
 _KEY = "dv.states"
 
@@ -40,6 +41,16 @@ def states_of(model: ir.Model) -> list[State]:
     """Return the states of a model in stream mode, in the order they were added."""
     rows = json.loads(model.metadata_props.get(_KEY, "[]"))
     return [State(**{**row, "shape": tuple(row["shape"])}) for row in rows]
+
+
+def results_of(model: ir.Model) -> list[ir.Value]:
+    """Return the outputs that are neither states nor decisions shown: what the model is for."""
+    states = {state.output for state in states_of(model)}
+    return [
+        value
+        for value in model.graph.outputs
+        if value.name not in states and decision_key(value.name or "", PROBE) is None
+    ]
 
 
 def state_input(model: ir.Model, name: str, like: ir.Value) -> ir.Value:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dvexport.errors import ClipError
+from dvexport.errors import ClipError, UsageError
 from dvexport.profile.result import ClipInfo
+from dvexport.run.feeds import Feeds, with_arrays
 
 if TYPE_CHECKING:
     from dvexport.bundle.archive import Bundle
@@ -23,24 +25,35 @@ MAX_FRAMES = 256
 
 @dataclass(frozen=True)
 class ProfileClip:
-    """A clip decoded once: float32 `[T, 3, H, W]` for the model, uint8 `[T, H, W, 3]` RGB for pictures."""
+    """A clip decoded once: float32 `[T, 3, H, W]` for the model, uint8 `[T, H, W, 3]` RGB for pictures.
+
+    Attributes:
+        feeds: every input of the model by name, the frames among them.
+    """
 
     info: ClipInfo
     frames: np.ndarray
     images: np.ndarray
+    feeds: Feeds
 
 
-def load_clip(bundle: Bundle, path: str | Path | None) -> ProfileClip:
+def load_clip(
+    bundle: Bundle, path: str | Path | None, inputs: str | Path | Mapping[str, np.ndarray] | None = None
+) -> ProfileClip:
     """Return the video at `path` as the bundle's model sees it, or the golden frames for None.
 
     Raises:
+        UsageError: `inputs`, those beside the video, do not fit the model or the video.
         ClipError: the video can't be read, or has too few frames.
         BundleError: the bundle's golden data can't be read.
     """
-    preprocess = bundle.manifest.preprocess
+    preprocess, names = bundle.manifest.preprocess, [entry.name for entry in bundle.manifest.inputs]
     if path is None:
-        frames = bundle.golden()["frames"]
-        return ProfileClip(ClipInfo("golden frames", len(frames)), frames, _images(frames, preprocess))
+        if inputs is not None:
+            raise UsageError("inputs are given without the video that they belong to", hint="give a clip too")
+        golden = bundle.golden()
+        frames, feeds = golden[names[0]], {name: golden[name] for name in names}
+        return ProfileClip(ClipInfo("golden frames", len(frames)), frames, _images(frames, preprocess), feeds)
     from dvexport.video.clips import Clip, read_clip, stream_frames
 
     if bundle.manifest.mode == "clip":
@@ -50,7 +63,9 @@ def load_clip(bundle: Bundle, path: str | Path | None) -> ProfileClip:
         if not read:
             raise ClipError("the video has no frames", where=str(path))
         clip = Clip.of(read)
-    return ProfileClip(ClipInfo(Path(path).name, len(clip.frames), _rate(clip.times)), clip.frames, clip.images)
+    feeds = with_arrays(clip.frames, names, inputs, path)
+    info = ClipInfo(Path(path).name, len(clip.frames), _rate(clip.times))
+    return ProfileClip(info, clip.frames, clip.images, feeds)
 
 
 def _rate(times: list[float]) -> float | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dvexport.decisions import KINDS, Key
+from dvexport.run.feeds import Given, at, count
 from dvexport.run.session import Decisions, Session, Step
 
 __all__ = ["Measured", "interleaved", "random_decisions", "warm_up"]
@@ -36,9 +37,9 @@ class Measured:
 class _Player:
     """Plays a clip over and over, one step at a time."""
 
-    def __init__(self, session: Session, frames: np.ndarray, forced: Sequence[Decisions] | None) -> None:
+    def __init__(self, session: Session, frames: Given, forced: Sequence[Decisions] | None) -> None:
         self.session, self.frames, self.forced = session, frames, forced
-        self.length = len(frames) if session.mode == "stream" else 1
+        self.length = count(frames) if session.mode == "stream" else 1
 
     def play(self, index: int) -> list[Step]:
         """Run step `index` of the clip; the first one starts anew."""
@@ -47,29 +48,27 @@ class _Player:
         if index == 0:
             self.session.reset()
         forced = self.forced[index] if self.forced else None
-        return [self.session.step(self.frames[index : index + 1], forced)]
+        return [self.session.step(at(self.frames, slice(index, index + 1)), forced)]
 
 
-def warm_up(
-    gated: Session, dense: Session, frames: np.ndarray, forced: Sequence[Decisions] | None, seconds: float
-) -> int:
+def warm_up(gated: Session, dense: Session, frames: Given, forced: Sequence[Decisions] | None, seconds: float) -> int:
     """Run both in turn for `seconds`, at least one step each; return the steps each ran."""
     players = [_Player(gated, frames, forced), _Player(dense, frames, None)]
-    end, count = time.perf_counter() + seconds, 0
-    while count == 0 or time.perf_counter() < end:
+    end, steps = time.perf_counter() + seconds, 0
+    while steps == 0 or time.perf_counter() < end:
         for player in players:
-            player.play(count % player.length)
-        count += 1
-    return count
+            player.play(steps % player.length)
+        steps += 1
+    return steps
 
 
 def interleaved(
-    gated: Session, dense: Session, frames: np.ndarray, forced: Sequence[Decisions] | None, runs: int
+    gated: Session, dense: Session, frames: Given, forced: Sequence[Decisions] | None, runs: int
 ) -> tuple[Measured, Measured]:
     """Measure `runs` passes over a clip, step by step in turn.
 
     Args:
-        frames: float32 `[T, 3, H, W]`, normalised.
+        frames: float32 `[T, 3, H, W]`, normalised; or every input by name.
         forced: the decisions of every frame, where `gated` is a forced variant.
     """
     players = [_Player(gated, frames, forced), _Player(dense, frames, None)]

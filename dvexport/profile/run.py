@@ -24,8 +24,9 @@ from dvexport.profile.result import (
     StepTimes,
 )
 from dvexport.profile.token_stages import token_stages
+from dvexport.run.classes import best_class
+from dvexport.run.feeds import at
 from dvexport.run.open import open_variant, variant_of
-from dvexport.run.run import label_of, probabilities
 from dvexport.run.session import Decisions, Session, Step
 from dvexport.targets.registry import backend_of
 from dvexport.targets.runtime import Variant
@@ -53,6 +54,7 @@ def profile(
     force: Mapping[str, float] | None = None,
     runs: int | None = None,
     warmup_s: float = 1.0,
+    inputs: str | Path | Mapping[str, np.ndarray] | None = None,
     progress: _Progress | None = None,
 ) -> ProfileResult:
     """Measure a bundle beside the dense version of the same model, interleaved in one run.
@@ -69,6 +71,7 @@ def profile(
             the model keeps. Empty or None: the model decides.
         runs: passes over the clip, 10 by default.
         warmup_s: seconds that both run before anything is measured.
+        inputs: the inputs beside the clip's video: an .npz file, or arrays by name, one row a frame.
         progress: called with the name of each step as it begins.
 
     Raises:
@@ -81,7 +84,7 @@ def profile(
     repeats = DEFAULT_RUNS if runs is None else runs
     _check_request(bundle.manifest, device, rates, repeats)
     tell("read the clip")
-    played = load_clip(bundle, clip)
+    played = load_clip(bundle, clip, inputs)
     tell("make the dense version")
     manifest = bundle.manifest
     convolving = [gate for gate in manifest.gates if gate.kind != TOKENS.over]
@@ -90,10 +93,10 @@ def profile(
     gated, dense = (open_variant(model, manifest, threads=threads) for model in (gated_model, dense_model))
     forced = _forced(manifest, gated, rates, len(played.frames)) if rates else None
     tell("warm up")
-    warmup = warm_up(gated, dense, played.frames, forced, warmup_s)
+    warmup = warm_up(gated, dense, played.feeds, forced, warmup_s)
     tell(f"measure {repeats} x {len(played.frames)} frames, gated and dense in turn")
     device_state = device_info(threads, backend_of(manifest.backend).runtime(manifest), manifest.target)
-    measured, measured_dense = interleaved(gated, dense, played.frames, forced, repeats)
+    measured, measured_dense = interleaved(gated, dense, played.feeds, forced, repeats)
     tell("time every node")
     nodes, dense_nodes = (
         model.times(_recording(model, manifest, threads, played, given), gates, dense_model)
@@ -121,9 +124,13 @@ def profile(
     )
 
 
-def profile_frames(bundle: Bundle, clip: str | Path | None = None) -> np.ndarray:
+def profile_frames(
+    bundle: Bundle,
+    clip: str | Path | None = None,
+    inputs: str | Path | Mapping[str, np.ndarray] | None = None,
+) -> np.ndarray:
     """Return the frames that `profile` runs on as uint8 `[T, H, W, 3]`, for pictures; errors as `profile`."""
-    return load_clip(bundle, clip).images
+    return load_clip(bundle, clip, inputs).images
 
 
 def _check_request(manifest: Manifest, device: str, rates: Mapping[str, float], runs: int) -> None:
@@ -158,18 +165,18 @@ def _recording(
     session = open_variant(model, manifest, threads=threads, profile=True)
     count = len(played.frames) if manifest.mode == "clip" else min(_RECORDED_STEPS, len(played.frames))
     for _ in range(2):
-        session.run_clip(played.frames[:count], forced[:count] if forced else None)
+        session.run_clip(at(played.feeds, slice(count)), forced[:count] if forced else None)
     return session.runtime.end_profile()
 
 
 def _steps(
     manifest: Manifest, gates: Sequence[GateEntry], measured: Measured, executed: ExecutedFlops, flops: FlopTable
 ) -> list[StepStats]:
+    outputs = manifest.declared_outputs
     medians = np.median(measured.frame_ms, axis=0)
     steps = []
     for t, step in enumerate(measured.steps):
-        chances = probabilities(step.logits)
-        best = int(chances.argmax())
+        best = best_class(step, outputs)
         steps.append(
             StepStats(
                 frame=t,
@@ -177,8 +184,8 @@ def _steps(
                 executed_macs=executed.frames[t],
                 dense_macs=flops.dense,
                 gates={gate.name: _gate_step(gate, step) for gate in gates},
-                label=label_of(manifest.labels, best),
-                prob=float(chances[best]),
+                label=None if best is None else best[0],
+                prob=None if best is None else best[1],
             )
         )
     return steps

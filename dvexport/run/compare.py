@@ -1,12 +1,9 @@
-"""Compare two runs of one clip: logits by their error, decisions by how many differ.
+"""Compare two runs of one clip: outputs by their error, decisions by how many differ.
 
-Limits. Lowerings compute the same sums in another order, and Winograd's F(4, 3) loses about 1e-5
-of the largest value per convolution; over some twenty of them that stays below 1e-4. `LOGITS_LIMIT` leaves
-a factor of ten above it, and still is far below what moves a probability by a per cent. A decision is a
-comparison, so one that hangs on the last bit may fall either way in exact arithmetic's neighbourhood:
-`DECISIONS_LIMIT` allows one in ten thousand, none at all below that many decisions. Tokens are put in order by
-scores that lie close together, some of them closer than two programs round: where both sides follow the same
-tokens, so that no swap reaches what is decided later, `TOKENS_LIMIT` of the places may hold another token.
+The error of an output is its largest difference over its spread: from its least to its greatest value in the clip that
+is wanted, so that logits, maps and boxes in pixels need no case of their own. A spread of less than a hundredth of the
+greatest magnitude counts as that much, since float32 rounds by the magnitude. Of an output of whole numbers or truth
+values, the error is the share that differs. What is allowed say `dvexport.bundle.limits`.
 """
 
 from __future__ import annotations
@@ -17,28 +14,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dvexport.bundle.limits import Limits
 from dvexport.decisions import KINDS, TOKENS
 from dvexport.run.session import Step
 
 __all__ = [
-    "DECISIONS_LIMIT",
-    "LOGITS_LIMIT",
-    "TOKENS_LIMIT",
     "Row",
     "compare",
     "decision_rows",
     "first_difference",
-    "logits_error",
+    "output_error",
+    "output_rows",
 ]
 
-LOGITS_LIMIT = 1e-3
-"""Largest error of a logit, over the largest logit of the clip."""
-DECISIONS_LIMIT = 1e-4
-"""Share of the decisions that may differ, rounded down to whole decisions."""
-
-
-TOKENS_LIMIT = 1e-2
-"""Share of the places in the order of tokens that may hold another token; at least two, which is one swap."""
+_LEAST_SPREAD = 1e-2
+"""Of the greatest magnitude."""
 
 
 class Row(NamedTuple):
@@ -69,27 +59,42 @@ class Difference:
         return dict(self.__dict__)
 
 
-def compare(name: str, got: Sequence[Step], want: Sequence[Step]) -> list[Row]:
+def compare(name: str, got: Sequence[Step], want: Sequence[Step], limits: Limits) -> list[Row]:
     """Return the rows that compare two runs of one clip, as many frames each."""
-    return [error_row(f"{name}: logits", logits_error(got, want)), *decision_rows(name, got, want)]
+    return [*output_rows(name, got, want, limits), *decision_rows(name, got, want, limits)]
 
 
-def error_row(name: str, error: float, limit: float = LOGITS_LIMIT) -> Row:
+def output_rows(name: str, got: Sequence[Step], want: Sequence[Step], limits: Limits | None) -> list[Row]:
+    """Return one row for each output that either side gives; without limits nothing may differ."""
+    names = list(dict.fromkeys(output for step in (*want[:1], *got[:1]) for output in step.outputs))
+    return [
+        error_row(f"{name}: {output}", output_error(output, got, want), 0.0 if limits is None else limits.of(output))
+        for output in names
+    ]
+
+
+def error_row(name: str, error: float, limit: float) -> Row:
     """Return the row of an error; one that is no number fails."""
     return Row(name, error, limit, bool(error <= limit))
 
 
-def logits_error(got: Sequence[Step], want: Sequence[Step]) -> float:
-    """Return the largest absolute difference over the largest absolute logit of `want`; infinite for other shapes."""
-    mine, theirs = (np.stack([step.logits for step in steps]).astype(np.float64) for steps in (got, want))
+def output_error(output: str, got: Sequence[Step], want: Sequence[Step]) -> float:
+    """Return the largest difference over the spread of `want`; infinite for other shapes or types, or none at all."""
+    sides = [[step.outputs[output] for step in steps if output in step.outputs] for steps in (got, want)]
+    if not all(sides) or len({(value.shape, value.dtype.kind) for side in sides for value in side}) != 1:
+        return float("inf")
+    mine, theirs = (np.stack(side) for side in sides)
     if mine.shape != theirs.shape:
         return float("inf")
-    scale = float(np.abs(theirs).max())
+    if mine.dtype.kind != "f":
+        return float(np.mean(mine != theirs)) if mine.size else 0.0
+    mine, theirs = mine.astype(np.float64), theirs.astype(np.float64)
+    spread = max(float(np.ptp(theirs)), _LEAST_SPREAD * float(np.abs(theirs).max()))
     difference = float(np.abs(mine - theirs).max())
-    return difference / scale if scale > 0 else difference
+    return difference / spread if spread > 0 else difference
 
 
-def decision_rows(name: str, got: Sequence[Step], want: Sequence[Step]) -> list[Row]:
+def decision_rows(name: str, got: Sequence[Step], want: Sequence[Step], limits: Limits) -> list[Row]:
     """Return the rows that count differing decisions, tokens apart; none where a side shows no decisions."""
     rows = []
     found = list(_differences(got, want))
@@ -98,7 +103,7 @@ def decision_rows(name: str, got: Sequence[Step], want: Sequence[Step]) -> list[
         total, differing = sum(d[4] for d in among), sum(d[3] for d in among)
         if not total:
             continue
-        limit = max(2, int(total * TOKENS_LIMIT)) if what == TOKENS.over else int(total * DECISIONS_LIMIT)
+        limit = max(2, int(total * limits.tokens)) if what == TOKENS.over else int(total * limits.decisions)
         rows.append(Row(f"{name}: {what} that differ, of {total}", differing, limit, differing <= limit))
     return rows
 
@@ -113,7 +118,7 @@ def first_difference(got: Sequence[Step], want: Sequence[Step]) -> Difference | 
 
 def _differences(got: Sequence[Step], want: Sequence[Step]):
     """Yield (frame, gate, kind, differing, total) for every decision that both sides show."""
-    for frame, (mine, theirs) in enumerate(zip(got, want, strict=False)):  # of other lengths: failed by their logits
+    for frame, (mine, theirs) in enumerate(zip(got, want, strict=False)):  # of other lengths: failed by their outputs
         for (gate, kind), value in mine.decisions.items():
             other = theirs.decisions.get((gate, kind))
             if other is not None:

@@ -8,7 +8,7 @@ errors don't cancel. What PyTorch gives under the same decisions travels with th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +18,7 @@ from dvexport.decisions import ACTION, FORCED, TILES, TOKENS, Action, Key, decis
 from dvexport.errors import BundleError
 from dvexport.graph.graph import depends_on_input, whole_clip_of
 from dvexport.passes.expose_probes import decision_values
+from dvexport.ports import LOGITS
 from dvexport.run.possible import possible_actions
 from dvexport.run.session import Decisions, Step
 
@@ -26,7 +27,9 @@ __all__ = ["STEPS", "ForcedRun", "draw", "pack", "unpack"]
 STEPS = 8
 """Forced frames at least: one round of what `draw` goes through."""
 
-_FRAMES, _LOGITS = "forced_frames", "forced_logits"
+_FORCED_OUTPUT = "forced_"
+"""Before the name of an output, in golden data."""
+_FRAMES = "forced_frames"
 
 
 @dataclass(frozen=True)
@@ -36,21 +39,24 @@ class ForcedRun:
     Attributes:
         frames: int64 `[T]`: which of the golden frames are fed.
         decisions: of each frame.
-        logits: float32 `[T, K]`, what the reference gives; None before it ran.
+        outputs: by name, frames first, what the reference gives; None before it ran.
     """
 
     frames: np.ndarray
     decisions: Sequence[Decisions]
-    logits: np.ndarray | None = None
+    outputs: Mapping[str, np.ndarray] | None = None
 
     def steps(self) -> list[Step]:
         """Return the reference's results as steps."""
-        assert self.logits is not None
-        return [Step(row, dict(given)) for row, given in zip(self.logits, self.decisions, strict=True)]
+        assert self.outputs is not None
+        return [
+            Step({name: value[i] for name, value in self.outputs.items()}, dict(given))
+            for i, given in enumerate(self.decisions)
+        ]
 
-    def with_logits(self, logits: np.ndarray) -> ForcedRun:
+    def with_outputs(self, outputs: Mapping[str, np.ndarray]) -> ForcedRun:
         """Return the run with the reference's results."""
-        return replace(self, logits=logits)
+        return replace(self, outputs=outputs)
 
 
 def draw(traced: ir.Model, own: Decisions, golden_frames: int, run_frames: int | None) -> list[ForcedRun]:
@@ -143,26 +149,31 @@ def pack(runs: Sequence[ForcedRun]) -> dict[str, np.ndarray]:
     """Return the runs as arrays of the golden data, a byte for a decision; nothing for no runs."""
     if not runs:
         return {}
-    logits = [step.logits for run in runs for step in run.steps()]
-    frames = np.stack([run.frames for run in runs])
-    arrays = {_FRAMES: frames, _LOGITS: np.stack(logits).reshape(*frames.shape, -1)}
+    arrays = {_FRAMES: np.stack([run.frames for run in runs])}
+    for name in runs[0].outputs or ():
+        arrays[_FORCED_OUTPUT + name] = np.stack([run.outputs[name] for run in runs if run.outputs is not None])
     for key in runs[0].decisions[0]:
         values = np.stack([[given[key] for given in run.decisions] for run in runs])
         arrays[forced_name(*key)] = values if values.dtype == bool else values.astype(np.uint8)
     return arrays
 
 
-def unpack(golden: Mapping[str, np.ndarray], where: str) -> list[ForcedRun]:
+def unpack(golden: Mapping[str, np.ndarray], where: str, outputs: Collection[str] = (LOGITS,)) -> list[ForcedRun]:
     """Return the runs that `pack` stored, none where there are none.
+
+    Args:
+        where: the bundle, for errors.
+        outputs: names of the model's outputs.
 
     Raises:
         BundleError: arrays are missing or don't fit each other.
     """
     stored = {key: array for name, array in golden.items() if (key := decision_key(name, FORCED))}
-    frames, logits = golden.get(_FRAMES), golden.get(_LOGITS)
-    if frames is None and logits is None and not stored:
+    given = {name: golden[_FORCED_OUTPUT + name] for name in outputs if _FORCED_OUTPUT + name in golden}
+    frames, available = golden.get(_FRAMES), len(golden[next(iter(outputs))])
+    if frames is None and not given and not stored:
         return []
-    if frames is None or logits is None or not _fit(frames, logits, stored, len(golden["frames"])):
+    if frames is None or len(given) < len(outputs) or not _fit(frames, given, stored, available):
         raise BundleError("the golden data is incomplete", where=where, why="its forced steps don't fit each other")
     return [
         ForcedRun(
@@ -171,17 +182,17 @@ def unpack(golden: Mapping[str, np.ndarray], where: str) -> list[ForcedRun]:
                 {key: a[i, t] if a.dtype == bool else a[i, t].astype(np.int64) for key, a in stored.items()}
                 for t in range(frames.shape[1])
             ],
-            logits[i],
+            {name: value[i] for name, value in given.items()},
         )
         for i in range(len(frames))
     ]
 
 
-def _fit(frames: np.ndarray, logits: np.ndarray, stored: Mapping[Key, np.ndarray], available: int) -> bool:
-    if frames.ndim != 2 or not frames.size or frames.dtype != np.int64 or logits.ndim != 3 or not stored:
+def _fit(frames: np.ndarray, given: Mapping[str, np.ndarray], stored: Mapping[Key, np.ndarray], available: int) -> bool:
+    if frames.ndim != 2 or not frames.size or frames.dtype != np.int64 or not stored:
         return False
-    if frames.min() < 0 or frames.max() >= available or logits.dtype != np.float32:
+    if frames.min() < 0 or frames.max() >= available:
         return False
     types = {ACTION.name: np.uint8, TILES.name: np.bool_}
     right = all(array.ndim > 2 and array.dtype == types.get(key[1]) for key, array in stored.items())
-    return right and all(array.shape[:2] == frames.shape for array in (logits, *stored.values()))
+    return right and all(array.shape[:2] == frames.shape for array in (*given.values(), *stored.values()))

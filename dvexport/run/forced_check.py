@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dvexport.bundle.limits import Limits
 from dvexport.errors import CheckFailed
 from dvexport.passes.expose_probes import used_elsewhere
-from dvexport.run.compare import Row, error_row, logits_error
+from dvexport.run.compare import Row, output_rows
+from dvexport.run.feeds import Given, at
 from dvexport.run.forced import ForcedRun
 from dvexport.run.golden import torch_forced
 from dvexport.run.oracle import Oracle
-from dvexport.run.session import Decisions, Session, Step
+from dvexport.run.session import Decisions, Session, Step, stacked_outputs
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -39,13 +41,13 @@ class ForcedCheck:
     """What a comparison over forced steps gave.
 
     Attributes:
-        rows: by reference.
+        rows: by reference, one for each output.
         want: what each reference gives, run by run.
         decisions: those of the steps that were compared, run by run.
         left_out: how many were not: the model itself has no finite result under their decisions.
     """
 
-    rows: dict[str, Row]
+    rows: dict[str, list[Row]]
     want: dict[str, list[list[Step]]]
     decisions: list[list[Decisions]]
     left_out: int
@@ -59,26 +61,26 @@ class ForcedCheck:
         return "; ".join(told) or None
 
 
-def references_of(gate_level: ir.Model, frames: np.ndarray, net: nn.Module | None) -> dict[str, Reference]:
+def references_of(gate_level: ir.Model, frames: Given, net: nn.Module | None) -> dict[str, Reference]:
     """Return what forced runs over the golden frames are compared with: the oracle, and PyTorch where it is at hand.
 
     PyTorch is left out for a run in which it can't be made to follow: a decision that no call of torch was seen to
     make, and that the model uses outside its gated convolutions.
     """
     oracle, elsewhere = Oracle(gate_level, forced=True), used_elsewhere(gate_level)
-    found: dict[str, Reference] = {ORACLE: lambda run: oracle.run_forced(frames[run.frames], run.decisions)}
+    found: dict[str, Reference] = {ORACLE: lambda run: oracle.run_forced(at(frames, run.frames), run.decisions)}
     if net is None:
         return found
 
     def torch_run(run: ForcedRun) -> Sequence[Step]:
-        steps, unseen = torch_forced(net, frames[run.frames], run.decisions)
+        steps, unseen = torch_forced(net, at(frames, run.frames), run.decisions)
         return [] if unseen & elsewhere else steps
 
     return {**found, TORCH: torch_run}
 
 
 def verified_runs(
-    session: Session, traced: ir.Model, net: nn.Module, frames: np.ndarray, runs: Sequence[ForcedRun]
+    session: Session, traced: ir.Model, net: nn.Module, frames: Given, runs: Sequence[ForcedRun], limits: Limits
 ) -> tuple[list[ForcedRun], list[list[Decisions]]]:
     """Return the runs with what PyTorch gives, once the artifact gave the same; and the decisions that were compared.
 
@@ -88,13 +90,13 @@ def verified_runs(
         CheckFailed: the artifact does not compute what the model does.
     """
     references = references_of(traced, frames, net)
-    found = check_forced(session, runs, frames, references)
-    for name, row in found.rows.items():
-        if not row.ok:
-            gate = guilty_gate(session, runs, frames, references[name])
-            raise not_equal(row, None if gate is None else f"gate '{gate}'")
+    found = check_forced(session, runs, frames, references, limits)
+    for name, rows in found.rows.items():
+        if failed := [row for row in rows if not row.ok]:
+            gate = guilty_gate(session, runs, frames, references[name], limits)
+            raise not_equal(failed[0], None if gate is None else f"gate '{gate}'")
     witness = found.want.get(TORCH, found.want[ORACLE])
-    told = [run.with_logits(np.stack([step.logits for step in want])) for run, want in zip(runs, witness, strict=True)]
+    told = [run.with_outputs(stacked_outputs(want)) for run, want in zip(runs, witness, strict=True)]
     return told, found.decisions
 
 
@@ -109,7 +111,7 @@ def not_equal(row: Row, where: object) -> CheckFailed:
 
 
 def check_forced(
-    session: Session, runs: Sequence[ForcedRun], frames: np.ndarray, references: Mapping[str, Reference]
+    session: Session, runs: Sequence[ForcedRun], frames: Given, references: Mapping[str, Reference], limits: Limits
 ) -> ForcedCheck:
     """Compare a session of the forced variant with each reference.
 
@@ -120,7 +122,7 @@ def check_forced(
     Raises:
         UsageError, DeviceError: as `Session.run_clip`.
     """
-    got = [session.run_clip(frames[run.frames], run.decisions) for run in runs]
+    got = [session.run_clip(at(frames, run.frames), run.decisions) for run in runs]
     want = {name: [list(reference(run)) for run in runs] for name, reference in references.items()}
     want = {name: steps for name, steps in want.items() if all(steps)}
     finite = [_finite(steps) for steps in next(iter(want.values()))]
@@ -129,18 +131,21 @@ def check_forced(
         mine, theirs = (
             [step for run, n in zip(side, finite, strict=True) for step in run[:n]] for side in (got, steps)
         )
-        rows[name] = error_row(f"forced decisions, {name}: logits", logits_error(mine, theirs))
+        rows[name] = output_rows(f"forced decisions, {name}", mine, theirs, limits)
     decisions = [list(run.decisions[:n]) for run, n in zip(runs, finite, strict=True)]
     return ForcedCheck(rows, want, decisions, sum(len(run.decisions) for run in runs) - sum(finite))
 
 
-def guilty_gate(session: Session, runs: Sequence[ForcedRun], frames: np.ndarray, reference: Reference) -> str | None:
+def guilty_gate(
+    session: Session, runs: Sequence[ForcedRun], frames: Given, reference: Reference, limits: Limits
+) -> str | None:
     """Return the first gate that differs from the reference while all others compute all; None if none does alone."""
     steps = [given for run in runs for given in run.decisions]
     everything = steps[min(1, len(steps) - 1)]
     for gate in dict.fromkeys(gate for gate, _ in everything):
         alone = [replace(run, decisions=[_only(gate, given, everything) for given in run.decisions]) for run in runs]
-        if not all(row.ok for row in check_forced(session, alone, frames, {gate: reference}).rows.values()):
+        found = check_forced(session, alone, frames, {gate: reference}, limits)
+        if not all(row.ok for rows in found.rows.values() for row in rows):
             return gate
     return None
 
@@ -154,5 +159,5 @@ def _finite(steps: Sequence[Step]) -> int:
 
     A model that always leaves something to compute may divide by how much that is: forced to nothing it has no result.
     """
-    finite = [bool(np.isfinite(step.logits).all()) for step in steps]
+    finite = [all(np.isfinite(value).all() for value in step.outputs.values()) for step in steps]
     return len(finite) if all(finite) else finite.index(False)

@@ -8,7 +8,7 @@ Python branch of a model that can be traced depends on a tensor's values.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,28 +20,30 @@ from torch.utils.weak import WeakIdKeyDictionary
 from dvexport import gates
 from dvexport.decisions import Key
 
-__all__ = ["forced_logits"]
+__all__ = ["forced_outputs"]
 
 
-def forced_logits(model: nn.Module, frames: Tensor, decisions: Mapping[Key, Tensor]) -> tuple[Tensor, frozenset[Key]]:
+def forced_outputs(
+    model: nn.Module, inputs: Sequence[Tensor], decisions: Mapping[Key, Tensor]
+) -> tuple[Any, frozenset[Key]]:
     """Run a model on a clip, eager and in evaluation mode, with its decisions forced.
 
     Args:
-        frames: float32 `[T, 3, H, W]`, normalised.
+        inputs: in the order of forward, T frames each.
         decisions: by gate and kind: `action` int64 `[T, C]`, `tiles` bool `[T, gh, gw]`.
 
     Returns:
-        The logits `[T, K]`, and the decisions that only gated convolutions followed, since no call of torch that can
+        What forward gives, and the decisions that only gated convolutions followed, since no call of torch that can
         be seen made them: a use of them elsewhere has kept the model's own.
     """
     model = model.eval()
     first = _Calls({})
     with torch.no_grad(), first, gates.forced_decisions(decisions, first.read):
-        model(frames)
+        model(*inputs)
     again = _Calls({place: decisions[key] for place, key in first.found.items() if key in decisions})
     with torch.no_grad(), again, gates.forced_decisions(decisions, again.read):
-        logits = model(frames)
-    return logits, frozenset(first.unseen & decisions.keys())
+        result = model(*inputs)
+    return result, frozenset(first.unseen & decisions.keys())
 
 
 class _Calls(TorchFunctionMode):

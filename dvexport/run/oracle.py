@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from dvexport.decisions import KINDS, TOKENS, forced_name
+from dvexport.decisions import FORCED, KINDS, TOKENS, decision_key, forced_name
 from dvexport.dialect.spec import attach_references
 from dvexport.graph.onnx_file import model_apart
 from dvexport.passes.expose_probes import ExposeProbes, ForceDecisions, decision_values
+from dvexport.run.feeds import Given, by_name
 from dvexport.run.session import Step, steps_of
 from dvexport.targets.onnx.runtime import OrtSession
 
@@ -41,24 +42,25 @@ class Oracle:
         attach_references(model)
         text, weights = model_apart(model)
         self._runtime = OrtSession(text, weights=weights, threads=threads)
+        self._video = next(name for name in self._runtime.inputs if decision_key(name, FORCED) is None)
 
-    def run_clip(self, frames: np.ndarray, follow: Sequence[Step] = ()) -> list[Step]:
+    def run_clip(self, frames: Given, follow: Sequence[Step] = ()) -> list[Step]:
         """Return what each frame of a clip gives.
 
         Args:
-            frames: float32 `[T, 3, H, W]`, normalised; any T that the model takes.
+            frames: float32 `[T, 3, H, W]`, normalised; any T that the model takes; or every input by name.
             follow: for a model that chooses tokens, the run whose tokens are taken; its own are told.
         """
         return self.run_forced(frames, [step.decisions for step in follow])
 
-    def run_forced(self, frames: np.ndarray, decisions: Sequence[Mapping[tuple[str, str], np.ndarray]]) -> list[Step]:
+    def run_forced(self, frames: Given, decisions: Sequence[Mapping[tuple[str, str], np.ndarray]]) -> list[Step]:
         """Return what each frame of a clip gives under the decisions of each; the steps tell the model's own.
 
         Args:
             frames: as `run_clip`.
             decisions: of each frame, every one that is an input.
         """
-        feeds = {"frames": frames}
+        feeds = by_name(frames, self._video)
         for key in self._forced:
             feeds[forced_name(*key)] = np.stack([one[key] for one in decisions])
         outputs = self._runtime.run(feeds)

@@ -14,10 +14,14 @@ import numpy as np
 
 from dvexport.decisions import FORCED, KINDS, PROBE, Key, decision_key
 from dvexport.errors import DeviceError, UsageError
-from dvexport.targets.runtime import Runtime
+from dvexport.ports import LOGITS
+from dvexport.run.feeds import Given, at, by_name, count
+from dvexport.targets.runtime import Port, Runtime
 
-__all__ = ["Decisions", "Session", "Step", "steps_of"]
+__all__ = ["Decisions", "Session", "Step", "stacked_outputs", "steps_of"]
 
+
+_VIDEO_HINT = "dvexport.video.clips.stream_frames and read_clip prepare frames as the model expects"
 
 Decisions = dict[Key, np.ndarray]
 """By gate and kind: `action` int64 `[C]` of 0 skip, 1 reuse, 2 compute; `tiles` bool `[gh, gw]`; `tokens` int64
@@ -29,14 +33,28 @@ class Step:
     """What one frame gave.
 
     Attributes:
-        logits: float32 `[classes]`: the consensus over this frame and all before it.
+        outputs: what the model gives, by name, without the frame axis. An array given alone is `logits`.
         decisions: those that were applied; empty for the dense variant.
         seconds: time inside the runtime; in clip mode the frame's share of it.
     """
 
-    logits: np.ndarray
+    outputs: Mapping[str, np.ndarray]
     decisions: Decisions = field(default_factory=dict)
     seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "outputs", by_name(self.outputs, LOGITS))
+
+    @property
+    def logits(self) -> np.ndarray:
+        """The output `logits`: float32 `[classes]`, in a `VideoModel` the consensus over this frame and all before it.
+
+        Raises:
+            UsageError: the model is no classifier.
+        """
+        if LOGITS not in self.outputs:
+            raise UsageError("the model gives no logits", hint=f"step.outputs has {', '.join(self.outputs)}")
+        return self.outputs[LOGITS]
 
 
 class Session:
@@ -44,6 +62,8 @@ class Session:
 
     Attributes:
         mode: `stream` or `clip`.
+        inputs, outputs: what is fed and given, by name: shapes with the frame axis, and types. The first input is the
+            video. Forced decisions and those shown are left out.
         frames: frames of one run: 1 in stream mode, T in clip mode.
         whole_clip: a run gives one result for all its frames.
         labels: class names in the order of the logits.
@@ -54,10 +74,10 @@ class Session:
         self.runtime = runtime
         self.mode = mode
         self.labels = list(labels)
-        _check_ports(runtime)
-        self._input_shape = runtime.inputs["frames"].shape
-        self.frames = int(self._input_shape[0])
-        rows = int(runtime.outputs["logits"].shape[0])
+        self.inputs = _ports("input", runtime.inputs, FORCED)
+        self.outputs = _ports("output", runtime.outputs, PROBE)
+        self.frames = int(next(iter(self.inputs.values())).shape[0])
+        rows = int(next(iter(self.outputs.values())).shape[0])
         self.whole_clip = rows == 1 < self.frames
         self._rows = rows
         self._forced = {key: name for name in runtime.inputs if (key := decision_key(name, FORCED))}
@@ -84,11 +104,12 @@ class Session:
         """Forget all frames before: the next step is the first of a stream."""
         self.runtime.reset()
 
-    def step(self, frame: np.ndarray, forced: Mapping[Key, np.ndarray] | None = None) -> Step:
+    def step(self, frame: Given, forced: Mapping[Key, np.ndarray] | None = None) -> Step:
         """Run one frame of a stream.
 
         Args:
-            frame: float32 `[1, 3, H, W]`, normalised as the bundle's preprocessing says.
+            frame: float32 `[1, 3, H, W]`, normalised as the bundle's preprocessing says; for a model that takes more,
+                every input by name, each with a first axis of 1.
             forced: every decision of the frame, for the `forced` variant only.
 
         Raises:
@@ -99,11 +120,11 @@ class Session:
             raise UsageError("a clip-mode bundle runs whole clips", hint="use run_clip, or export in stream mode")
         return self._run(frame, None if forced is None else [forced])[0]
 
-    def run_clip(self, frames: np.ndarray, forced: Sequence[Mapping[Key, np.ndarray]] | None = None) -> list[Step]:
+    def run_clip(self, frames: Given, forced: Sequence[Mapping[Key, np.ndarray]] | None = None) -> list[Step]:
         """Run a clip from its first frame: as a fresh stream, or at once in clip mode.
 
         Args:
-            frames: float32 `[T, 3, H, W]`; in clip mode T must be the bundle's.
+            frames: float32 `[T, 3, H, W]`; in clip mode T must be the bundle's. Or every input by name, T rows each.
             forced: every decision of every frame, for the `forced` variant only.
 
         Returns:
@@ -114,31 +135,41 @@ class Session:
         """
         if self.mode == "clip":
             return self._run(frames, forced)
-        if getattr(frames, "ndim", 0) != 4 or len(frames) == 0:
-            raise UsageError("a clip is float32 [T, 3, H, W]", why=f"this is {_described(frames)}")
-        if forced is not None and len(forced) != len(frames):
-            raise UsageError(f"{len(forced)} decisions were given for {len(frames)} frames")
+        feeds = by_name(frames, next(iter(self.inputs)))
+        _check_clip(feeds)
+        length = count(feeds)
+        if forced is not None and len(forced) != length:
+            raise UsageError(f"{len(forced)} decisions were given for {length} frames")
         self.reset()
-        return [self.step(frames[i : i + 1], forced[i] if forced else None) for i in range(len(frames))]
+        return [self.step(at(feeds, slice(i, i + 1)), forced[i] if forced else None) for i in range(length)]
 
-    def _run(self, frames: np.ndarray, forced: Sequence[Mapping[Key, np.ndarray]] | None) -> list[Step]:
-        self._check_frames(frames)
-        feeds = {"frames": frames, **self._forced_feeds(forced)}
+    def _run(self, given: Given, forced: Sequence[Mapping[Key, np.ndarray]] | None) -> list[Step]:
+        feeds = by_name(given, next(iter(self.inputs)))
+        self._check_feeds(feeds)
+        feeds |= self._forced_feeds(forced)
         steps = steps_of(self.runtime.run(feeds), self.runtime.seconds)
         if not forced:
             return steps
-        return [Step(step.logits, dict(given), step.seconds) for step, given in zip(steps, forced, strict=True)]
+        return [Step(step.outputs, dict(one), step.seconds) for step, one in zip(steps, forced, strict=True)]
 
-    def _check_frames(self, frames: np.ndarray) -> None:
-        shape = list(self._input_shape)
-        if not isinstance(frames, np.ndarray) or list(frames.shape) != shape or frames.dtype != np.float32:
-            raise UsageError(
-                f"the input must be float32 of shape {shape}",
-                why=f"it is {_described(frames)}",
-                hint="dvexport.video.clips.stream_frames and read_clip prepare frames as the model expects",
-            )
-        if not np.isfinite(frames).all():
-            raise UsageError("the input has NaN or infinite values", hint="check the frame's normalisation")
+    def _check_feeds(self, feeds: Mapping[str, object]) -> None:
+        takes = f"the model takes {', '.join(self.inputs)}"
+        for name in feeds:
+            if name not in self.inputs:
+                raise UsageError(f"there is no input '{name}'", why=takes)
+        for index, (name, port) in enumerate(self.inputs.items()):
+            if name not in feeds:
+                raise UsageError(f"the input '{name}' is missing", why=takes, hint="give every input by its name")
+            array, shape = feeds[name], list(port.shape)
+            what = "the input" if len(self.inputs) == 1 else f"the input '{name}'"
+            if not isinstance(array, np.ndarray) or list(array.shape) != shape or array.dtype != port.dtype:
+                raise UsageError(
+                    f"{what} must be {port.dtype} of shape {shape}",
+                    why=f"it is {_described(array)}",
+                    hint=None if index else _VIDEO_HINT,
+                )
+            if not np.isfinite(array).all():
+                raise UsageError(f"{what} has NaN or infinite values", hint="check its normalisation")
 
     def _forced_feeds(self, forced: Sequence[Mapping[Key, np.ndarray]] | None) -> dict[str, np.ndarray]:
         if not self._forced:
@@ -169,21 +200,50 @@ class Session:
         return stacked
 
 
-def _check_ports(runtime: Runtime) -> None:
-    """Raise DeviceError for an artifact that takes no frames, or gives no logits, of a fixed shape."""
-    for name, ports, rank in (("frames", runtime.inputs, 4), ("logits", runtime.outputs, 2)):
-        found = ports.get(name)
-        if found is None or len(found.shape) != rank or not all(isinstance(size, int) for size in found.shape):
-            why = f"it has {', '.join(ports) or 'none'}" if found is None else f"its shape is {list(found.shape)}"
-            raise DeviceError(f"the artifact has no '{name}' of {rank} fixed sizes", why=why)
+def _ports(what: str, ports: Mapping[str, Port], decisions: str) -> dict[str, Port]:
+    """Return the ports that carry no decision; DeviceError if there are none, or not all have one number of frames."""
+    found = {name: port for name, port in ports.items() if decision_key(name, decisions) is None}
+    for name, port in found.items():
+        if not port.shape or not all(isinstance(size, int) for size in port.shape):
+            why = f"its shape is {list(port.shape)}"
+            raise DeviceError(f"the artifact has no {what} '{name}' of fixed sizes, frames first", why=why)
+    if len({port.shape[0] for port in found.values()}) != 1:
+        why = ", ".join(f"{name} {list(port.shape)}" for name, port in found.items()) or "it has none"
+        raise DeviceError(f"the artifact has no {what}s of one number of frames", why=why)
+    return found
+
+
+def _check_clip(feeds: Mapping[str, object]) -> None:
+    """Raise UsageError unless every input has frames, and as many as the others."""
+    lengths = set()
+    for name, array in feeds.items():
+        if not isinstance(array, np.ndarray) or array.ndim == 0 or len(array) == 0:
+            what = "a clip is float32 [T, 3, H, W]" if len(feeds) == 1 else f"the input '{name}' has no frames"
+            raise UsageError(what, why=f"this is {_described(array)}")
+        lengths.add(len(array))
+    if len(lengths) != 1:
+        told = ", ".join(f"{name} {_described(array)}" for name, array in feeds.items()) or "none is given"
+        raise UsageError("all inputs of a clip have the same number of frames", why=told)
 
 
 def steps_of(outputs: Mapping[str, np.ndarray], seconds: float) -> list[Step]:
     """Cut the outputs of one run into one `Step` a frame."""
-    logits = outputs["logits"]
     probes = {key: value for name, value in outputs.items() if (key := decision_key(name, PROBE))}
-    share = seconds / len(logits)
-    return [Step(logits[i], {key: value[i] for key, value in probes.items()}, share) for i in range(len(logits))]
+    given = {name: value for name, value in outputs.items() if decision_key(name, PROBE) is None}
+    rows = count(given)
+    return [
+        Step(
+            {name: value[i] for name, value in given.items()},
+            {key: value[i] for key, value in probes.items()},
+            seconds / rows,
+        )
+        for i in range(rows)
+    ]
+
+
+def stacked_outputs(steps: Sequence[Step]) -> dict[str, np.ndarray]:
+    """Return the outputs of steps by name, frames first."""
+    return {name: np.stack([step.outputs[name] for step in steps]) for name in steps[0].outputs}
 
 
 def _described(value: object) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from dvexport.bundle.limits import Limits
 from dvexport.decisions import TOKENS
 from dvexport.errors import unknown_name
 from dvexport.graph.graph import depends_on_input, whole_clip_of
@@ -48,6 +49,10 @@ class OnnxBackend:
                 raise unknown_name("lowering", kind, LOWERINGS)
         if device.runtime(OnnxTable) is None:
             raise not_available("ONNX Runtime", device)
+
+    def limits(self, outputs: Sequence[str]) -> Limits:
+        """See `Backend`: what float32 keeps."""
+        return Limits().naming(outputs)
 
     def build(
         self, traced: ir.Model, plan: Request, device: Target, tell: Progress, dense: ir.Model | None = None

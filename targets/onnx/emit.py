@@ -21,9 +21,15 @@ ARTIFACT = "model.onnx"
 """Name of the artifact inside a bundle."""
 
 
-_REDEFINED = {"AveragePool": "ceil_mode", "LpPool": "ceil_mode", "GridSample": "", "Resize": "", "DFT": ""}
-"""Operators that opset 19 or 20 defined anew where older ones have the same signature, and the attribute
-that must be unset for them to mean the same (none: they never do)."""
+_REDEFINED: dict[str, tuple[str, int | bytes] | None] = {
+    "AveragePool": ("ceil_mode", 1),
+    "LpPool": ("ceil_mode", 1),
+    "Resize": ("coordinate_transformation_mode", b"half_pixel_symmetric"),
+    "GridSample": None,
+    "DFT": None,
+}
+"""Operators that opset 19 or 20 defined anew where older ones have the same signature, and the attribute's value with
+which they mean something else (none: they always do)."""
 
 
 def emit(lowered: ir.Model, *, opset: int = OPSET) -> bytes:
@@ -88,13 +94,13 @@ def _check_node(node: onnx.NodeProto, opset: int) -> None:
         raise _unfit(node, opset, f"opset {opset} does not know its attribute {unknown[0]}")
     if len(node.input) > schema.max_input:
         raise _unfit(node, opset, f"opset {opset} gives it at most {schema.max_input} inputs")
-    attribute = _REDEFINED.get(node.op_type)
-    if attribute is not None and not (attribute and _is_unset(node, attribute)):
+    other = _REDEFINED.get(node.op_type)
+    if node.op_type in _REDEFINED and (other is None or _has(node, *other)):
         raise _unfit(node, opset, f"opset {written} redefined it")
 
 
-def _is_unset(node: onnx.NodeProto, name: str) -> bool:
-    return not any(attribute.name == name and attribute.i for attribute in node.attribute)
+def _has(node: onnx.NodeProto, name: str, value: int | bytes) -> bool:
+    return any(one.name == name and onnx.helper.get_attribute_value(one) == value for one in node.attribute)
 
 
 def _unfit(node: onnx.NodeProto, opset: int, why: str) -> UsageError:

@@ -53,7 +53,7 @@ class NativeVariant:
     def open(self, *, threads: int = 1, profile: bool = False) -> Runtime:
         """Open it; see `NativeSession`."""
         session = NativeSession(self.library, self.plan, self.weights, threads=threads, profile=profile)
-        if session.inputs["frames"].shape[0] == self.frames:
+        if next(iter(session.inputs.values())).shape[0] == self.frames:
             return session
         return _Clip(session, self.frames)
 

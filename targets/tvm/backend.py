@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from dvexport.bundle.limits import Limits
 from dvexport.errors import TraceError, UsageError
 from dvexport.graph.weights import WeightFile
 from dvexport.targets.backend import Built, Progress, not_available
@@ -44,6 +45,10 @@ class TvmBackend:
                 hint="leave out --lowering, or use --backend onnx",
             )
         check_tools()
+
+    def limits(self, outputs: Sequence[str]) -> Limits:
+        """See `Backend`: what float32 keeps."""
+        return Limits().naming(outputs)
 
     def build(
         self, traced: ir.Model, plan: Request, device: Target, tell: Progress, dense: ir.Model | None = None

@@ -238,8 +238,8 @@ def test_another_zip_is_no_bundle(tmp_path):
 
 
 def test_a_newer_format_is_refused_before_its_keys_are_read(written):
-    with_manifest(written.path, lambda m: m.update(format=2, novelty=True))
-    with pytest.raises(BundleError, match=r"format 2, this dvexport reads up to 1\n.*\n  try: update"):
+    with_manifest(written.path, lambda m: m.update(format=3, novelty=True))
+    with pytest.raises(BundleError, match=r"format 3, this dvexport reads up to 2\n.*\n  try: update"):
         Bundle.open(written.path)
 
 

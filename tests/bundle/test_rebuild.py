@@ -49,7 +49,7 @@ def renamed(tmp_path, name: str, settings=None) -> Bundle:
 
 
 def build(manifest: Manifest, **options):
-    return rebuild(manifest, size=(SIZE, SIZE), classes=12, **options)
+    return rebuild(manifest, inputs={"frames": (3, SIZE, SIZE)}, outputs={"logits": (12,)}, **options)
 
 
 @pytest.fixture

@@ -230,7 +230,7 @@ def test_file_sizes():
 def test_tune_writes_a_target_file(call, tmp_path, monkeypatch):
     from dvexport.targets import catalogue
     from dvexport.targets.tvm.machine.rates import Parameters
-    from dvexport.targets.tvm.tuning import fit, parameters, tune
+    from dvexport.targets.tvm.tuning import fit, measure, parameters
 
     own = Parameters((7, 3), (5, 5), 0, 64, (12, 8), "measured: here")
     asked = []
@@ -238,7 +238,7 @@ def test_tune_writes_a_target_file(call, tmp_path, monkeypatch):
     seconds = []
     rates = dataclasses.replace(catalogue.load("x86-64-avx512").runtimes["tvm"].rates, product=0.123456)
     made = fit.Fit(rates, median=0.0812, ninth=0.3, choices=40, right=38, lost=0.004)
-    monkeypatch.setattr(tune, "measure", lambda _machine, works, time, _tell: seconds.append(time) or works)
+    monkeypatch.setattr(measure, "measure", lambda _machine, works, time, _tell: seconds.append(time) or works)
     monkeypatch.setattr(fit, "fit", lambda works, machine, source: dataclasses.replace(made, rates=rates))
     path = tmp_path / "mine.toml"
     code, out, _ = call("tune", "-o", path, "--seconds", "3")

@@ -224,7 +224,7 @@ def test_factory_that_can_not_be_found(factory, name):
 
 
 def test_factory_of_something_else(factory):
-    with pytest.raises(UsageError, match="returned a Linear"):
+    with pytest.raises(UsageError, match="nothing tells what a Linear takes"):
         zoo.create("my_factory:wrong")
 
 

@@ -86,11 +86,11 @@ def test_the_flop_table_counts_the_network(stream):
 def test_the_golden_data_is_pytorchs(stream):
     frames, steps = golden.unpack(stream.golden())
     model = small_model("dstep_resnet18")
-    np.testing.assert_array_equal(np.stack([step.logits for step in steps]), torch_logits(model, frames))
+    np.testing.assert_array_equal(np.stack([step.logits for step in steps]), torch_logits(model, frames["frames"]))
     for decision in model.decisions():
         got = np.stack([step.decisions[decision.gate, "action"] for step in steps])
         np.testing.assert_array_equal(got, decision.action)
-    assert len(frames) == FRAMES
+    assert len(frames["frames"]) == FRAMES
 
 
 def test_the_golden_frames_are_a_picture_that_moves():
@@ -199,8 +199,8 @@ def test_weights_that_are_not_finite_are_named(tmp_path):
         dvexport.export(model, output=tmp_path / "x.dvx")
 
 
-def test_a_plain_module_is_no_video_model(tmp_path):
-    with pytest.raises(UsageError, match="Linear is no VideoModel"):
+def test_a_plain_module_needs_an_example(tmp_path):
+    with pytest.raises(UsageError, match="nothing tells what a Linear takes"):
         dvexport.export(torch.nn.Linear(3, 4), output=tmp_path / "x.dvx")
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dvexport import gates
 from dvexport.bundle.archive import GOLDEN, Bundle, write_bundle
+from dvexport.bundle.limits import Limits
 from dvexport.cli import main
 from dvexport.errors import BundleError, CheckFailed, UsageError
 from dvexport.export import export
@@ -26,7 +27,7 @@ from dvexport.passes.expose_probes import decision_values, forced_alone
 from dvexport.passes.pipeline import Request
 from dvexport.run.forced import STEPS, draw
 from dvexport.run.forced_check import check_forced, references_of, verified_runs
-from dvexport.run.forced_eager import forced_logits
+from dvexport.run.forced_eager import forced_outputs
 from dvexport.run.golden import moving_texture, pack, unpack
 from dvexport.run.oracle import Oracle
 from dvexport.run.possible import possible_actions
@@ -127,13 +128,13 @@ def forced_session(traced: ir.Model, mode: str = "stream") -> Session:
 
 def test_artifact_oracle_and_pytorch_agree_on_what_is_forced(case):
     net, traced, frames, runs = case
-    told, compared = verified_runs(forced_session(traced), traced, net, frames, runs)
+    told, compared = verified_runs(forced_session(traced), traced, net, frames, runs, Limits())
     steps = sum(len(run) for run in compared)
     assert steps == (STEPS - 1 if net.kind == "mean" else STEPS)  # the last has no tile active: 0 / 0
-    assert told[0].logits.shape == (STEPS, Options.classes)
-    found = check_forced(forced_session(traced), runs, frames, references_of(traced, frames, net))
+    assert told[0].outputs["logits"].shape == (STEPS, Options.classes)
+    found = check_forced(forced_session(traced), runs, frames, references_of(traced, frames, net), Limits())
     assert list(found.rows) == ["gate-level oracle", "PyTorch"]
-    assert all(row.value < 1e-5 for row in found.rows.values())
+    assert all(row.value < 1e-5 for rows in found.rows.values() for row in rows)
     assert found.left_out == STEPS - steps
     assert ("no finite result" in (found.note(found.rows) or "")) == (net.kind == "mean")
 
@@ -159,7 +160,7 @@ def test_pytorch_follows_outside_of_gated_convolutions_too():
         u = gates.gated_conv(x, net.conv1, net.norm, gate="b", activation="relu", action=action, tiles=tiles)
         z = gates.gated_conv(u, net.conv2, gate="b", tiles=tiles)
         want = gates.frame_mean(net.fc((x * (1 + gates.upsample_tiles(tiles.float(), (16, 16))) + z).mean((2, 3))))
-        found, unseen = forced_logits(net, frames, {("a", "tiles"): tiles})
+        found, unseen = forced_outputs(net, [frames], {("a", "tiles"): tiles})
         with gates.forced_decisions({("a", "tiles"): tiles}):
             convolutions_alone = net(frames)
     torch.testing.assert_close(found, want)
@@ -180,7 +181,7 @@ def test_pytorch_follows_what_is_written_in_place():
     frames = torch.from_numpy(moving_texture(net.preprocess, FRAMES))
     tiles = torch.arange(FRAMES * GRID * GRID).reshape(FRAMES, GRID, GRID) % 2 == 0
     given = {("a", "tiles"): tiles, ("a", "action"): torch.full((FRAMES, CHANNELS), gates.REUSE)}
-    torch.testing.assert_close(forced_logits(net, frames, given)[0], forced_logits(plain, frames, given)[0])
+    torch.testing.assert_close(forced_outputs(net, [frames], given)[0], forced_outputs(plain, [frames], given)[0])
 
 
 def test_a_decision_that_no_call_is_seen_to_make_is_told():
@@ -194,7 +195,7 @@ def test_a_decision_that_no_call_is_seen_to_make_is_told():
     net, tiles = Held("elsewhere").eval(), torch.zeros(2, GRID, GRID, dtype=torch.bool)
     net.held = ~tiles
     given = {("a", "tiles"): tiles, ("a", "action"): torch.zeros(2, CHANNELS, dtype=torch.int64)}
-    assert forced_logits(net, torch.zeros(2, 3, *SIZE), given)[1] == {("a", "tiles")}
+    assert forced_outputs(net, [torch.zeros(2, 3, *SIZE)], given)[1] == {("a", "tiles")}
 
 
 def _heavier(artifact: bytes) -> bytes:
@@ -297,8 +298,8 @@ def test_clips_are_run_as_often_as_it_takes():
         assert all(run.frames.max() < FRAMES for run in runs)
     session = forced_session(traced, "clip")
     frames, runs = moving_texture(net.preprocess, FRAMES), draw(traced, own, FRAMES, FRAMES)
-    told, compared = verified_runs(session, traced, net, frames, runs)
-    assert [run.logits.shape for run in told] == [(FRAMES, Options.classes)] * 2
+    told, compared = verified_runs(session, traced, net, frames, runs, Limits())
+    assert [run.outputs["logits"].shape for run in told] == [(FRAMES, Options.classes)] * 2
     assert sum(map(len, compared)) == STEPS
 
 

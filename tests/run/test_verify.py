@@ -10,9 +10,10 @@ from onnx import numpy_helper
 from safetensors.numpy import save
 
 from dvexport.bundle.archive import Bundle, write_bundle
+from dvexport.bundle.limits import Limits
 from dvexport.cli import main
 from dvexport.errors import BundleError, UsageError
-from dvexport.run.compare import compare, first_difference, logits_error
+from dvexport.run.compare import compare, first_difference, output_error
 from dvexport.run.forced import unpack as unpack_forced
 from dvexport.run.golden import pack
 from dvexport.run.run import run
@@ -148,30 +149,30 @@ def _steps(logits, decisions):
     return [Step(np.array(row), {("g", "action"): np.array(d)}) for row, d in zip(logits, decisions, strict=True)]
 
 
-def test_errors_are_relative_to_the_largest_logit():
+def test_errors_are_relative_to_the_spread():
     want = _steps([[1.0, -200.0], [3.0, 4.0]], [[0], [0]])
     got = _steps([[1.0, -200.0], [3.1, 4.0]], [[0], [0]])
-    assert logits_error(got, want) == pytest.approx(0.1 / 200)
+    assert output_error("logits", got, want) == pytest.approx(0.1 / 204)
 
 
 def test_results_of_another_shape_fail():
     want = _steps([[1.0, 2.0]] * 2, [[0, 0]] * 2)
-    assert logits_error(_steps([[1.0]] * 2, [[0, 0]] * 2), want) == np.inf
-    assert not compare("x", _steps([[1.0, 2.0]], [[0, 0]]), want)[0].ok
+    assert output_error("logits", _steps([[1.0]] * 2, [[0, 0]] * 2), want) == np.inf
+    assert not compare("x", _steps([[1.0, 2.0]], [[0, 0]]), want, Limits())[0].ok
     assert first_difference(_steps([[1.0, 2.0]] * 2, [[0]] * 2), want).count == 1
 
 
 def test_an_error_that_is_no_number_fails():
     want = _steps([[1.0]], [[0]])
-    assert not compare("x", _steps([[np.nan]], [[0]]), want)[0].ok
+    assert not compare("x", _steps([[np.nan]], [[0]]), want, Limits())[0].ok
 
 
 def test_one_decision_in_ten_thousand_may_fall_the_other_way():
     want = _steps([[1.0]] * 2, [np.zeros(5000, int)] * 2)
     one, two = np.zeros(5000, int), np.zeros(5000, int)
     one[7], two[:2] = 1, 1
-    assert compare("x", _steps([[1.0]] * 2, [want[0].decisions["g", "action"], one]), want)[1].ok
-    assert not compare("x", _steps([[1.0]] * 2, [two, one]), want)[1].ok
+    assert compare("x", _steps([[1.0]] * 2, [want[0].decisions["g", "action"], one]), want, Limits())[1].ok
+    assert not compare("x", _steps([[1.0]] * 2, [two, one]), want, Limits())[1].ok
     found = first_difference(_steps([[1.0]] * 2, [want[0].decisions["g", "action"], one]), want)
     assert str(found) == "gate 'g', frame 1: 1 of 5000 channels decided otherwise"
 

@@ -17,6 +17,7 @@ from toy_transformer import Toy, ToyConfig, toy
 from dvexport import gates
 from dvexport.bundle.archive import Bundle
 from dvexport.bundle.levels import DENSE_LEVEL, GATE_LEVEL, read_level
+from dvexport.bundle.limits import Limits
 from dvexport.dialect.flops import flop_table, operator_flops
 from dvexport.errors import CheckFailed, ClipError, TraceError, UsageError
 from dvexport.export import export
@@ -279,9 +280,9 @@ def test_too_many_other_tokens_fail():
     def step(index):
         return [Step(np.zeros(2, np.float32), {("sta.0.0", "tokens"): index})]
 
-    (row,) = decision_rows("x", step(swapped), step(order))
+    (row,) = decision_rows("x", step(swapped), step(order), Limits())
     assert row.ok and row.value == 2
-    (row,) = decision_rows("x", step(order[::-1]), step(order))
+    (row,) = decision_rows("x", step(order[::-1]), step(order), Limits())
     assert not row.ok
 
 

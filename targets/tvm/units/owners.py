@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from dvexport.dialect.spec import operator_of
 from dvexport.graph.graph import DECIDES, gate_name, scopes_of
+from dvexport.graph.state import results_of
 
 __all__ = ["gate_owners"]
 
@@ -24,7 +25,7 @@ def gate_owners(model: ir.Model, gates: Collection[str]) -> dict[ir.Node, str]:
     """
     owners: dict[ir.Node, str] = {}
     data: set[ir.Node] = set()
-    produced = [value.producer() for value in model.graph.outputs if value.name == "logits"]
+    produced = [value.producer() for value in results_of(model)]
     data.update(node for node in produced if node is not None)
     for node in reversed(list(model.graph)):
         operator = operator_of(node)
@@ -47,7 +48,7 @@ def gate_owners(model: ir.Model, gates: Collection[str]) -> dict[ir.Node, str]:
 
 
 def _is_gates(node: ir.Node, gates: Collection[str]) -> bool:
-    """Tell whether a node on the way to the logits is a gate's own work, not what feeds its decision."""
+    """Tell whether a node on the way to the outputs is a gate's own work, not what feeds its decision."""
     if operator_of(node) is not None:
         return True
     scopes = scopes_of(node)
