@@ -54,6 +54,7 @@ LAYERS = (
     "dvexport.targets.catalogue",
     "dvexport.targets.backend",
     "dvexport.targets.onnx",
+    "dvexport.targets.tvm.machine.dtype",
     "dvexport.targets.tvm.machine.rates",
     "dvexport.targets.tvm.table",
     "dvexport.targets.tvm.machine",

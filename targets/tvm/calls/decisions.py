@@ -9,16 +9,15 @@ import onnx_ir as ir
 
 from dvexport.graph.graph import static_shape
 from dvexport.targets.tvm.calls.memory import Buffer, Part
-from dvexport.targets.tvm.calls.program import FLOAT_BYTES, Program
+from dvexport.targets.tvm.calls.program import Program
 from dvexport.targets.tvm.kernels import lists
 from dvexport.targets.tvm.kernels.abi import Kernel
 from dvexport.targets.tvm.kernels.conv.direct_data import Window, cell_bounds
 from dvexport.targets.tvm.kernels.plane import Plane
+from dvexport.targets.tvm.machine.dtype import S32
 from dvexport.targets.tvm.machine.machine import Machine
 
 __all__ = ["channel_list", "line_list", "lines_suffice", "not_skipped", "pixel_mask", "run_list"]
-
-_INT_BYTES = 4
 
 
 def channel_list(program: Program, mask: ir.Value | None, count: int, index: int) -> Part:
@@ -46,7 +45,7 @@ def run_list(program: Program, tiles: ir.Value, index: int, table: np.ndarray, r
 
     def make(frame: Part) -> Part:
         made = Buffer(
-            f"runs of {tiles.name}", lists.run_list_size(lists.runs_capacity(total, run, program.machine)) * 4
+            f"runs of {tiles.name}", S32.size(lists.run_list_size(lists.runs_capacity(total, run, program.machine)))
         )
         shape = program.constants.add(lists.runs_shape(cells, total, run, program.machine))
         arguments = [frame, program.constants.add(table), shape, made.part()]
@@ -61,7 +60,7 @@ def line_list(program: Program, tiles: ir.Value, index: int, plane: Plane) -> Pa
     grid = _grid(tiles)
 
     def make(frame: Part) -> Part:
-        made = Buffer(f"lines of {tiles.name}", lists.line_list_size(plane) * _INT_BYTES).part()
+        made = Buffer(f"lines of {tiles.name}", S32.size(lists.line_list_size(plane))).part()
         table = program.constants.add(lists.line_table(plane, grid, plane.pad))
         shape = program.constants.add(lists.lines_shape(plane, grid))
         kernel = lists.touched_lines(lists.table_words(grid), program.machine)
@@ -82,7 +81,7 @@ def lines_suffice(tiles: ir.Value, plane: Plane, window: Window, size: tuple[int
         window: of the convolution.
         size: height and width of its output, in pixels.
     """
-    axes = zip(_grid(tiles), (plane.height, plane.width), size, range(2), strict=True)
+    axes = zip(_grid(tiles), plane.shape, size, range(plane.rank), strict=True)
     return all(_reach_suffices(cells, read, made, window, axis, plane.pad) for cells, read, made, axis in axes)
 
 
@@ -99,7 +98,7 @@ def pixel_mask(program: Program, tiles: ir.Value, index: int, plane: Plane) -> P
     """Return a frame's tile mask as a float plane: 1 at active pixels."""
 
     def make(frame: Part) -> Part:
-        made = Buffer(f"mask of {tiles.name}", plane.size * FLOAT_BYTES).part()
+        made = Buffer(f"mask of {tiles.name}", plane.bytes).part()
         shape = program.constants.add(lists.mask_shape(plane, _grid(tiles)))
         label, gate = f"mask {tiles.name}", program.gate_of(tiles)
         program.call(lists.mask_from_tiles(program.machine), [frame, shape, made], label, gate)
@@ -110,7 +109,7 @@ def pixel_mask(program: Program, tiles: ir.Value, index: int, plane: Plane) -> P
 
 def _channels(program: Program, source: ir.Value, count: int, index: int, kernel: Callable[[Machine], Kernel]) -> Part:
     def make(frame: Part) -> Part:
-        made = Buffer(f"channels of {source.name}", lists.channel_list_size(count) * _INT_BYTES).part()
+        made = Buffer(f"channels of {source.name}", S32.size(lists.channel_list_size(count))).part()
         shape = program.constants.add(lists.channels_shape(count))
         program.call(kernel(program.machine), [frame, shape, made], f"list {source.name}", program.gate_of(source))
         return made

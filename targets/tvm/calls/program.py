@@ -20,6 +20,7 @@ from dvexport.targets.tvm.calls.memory import Buffer, Constants, Part, lower_bou
 from dvexport.targets.tvm.kernels.abi import Kernel
 from dvexport.targets.tvm.kernels.plane import Plane
 from dvexport.targets.tvm.kernels.planes import elementwise, planes
+from dvexport.targets.tvm.machine.dtype import F32
 from dvexport.targets.tvm.machine.machine import Machine
 from dvexport.targets.tvm.plan import COST_TERMS, Call, Place, Plan, Port, Space, Variant
 from dvexport.targets.tvm.units.cut import PLANAR_KINDS, ConvUnit
@@ -27,7 +28,7 @@ from dvexport.targets.tvm.units.unit import Unit
 
 __all__ = ["ALGORITHMS", "Program", "Step", "Way"]
 
-FLOAT_BYTES = 4
+FLOAT_BYTES = F32.bytes
 ALGORITHMS = ("direct", "winograd")
 
 NO_COST = (0.0,) * COST_TERMS
@@ -117,7 +118,7 @@ class Program:
     def layout(self, value: ir.Value) -> Plane:
         """Return how an image's planes are laid out: all images of a size alike."""
         _, _, height, width = static_shape(value)
-        return self._layouts.setdefault((height, width), Plane(height, width))
+        return self._layouts.setdefault((height, width), Plane((height, width)))
 
     def planes(self, value: ir.Value) -> Part:
         """Return an image's planes, `[N * C]` of them."""
@@ -304,7 +305,7 @@ class Program:
             for buffer in waiting.intersection(step.buffers):
                 waiting.discard(buffer)
                 assert buffer.layout is not None
-                channels = buffer.size // (buffer.layout.size * FLOAT_BYTES)
+                channels = buffer.size // buffer.layout.bytes
                 kernel, shape = planes.zero_pads(self.machine), planes.frame_shape(channels, buffer.layout)
                 if buffer.covered:
                     kernel, shape = planes.zero_ends(self.machine), planes.ends_shape(channels, buffer.layout)
@@ -351,7 +352,7 @@ class Program:
         return Buffer(str(value.name), size, layout=layout).part()
 
     def _plane_bytes(self, value: ir.Value) -> int:
-        return self._count(value) * self.layout(value).size * FLOAT_BYTES
+        return self._count(value) * self.layout(value).bytes
 
     def _count(self, value: ir.Value) -> int:
         frames, channels, _, _ = static_shape(value)
@@ -371,7 +372,7 @@ def _layouts(units: Iterable[Unit]) -> dict[tuple[int, int], Plane]:
             need(unit.x, max(unit.pads))
         elif unit.kind == "max_pool":
             need(unit.inputs[0], max(unit.nodes[0].attributes["pads"].as_ints(), default=0))
-    return {size: Plane(*size, pad) for size, pad in pads.items()}
+    return {size: Plane(size, pad) for size, pad in pads.items()}
 
 
 def _overwritten_in_place(read: ir.Value, write: ir.Value) -> bool:

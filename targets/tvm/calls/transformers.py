@@ -14,6 +14,7 @@ from dvexport.targets.tvm.calls.program import FLOAT_BYTES, Program
 from dvexport.targets.tvm.kernels.tokens import attention, matmul, tokens
 from dvexport.targets.tvm.kernels.tokens.attention import Bias, Sizes, Strides
 from dvexport.targets.tvm.kernels.tokens.window_attention import WindowBias, window_attention, window_shape
+from dvexport.targets.tvm.machine.dtype import dtype_of
 from dvexport.targets.tvm.units.transformers import AttentionUnit, LinearUnit, ViewUnit
 from dvexport.targets.tvm.units.unit import Unit
 from dvexport.targets.tvm.units.views import View, view_of
@@ -169,7 +170,7 @@ def _scatter(program: Program, unit: Unit) -> None:
         program.constants.add(tokens.scatter_shape(prod(leading), count, static_shape(index)[-1])),
         program.new_flat(unit.output),
     ]
-    program.call(tokens.scatter(str(x.dtype.numpy())), arguments, _label(unit), unit.gate)
+    program.call(tokens.scatter(dtype_of(x.dtype.numpy())), arguments, _label(unit), unit.gate)
 
 
 def _view(program: Program, unit: Unit) -> None:

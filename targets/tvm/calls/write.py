@@ -71,7 +71,7 @@ def _gemm(program: Program, unit: Unit) -> None:
         program.constants.add(dense.dense_weights(weight, spec, machine), of=weight.T),
         program.constants.add(dense.dense_bias(given, spec, machine), of=given),
         *([program.scratch(dense.dense_scratch(inputs, program.threads))] if skips else []),
-        program.constants.add(dense.dense_shape(rows, outputs, (inputs,))),
+        program.constants.add(dense.dense_shape(rows, outputs, inputs)),
         program.new_flat(unit.output),
     ]
     program.call(dense.dense(spec, machine), arguments, _label(unit), unit.gate)
@@ -205,7 +205,7 @@ def _slice(program: Program, unit: Unit) -> None:
     axis, shape = int(axes[0]), static_shape(x)
     first = min(int(starts[0]) % (shape[axis] + 1), shape[axis])
     source, wanted = program.planes(x), static_shape(y)
-    plane = program.layout(x).size * FLOAT_BYTES
+    plane = program.layout(x).bytes
     if axis == 0 or shape[0] == 1:  # contiguous: nothing to move
         skipped = first * (shape[1] if axis == 0 else 1)
         program.share(y, source.part(skipped * plane, wanted[0] * wanted[1] * plane))

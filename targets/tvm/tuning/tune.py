@@ -24,6 +24,7 @@ from dvexport.targets.tvm.kernels.conv.direct_data import Runs, Shape, Window
 from dvexport.targets.tvm.kernels.conv.winograd import WinogradConv
 from dvexport.targets.tvm.kernels.plane import Plane
 from dvexport.targets.tvm.kernels.planes import elementwise
+from dvexport.targets.tvm.machine.dtype import F32, LINE_BYTES
 from dvexport.targets.tvm.machine.machine import Machine
 from dvexport.targets.tvm.plan import Call, Place, Plan, Port, Space, Variant
 from dvexport.targets.tvm.plan_file import plan_bytes
@@ -33,8 +34,6 @@ __all__ = ["LAYERS", "Layer", "Sample", "Way", "Work", "draw_works", "measure", 
 
 Progress = Callable[[str], None]
 
-_ALIGN = 64
-_FLOAT_BYTES = 4
 _FEWEST_STEPS = 5
 
 _CLEARED = ("others", "R", "Y", "X")
@@ -75,7 +74,7 @@ class Layer:
     def planes(self) -> tuple[Plane, Plane]:
         """Layout of a channel of the input and of the output."""
         pad = max(1, self.kernel // 2)
-        return Plane(self.size * self.stride, self.size * self.stride, pad), Plane(self.size, self.size, pad)
+        return Plane((self.size * self.stride,) * 2, pad), Plane((self.size,) * 2, pad)
 
 
 LAYERS = (
@@ -310,8 +309,8 @@ def _open(ways: Sequence[Way], machine: Machine, tell: Progress) -> NativeSessio
             **{name: constants.place(array) for name, array in way.constants.items()},
         }
         calls.append(Call((Variant(way.kernel.name, tuple(places[name] for name in way.kernel.buffers)),), "sample"))
-    port = Place(Space.ARENA, 0, _FLOAT_BYTES)
-    plan = Plan([Port("x", "float32", (1,), port)], [Port("y", "float32", (1,), port)], calls, arena=memory.size)
+    port = Place(Space.ARENA, 0, F32.bytes)
+    plan = Plan([Port("x", F32.numpy, (1,), port)], [Port("y", F32.numpy, (1,), port)], calls, arena=memory.size)
     weights, identity = constants.file(), library_id(objects, table, machine)
     data = plan_bytes(plan, table, identity, weights)
     return NativeSession(link_library(objects, table, machine), data, weights, profile=True)
@@ -324,11 +323,11 @@ class _Memory:
         self._offsets, self.size = {}, 0
         for name in dict.fromkeys(name for way in ways for name in way.memory):
             self._offsets[name] = self.size
-            self.size += _up(max(way.memory.get(name, 0) for way in ways) * _FLOAT_BYTES)
+            self.size += _up(max(way.memory.get(name, 0) for way in ways) * F32.bytes)
 
     def place(self, name: str, way: Way) -> Place:
         """Return where a call's buffer is."""
-        return Place(Space.ARENA, self._offsets[name], way.memory[name] * _FLOAT_BYTES)
+        return Place(Space.ARENA, self._offsets[name], way.memory[name] * F32.bytes)
 
 
 class _Constants:
@@ -348,13 +347,13 @@ class _Constants:
     def weights(self, key: tuple[Layer, str], count: int) -> Place:
         """Return where a layer's weights are; what they are does not change the time."""
         if key not in self._weights:
-            self._weights[key] = self.place(np.full(count, 1 / count, np.float32))
+            self._weights[key] = self.place(np.full(count, 1 / count, F32.array))
         return self._weights[key]
 
     def file(self) -> bytes:
         """Return the file; vector loads may read past the last weight."""
-        return bytes(self._data) + b"\0" * _ALIGN
+        return bytes(self._data) + b"\0" * LINE_BYTES
 
 
 def _up(size: int) -> int:
-    return -(-size // _ALIGN) * _ALIGN
+    return -(-size // LINE_BYTES) * LINE_BYTES

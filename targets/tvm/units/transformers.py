@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dvexport.graph.graph import DV, array_of, static_shape
+from dvexport.targets.tvm.machine.dtype import F32
 from dvexport.targets.tvm.rewrites.tables import chosen_rows
 from dvexport.targets.tvm.units.unit import Unit
 from dvexport.targets.tvm.units.views import View, is_dense, is_static, view_of
@@ -29,7 +30,7 @@ _LARGE = 1 << 12
 _MOST_BIASES = 3
 """Of one attention: by position, mask, dropped keys."""
 
-_LINE = 16
+_LINE = F32.line
 """Floats that parts of a buffer are aligned to."""
 
 
