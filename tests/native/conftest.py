@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-FAST = ("test_lists.py", "test_memory.py")
+FAST = ("test_dtype.py", "test_lists.py", "test_memory.py")
 """Those that compile next to nothing."""
 
 

@@ -97,10 +97,10 @@ def test_touched_lines(size, grid, rate):
     found = run(compiled(lists.touched_lines, 16, lists.table_words(grid)), tiles, table, shape, empty)[-1]
     active = np.argwhere(pixel_mask(tiles, *size[:2]))
     near = range(-halo, halo + 1)
-    touched = {plane.offset(y + dy, x + dx) // lists.LINE for y, x in active for dy in near for dx in near}
-    assert found[0] == len(touched) and found[1] == plane.size // lists.LINE
+    touched = {plane.offset(y + dy, x + dx) // plane.dtype.line for y, x in active for dy in near for dx in near}
+    assert found[0] == len(touched) and found[1] == plane.size // plane.dtype.line
     np.testing.assert_array_equal(
-        found[LIST_HEAD : LIST_HEAD + found[0]], [lists.LINE * line for line in sorted(touched)]
+        found[LIST_HEAD : LIST_HEAD + found[0]], [plane.dtype.line * line for line in sorted(touched)]
     )
 
 
