@@ -8,15 +8,16 @@ from typing import Any
 __all__ = ["output_size"]
 
 
-def output_size(size: Sequence[int], kernel: Sequence[int], attributes: Mapping[str, Any]) -> tuple[int, int]:
-    """Return height and width of a convolution's output, in pixels; below 1 where the window does not fit.
+def output_size(size: Sequence[int], kernel: Sequence[int], attributes: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the pixels of a convolution's output along each spatial axis; below 1 where the window does not fit.
 
     Args:
-        size, kernel: height and width of the input plane and of the window.
-        attributes: `strides`, `pads` (top, left, bottom, right) and `dilations`, as ONNX's Conv has them.
+        size, kernel: pixels of the input plane and of the window along each axis, such as height and width.
+        attributes: `strides`, `pads` (before the image along each axis, then after it) and `dilations`, as ONNX's Conv
+            has them.
     """
     pads, strides, dilations = attributes["pads"], attributes["strides"], attributes["dilations"]
-    height, width = (
-        (size[i] + pads[i] + pads[i + 2] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1 for i in range(2)
+    rank = len(kernel)
+    return tuple(
+        (size[i] + pads[i] + pads[i + rank] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1 for i in range(rank)
     )
-    return height, width

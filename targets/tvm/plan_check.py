@@ -13,12 +13,13 @@ from itertools import product
 import numpy as np
 
 from dvexport.targets.tvm.kernels.bounds import Buffer, Contract, ListKind, Made, Refused, evaluate
+from dvexport.targets.tvm.machine.dtype import LINE_BYTES, S32
 from dvexport.targets.tvm.plan import Alternative, Call, Place, Plan, Space
 
 __all__ = ["List", "check_calls", "constant_list"]
 
-_ALIGN = 64
-_INT_BYTES = 4
+_ALIGN = LINE_BYTES
+_INT_BYTES = S32.bytes
 _HEADERS = {ListKind.CHANNELS: 1, ListKind.LINES: 16, ListKind.RUNS: 16}
 """Elements of a list before its items."""
 

@@ -196,19 +196,30 @@ def test_the_example_of_the_documentation(tmp_path):
 @pytest.fixture
 def rates():
     """Rates of a catalogue entry."""
-    return catalogue.load("x86-64-avx512").runtimes["tvm"].rates
+    return catalogue.load("x86-64-avx512").runtimes["tvm"].rates.f32
 
 
 def test_rates_are_put_into_a_target_file(tmp_path, rates):
     path = tmp_path / "board.toml"
     path.write_text(target_file.with_measured(REAL, rates))
     loaded = catalogue.load(path)
-    assert loaded.runtimes["tvm"].rates == rates
+    assert loaded.runtimes["tvm"].rates.f32 == rates
     assert loaded.runtimes["tflite"] == catalogue.load("raspberry-pi-5").runtimes["tflite"]
     faster = dataclasses.replace(rates, product=0.01, source='measured "here"')
     path.write_text(target_file.with_measured(path.read_text(), faster))
-    assert path.read_text().count("[runtimes.tvm.rates]") == 1
-    assert catalogue.load(path).runtimes["tvm"].rates == faster
+    assert path.read_text().count("[runtimes.tvm.rates.f32]") == 1
+    assert catalogue.load(path).runtimes["tvm"].rates.f32 == faster
+
+
+def test_rates_of_a_file_from_before_there_were_element_types(tmp_path, rates):
+    """They are those of f32; what is measured anew takes their place."""
+    path = tmp_path / "board.toml"
+    path.write_text(target_file.with_measured(REAL, rates).replace("[runtimes.tvm.rates.f32]", "[runtimes.tvm.rates]"))
+    assert catalogue.load(path).runtimes["tvm"].rates.f32 == rates
+    faster = dataclasses.replace(rates, product=0.01)
+    path.write_text(target_file.with_measured(path.read_text(), faster))
+    assert path.read_text().count("[runtimes.tvm.rates") == 1
+    assert catalogue.load(path).runtimes["tvm"].rates.f32 == faster
 
 
 @pytest.fixture
@@ -222,10 +233,10 @@ def test_both_tables_are_put_into_a_target_file(tmp_path, rates, parameters):
     own = REAL.replace("[runtimes.tvm]\n", "[runtimes.tvm]\nwinograd = false\n")
     before = target_file.with_measured(own, rates, parameters)
     text = target_file.with_measured(before, rates, dataclasses.replace(parameters, tall=9))
-    assert [text.count(header) for header in ("[runtimes.tvm.rates]", "[runtimes.tvm.parameters]")] == [1, 1]
+    assert [text.count(header) for header in ("[runtimes.tvm.rates.f32]", "[runtimes.tvm.parameters]")] == [1, 1]
     (tmp_path / "board.toml").write_text(text)
     tvm = catalogue.load(tmp_path / "board.toml").runtimes["tvm"]
-    assert (tvm.winograd, tvm.rates, tvm.parameters) == (False, rates, dataclasses.replace(parameters, tall=9))
+    assert (tvm.winograd, tvm.rates.f32, tvm.parameters) == (False, rates, dataclasses.replace(parameters, tall=9))
     assert target_file.with_measured(text, rates, parameters) == before
 
 
@@ -237,11 +248,11 @@ def test_rates_need_a_table_of_their_own(rates):
 @pytest.mark.parametrize(
     ("old", "new", "key", "why"),
     [
-        ("call = ", "call = -", "rates.call", "greater than or equal to 0"),
-        ("call = ", "call = nan # ", "rates.call", "finite|greater"),
-        ("row = ", "# row = ", "rates.row", "required"),
-        ("call = ", "colour = 1.0\ncall = ", "rates.colour", "Unexpected"),
-        ("source = ", "# ", "rates.source", "required"),
+        ("call = ", "call = -", "rates.f32.call", "greater than or equal to 0"),
+        ("call = ", "call = nan # ", "rates.f32.call", "finite|greater"),
+        ("row = ", "# row = ", "rates.f32.row", "required"),
+        ("call = ", "colour = 1.0\ncall = ", "rates.f32.colour", "Unexpected"),
+        ("source = ", "# ", "rates.f32.source", "required"),
         ("planes = [7, 3]", "planes = [7]", "parameters.planes.1", "required"),
         ("planes = [7, 3]", "planes = [0, 3]", "parameters.planes.0", "greater than or equal to 1"),
         ("packed = [5, 5]", "packed = [5, 50]", "parameters.packed.1", "less than or equal to 8"),

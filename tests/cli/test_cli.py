@@ -236,18 +236,18 @@ def test_tune_writes_a_target_file(call, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(parameters, "choose_parameters", lambda *_: asked.append(True) or own)
     seconds = []
-    rates = dataclasses.replace(catalogue.load("x86-64-avx512").runtimes["tvm"].rates, product=0.123456)
+    rates = dataclasses.replace(catalogue.load("x86-64-avx512").runtimes["tvm"].rates.f32, product=0.123456)
     made = fit.Fit(rates, median=0.0812, ninth=0.3, choices=40, right=38, lost=0.004)
     monkeypatch.setattr(measure, "measure", lambda _machine, works, time, _tell: seconds.append(time) or works)
     monkeypatch.setattr(fit, "fit", lambda works, machine, source: dataclasses.replace(made, rates=rates))
     path = tmp_path / "mine.toml"
     code, out, _ = call("tune", "-o", path, "--seconds", "3")
     assert (code, seconds) == (0, [3.0])
-    assert "[runtimes.tvm.rates]" in out
+    assert "[runtimes.tvm.rates.f32]" in out
     assert "product = 0.1235" in out
     assert "predicted to 8% (half of the calls), 30% (nine of ten)" in out
     assert "the faster of two kernels in 38 of 40 cases; the others cost 0.40% of time" in out
-    assert catalogue.load(path).runtimes["tvm"].rates.product == 0.1235
+    assert catalogue.load(path).runtimes["tvm"].rates.f32.product == 0.1235
     assert catalogue.load(path).runtimes["tvm"].parameters == own
     assert catalogue.load(path).cpu == catalogue.load(catalogue.host_name()).cpu
     code, out, _ = call("tune", "--target", path, "--keep-parameters", "--json")

@@ -55,6 +55,7 @@ LAYERS = (
     "dvexport.targets.backend",
     "dvexport.targets.onnx",
     "dvexport.targets.tvm.native_files",
+    "dvexport.targets.tvm.machine.dtype",
     "dvexport.targets.tvm.machine.rates",
     "dvexport.targets.tvm.table",
     "dvexport.targets.tvm.machine",

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dvexport.targets.tvm.kernels.conv.direct import DirectConv
-from dvexport.targets.tvm.machine.rates import Rates, _of_lanes
+from dvexport.targets.tvm.machine import by_lanes
+from dvexport.targets.tvm.machine.dtype import F32, DType
+from dvexport.targets.tvm.machine.rates import Rates
 
 if TYPE_CHECKING:
     from dvexport.targets.tvm.kernels.conv.winograd import WinogradConv
@@ -38,17 +40,14 @@ Cost = tuple[float, ...]
 _TERMS = ("", "a", "b", "c", "ab", "ac", "bc", "abc")
 """What each of the first coefficients of a cost model is multiplied by; the last are `line` and `stream`."""
 
-_CACHE_LINE = 16
-"""Weights of a cache line."""
-
-
 _SHORT = 2
 """Pixels of a run up to which it is moved one by one."""
 
 
-def rates_of(machine: Machine) -> Rates:
-    """Return the rates of a machine; where nobody says, those of x86-64 with as many lanes."""
-    return machine.rates or _of_lanes(machine.lanes)
+def rates_of(machine: Machine, dtype: DType = F32) -> Rates:
+    """Return the rates of a machine in an element type; where nobody says, those of x86-64 with as many lanes."""
+    known = machine.rates.of(dtype) if machine.rates else None
+    return known or by_lanes.rates(machine.lanes, dtype)
 
 
 def direct_cost(spec: DirectConv, taps: int, inputs: int, machine: Machine) -> Cost:
@@ -60,14 +59,14 @@ def direct_cost(spec: DirectConv, taps: int, inputs: int, machine: Machine) -> C
         inputs: input channels of the layer, listed or not.
         machine: what it runs on.
     """
-    rates, pieces = rates_of(machine), machine.lanes // spec.run
+    rates, pieces = rates_of(machine, spec.dtype), machine.lanes // spec.run
     if spec.packed:
         product = rates.point_product if spec.taps == 1 else rates.product
         read = pieces * (rates.packed_short if spec.run <= _SHORT else rates.packed)
     else:
         product, read = rates.window_product, rates.loaded
     write = rates.finished + pieces * (rates.written + (rates.residual if spec.residual else 0.0))
-    line = rates.line * (1 + (taps - 1) / _CACHE_LINE)  # a window's weights begin anywhere in one
+    line = rates.line * (1 + (taps - 1) / spec.dtype.line)  # a window's weights begin anywhere in one
     stream = rates.weight * taps * inputs
     terms = (rates.call, rates.row, 0.0, 0.0, 0.0, write, read * spec.moved(taps), product * taps)
     return (*terms, line, stream)
@@ -118,7 +117,7 @@ def winograd_cost(spec: WinogradConv, tiles: TileVectors, inputs: int, machine: 
         inputs: input channels of the layer, listed or not.
         machine: what it runs on.
     """
-    rates, points = rates_of(machine), spec.points
+    rates, points = rates_of(machine, spec.dtype), spec.points
     read, write = (rates.input2, rates.output2) if spec.m == 2 else (rates.input4, rates.output4)
     row, product, line, weight, read, write = (
         rate * points for rate in (rates.tile_row, rates.tile_product, rates.line, rates.weight, read, write)

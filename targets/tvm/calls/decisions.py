@@ -9,11 +9,12 @@ import onnx_ir as ir
 
 from dvexport.graph.graph import static_shape
 from dvexport.targets.tvm.calls.draft import Draft
-from dvexport.targets.tvm.calls.memory import FLOAT_BYTES, INT_BYTES, Buffer, Part
+from dvexport.targets.tvm.calls.memory import Buffer, Part
 from dvexport.targets.tvm.kernels import lists
 from dvexport.targets.tvm.kernels.abi import Kernel
 from dvexport.targets.tvm.kernels.conv.direct_data import Window, cell_bounds
 from dvexport.targets.tvm.kernels.plane import Plane
+from dvexport.targets.tvm.machine.dtype import S32
 from dvexport.targets.tvm.machine.machine import Machine
 
 __all__ = ["channel_list", "line_list", "lines_suffice", "not_skipped", "pixel_mask", "run_list"]
@@ -44,7 +45,7 @@ def run_list(draft: Draft, tiles: ir.Value, index: int, table: np.ndarray, run: 
 
     def make(frame: Part) -> Part:
         size = lists.run_list_size(lists.runs_capacity(total, run, draft.machine))
-        made = Buffer(f"runs of {tiles.name}", size * INT_BYTES)
+        made = Buffer(f"runs of {tiles.name}", S32.size(size))
         shape = draft.constants.add(lists.runs_shape(cells, total, run, draft.machine))
         arguments = [frame, draft.constants.add(table), shape, made.part()]
         draft.calls.call(
@@ -60,7 +61,7 @@ def line_list(draft: Draft, tiles: ir.Value, index: int, plane: Plane) -> Part:
     grid = _grid(tiles)
 
     def make(frame: Part) -> Part:
-        made = Buffer(f"lines of {tiles.name}", lists.line_list_size(plane) * INT_BYTES).part()
+        made = Buffer(f"lines of {tiles.name}", S32.size(lists.line_list_size(plane))).part()
         table = draft.constants.add(lists.line_table(plane, grid, plane.pad))
         shape = draft.constants.add(lists.lines_shape(plane, grid))
         kernel = lists.touched_lines(lists.table_words(grid), draft.machine)
@@ -81,7 +82,7 @@ def lines_suffice(tiles: ir.Value, plane: Plane, window: Window, size: tuple[int
         window: of the convolution.
         size: height and width of its output, in pixels.
     """
-    axes = zip(_grid(tiles), (plane.height, plane.width), size, range(2), strict=True)
+    axes = zip(_grid(tiles), plane.shape, size, range(plane.rank), strict=True)
     return all(_reach_suffices(cells, read, made, window, axis, plane.pad) for cells, read, made, axis in axes)
 
 
@@ -98,7 +99,7 @@ def pixel_mask(draft: Draft, tiles: ir.Value, index: int, plane: Plane) -> Part:
     """Return a frame's tile mask as a float plane: 1 at active pixels."""
 
     def make(frame: Part) -> Part:
-        made = Buffer(f"mask of {tiles.name}", plane.size * FLOAT_BYTES).part()
+        made = Buffer(f"mask of {tiles.name}", plane.bytes).part()
         shape = draft.constants.add(lists.mask_shape(plane, _grid(tiles)))
         label, gate = f"mask {tiles.name}", draft.values.gate_of(tiles)
         draft.calls.call(lists.mask_from_tiles(draft.machine), [frame, shape, made], label, gate)
@@ -109,7 +110,7 @@ def pixel_mask(draft: Draft, tiles: ir.Value, index: int, plane: Plane) -> Part:
 
 def _channels(draft: Draft, source: ir.Value, count: int, index: int, kernel: Callable[[Machine], Kernel]) -> Part:
     def make(frame: Part) -> Part:
-        made = Buffer(f"channels of {source.name}", lists.channel_list_size(count) * INT_BYTES).part()
+        made = Buffer(f"channels of {source.name}", S32.size(lists.channel_list_size(count))).part()
         shape = draft.constants.add(lists.channels_shape(count))
         draft.calls.call(
             kernel(draft.machine), [frame, shape, made], f"list {source.name}", draft.values.gate_of(source)

@@ -93,7 +93,7 @@ def _slice(draft: Draft, unit: Unit) -> None:
     axis, shape = int(axes[0]), static_shape(x)
     first = min(int(starts[0]) % (shape[axis] + 1), shape[axis])
     source, wanted = draft.planes(x), static_shape(y)
-    plane = draft.values.layout(x).size * FLOAT_BYTES
+    plane = draft.values.layout(x).bytes
     if axis == 0 or shape[0] == 1:  # contiguous: nothing to move
         skipped = first * (shape[1] if axis == 0 else 1)
         draft.share(y, source.part(skipped * plane, wanted[0] * wanted[1] * plane))

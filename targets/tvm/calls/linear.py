@@ -53,7 +53,7 @@ def _gemm(draft: Draft, unit: Unit) -> None:
         draft.constants.add(dense.dense_weights(weight, spec, machine), of=weight.T),
         draft.constants.add(dense.dense_bias(given, spec, machine), of=given),
         *([scratch(dense.dense_scratch(inputs, draft.threads))] if skips else []),
-        draft.constants.add(dense.dense_shape(rows, outputs, (inputs,))),
+        draft.constants.add(dense.dense_shape(rows, outputs, inputs)),
         draft.new_flat(unit.output),
     ]
     draft.calls.call(dense.dense(spec, machine), arguments, label_of(unit), unit.gate)

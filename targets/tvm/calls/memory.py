@@ -14,13 +14,13 @@ import numpy as np
 
 from dvexport.graph.weights import SMALLEST, Place, digest, panels_of
 from dvexport.targets.tvm.kernels.plane import Plane
+from dvexport.targets.tvm.machine.dtype import F32, LINE_BYTES, DType
 from dvexport.targets.tvm.native_files import NATIVE_WEIGHTS
 from dvexport.targets.tvm.plan import Place as PlanPlace
 from dvexport.targets.tvm.plan import Space
 
 __all__ = [
     "FLOAT_BYTES",
-    "INT_BYTES",
     "Buffer",
     "Constants",
     "Part",
@@ -30,10 +30,9 @@ __all__ = [
     "scratch",
 ]
 
-FLOAT_BYTES = 4
-INT_BYTES = 4
+FLOAT_BYTES = F32.bytes
 
-_ALIGN = 64
+_ALIGN = LINE_BYTES
 
 
 @dataclass(eq=False)
@@ -48,6 +47,7 @@ class Buffer:
         layout: of the planes it holds, if their padding is zero whenever it is used.
         fragile: its padding has to be zero before it is first used: kernels write no more than the images.
         covered: of a fragile one, they write the padding between rows too.
+        dtype: of its elements, where one type is all it holds.
     """
 
     name: str
@@ -57,6 +57,7 @@ class Buffer:
     layout: Plane | None = None
     fragile: bool = False
     covered: bool = False
+    dtype: DType | None = None
 
     def part(self, offset: int = 0, size: int | None = None) -> Part:
         """Return some of its bytes; all of them by default."""
@@ -169,7 +170,7 @@ class Placement:
         if other is buffer or at + other.size <= start or start + buffer.size <= at:
             return False
         assert buffer.layout is not None
-        return other.layout != buffer.layout or (at - start) % (buffer.layout.size * FLOAT_BYTES) != 0
+        return other.layout != buffer.layout or (at - start) % buffer.layout.bytes != 0
 
     def place(self, part: Part, constants: Constants) -> PlanPlace:
         """Return the place of some bytes."""

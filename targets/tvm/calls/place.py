@@ -12,7 +12,6 @@ from dvexport.targets.tvm import plan
 from dvexport.targets.tvm.calls.call_list import Alternative, Call, CallList
 from dvexport.targets.tvm.calls.draft import Draft
 from dvexport.targets.tvm.calls.memory import (
-    FLOAT_BYTES,
     Buffer,
     Constants,
     Part,
@@ -100,7 +99,7 @@ def _clear_padding(calls: CallList, spoilt: Collection[Buffer]) -> None:
 
 def _clear(calls: CallList, buffer: Buffer, gate: str) -> None:
     assert buffer.layout is not None
-    channels = buffer.size // (buffer.layout.size * FLOAT_BYTES)
+    channels = buffer.size // buffer.layout.bytes
     kernel, shape = planes.zero_pads(calls.machine), planes.frame_shape(channels, buffer.layout)
     if buffer.covered:
         kernel, shape = planes.zero_ends(calls.machine), planes.ends_shape(channels, buffer.layout)

@@ -12,6 +12,7 @@ from dvexport.targets.tvm.calls.draft import Draft
 from dvexport.targets.tvm.calls.memory import FLOAT_BYTES
 from dvexport.targets.tvm.calls.writers import Writers, label_of
 from dvexport.targets.tvm.kernels.tokens import tokens
+from dvexport.targets.tvm.machine.dtype import dtype_of
 from dvexport.targets.tvm.units.tokens import ViewUnit
 from dvexport.targets.tvm.units.unit import Unit
 from dvexport.targets.tvm.units.views import view_of
@@ -73,7 +74,7 @@ def _scatter(draft: Draft, unit: Unit) -> None:
         draft.constants.add(tokens.scatter_shape(prod(leading), count, static_shape(index)[-1])),
         draft.new_flat(unit.output),
     ]
-    draft.calls.call(tokens.scatter(str(x.dtype.numpy())), arguments, label_of(unit), unit.gate)
+    draft.calls.call(tokens.scatter(dtype_of(x.dtype.numpy())), arguments, label_of(unit), unit.gate)
 
 
 @WRITERS.writes("view", ViewUnit)

@@ -17,7 +17,7 @@ from dvexport.dialect.spec import specification
 from dvexport.graph.graph import DV, static_shape
 from dvexport.graph.match import made_by
 from dvexport.graph.state import State, states_of
-from dvexport.targets.tvm.calls.memory import FLOAT_BYTES, Buffer, Part
+from dvexport.targets.tvm.calls.memory import Buffer, Part
 from dvexport.targets.tvm.kernels.plane import Plane
 from dvexport.targets.tvm.plan import Space
 from dvexport.targets.tvm.units.catalogue import KINDS
@@ -72,7 +72,7 @@ class Values:
     def layout(self, value: ir.Value) -> Plane:
         """Return how an image's planes are laid out: all images of a size alike."""
         _, _, height, width = static_shape(value)
-        return self._layouts.setdefault((height, width), Plane(height, width))
+        return self._layouts.setdefault((height, width), Plane((height, width)))
 
     def plane_count(self, value: ir.Value) -> int:
         """Return how many planes an image has: frames times channels."""
@@ -81,7 +81,7 @@ class Values:
 
     def plane_bytes(self, value: ir.Value) -> int:
         """Return the bytes of an image's planes."""
-        return self.plane_count(value) * self.layout(value).size * FLOAT_BYTES
+        return self.plane_count(value) * self.layout(value).bytes
 
     # Where they lie
 
@@ -180,7 +180,7 @@ def _layouts(units: Iterable[Unit]) -> dict[tuple[int, int], Plane]:
             need(unit.x, max(unit.pads))
         elif unit.kind == "max_pool":
             need(unit.inputs[0], max(unit.nodes[0].attributes.get_ints("pads", ()), default=0))
-    return {size: Plane(*size, pad) for size, pad in pads.items()}
+    return {size: Plane(size, pad) for size, pad in pads.items()}
 
 
 def _overwritten_in_place(read: ir.Value, write: ir.Value) -> bool:

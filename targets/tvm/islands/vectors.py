@@ -13,6 +13,7 @@ from dvexport.targets.tvm.islands.expr import Expr, Linear, const, linear
 from dvexport.targets.tvm.islands.stages import Accumulator, Stage
 from dvexport.targets.tvm.kernels.abi import i64
 from dvexport.targets.tvm.kernels.math import FUNCTIONS
+from dvexport.targets.tvm.machine.dtype import F32
 
 __all__ = ["Vectors", "combined", "tail_lanes"]
 
@@ -155,7 +156,7 @@ class Vectors:
         if expr.op == "cast":
             return _cast(dtype, expr.args[0].dtype, arguments[0], self.width if wide else 1), wide
         function = FUNCTIONS.get(expr.value.rpartition(".")[2]) if expr.op == "call" else None
-        if function is not None and expr.dtype == "float32":
+        if function is not None and expr.dtype == F32.tvm:
             return function(self._keep(arguments[0]), self.width if wide else 1, self._keep), wide
         if expr.op == "call":
             return Call(expr.value, arguments, ret_ty=dtype), wide
@@ -171,7 +172,7 @@ class Vectors:
             index, wide = self._write(expr.args[0])
         elif step == 0:
             index, wide = self._offset(form), False
-        elif step == 2 and expr.dtype == "float32":
+        elif step == 2 and expr.dtype == F32.tvm:
             return self._every_second(buffer, self._offset(form)), True
         else:
             index, wide = tx.Ramp(self._offset(form), i64(step), self.width), True

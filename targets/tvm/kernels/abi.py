@@ -15,7 +15,7 @@ are left alone, and what comes out has no undefined symbol.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,14 +26,15 @@ from tvm.tirx.script import builder as T
 
 from dvexport.targets.tvm.kernels.bounds import Buffer as Bound
 from dvexport.targets.tvm.kernels.bounds import Contract, Made, Needs, contract_of
+from dvexport.targets.tvm.machine.dtype import S32, S64, DType, dtype_of
 
 __all__ = ["Frame", "Kernel", "i64", "prefetch", "prefetch_ahead", "share", "write_kernel", "write_serial_kernel"]
 
 _C_ABI = 1
 """`tvm::CallingConv::kCPackedFunc`: any but the default keeps `MakePackedAPI` away."""
 
-_AHEAD = 128
-"""Floats of a row of weights that are asked for before they are needed: of 32 to 1024, what measured best."""
+_AHEAD = 512
+"""Bytes of a row of weights that are asked for before they are needed: of 128 to 4096, what measured best."""
 
 _UNBOUNDED = 1 << 40
 """Declared elements of a buffer: its real size is the plan's business."""
@@ -70,13 +71,17 @@ class Frame:
     buffers: dict[str, Any]
     part: Any
     parts: Any
-    types: Mapping[str, str] = field(default_factory=dict)
+    types: Mapping[str, DType] = field(default_factory=dict)
     contract: Contract | None = None
     kernel: Kernel = field(init=False)
 
     def states(self, buffers: Mapping[str, Bound], *needs: Needs, makes: tuple[Made, ...] = ()) -> None:
         """State what the kernel touches: every buffer, by name; what must hold; the lists that it writes."""
         self.contract = contract_of(self.types, buffers, *needs, makes=makes)
+
+    def extents(self, places: Iterable[int]) -> list[Any]:
+        """Return entries of the buffer `shape`, bound in the order of their places."""
+        return [T.bind(self.buffers["shape"][int(place)]) for place in places]
 
     def __getattr__(self, name: str) -> Any:
         """Return the buffer of a name."""
@@ -86,12 +91,12 @@ class Frame:
             raise AttributeError(name) from None
 
 
-def write_kernel(name: str, **buffers: str) -> AbstractContextManager[Frame]:
+def write_kernel(name: str, **buffers: DType | str) -> AbstractContextManager[Frame]:
     """Open a kernel that threads may share; inside, write its body with `tvm.tirx.script.builder`.
 
     Args:
         name: its symbol.
-        buffers: element type by name, in the order of the C function's arguments.
+        buffers: element type by name, or what TVM calls it, in the order of the C function's arguments.
 
     Yields:
         The frame; after the block its `kernel` is set.
@@ -99,32 +104,33 @@ def write_kernel(name: str, **buffers: str) -> AbstractContextManager[Frame]:
     return _write(name, buffers, splits=True)
 
 
-def write_serial_kernel(name: str, **buffers: str) -> AbstractContextManager[Frame]:
+def write_serial_kernel(name: str, **buffers: DType | str) -> AbstractContextManager[Frame]:
     """Open a kernel that one thread runs, as its body uses no `part`; else as `write_kernel`."""
     return _write(name, buffers, splits=False)
 
 
 @contextmanager
-def _write(name: str, buffers: dict[str, str], splits: bool) -> Iterator[Frame]:
+def _write(name: str, buffers: Mapping[str, DType | str], splits: bool) -> Iterator[Frame]:
+    types = {key: dtype if isinstance(dtype, DType) else dtype_of(dtype) for key, dtype in buffers.items()}
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name(name)
         T.func_attr({"tirx.noalias": True, "global_symbol": name, "calling_conv": _C_ABI})
-        handles = {key: T.arg(key, T.handle(dtype, "global")) for key, dtype in buffers.items()}
+        handles = {key: T.arg(key, T.handle(dtype.tvm, "global")) for key, dtype in types.items()}
         part, parts = T.arg("part", T.int32()), T.arg("parts", T.int32())
-        declared = {key: T.decl_buffer((_UNBOUNDED,), buffers[key], data=handle) for key, handle in handles.items()}
-        frame = Frame(declared, part, parts, buffers)
+        declared = {key: T.decl_buffer((_UNBOUNDED,), types[key].tvm, data=handle) for key, handle in handles.items()}
+        frame = Frame(declared, part, parts, types)
         yield frame
     frame.kernel = Kernel(name, builder.get(), tuple(buffers), splits, frame.contract)
 
 
 def i64(value: Any) -> Any:
     """Widen an index. Addresses are computed in 64 bits: 32 would cost a sign extension each."""
-    return tx.IntImm("int64", value) if isinstance(value, int) else tx.Cast("int64", value)
+    return tx.IntImm(S64.tvm, int(value)) if isinstance(value, int) else tx.Cast(S64.tvm, value)
 
 
 def prefetch_ahead(buffer: Any, at: Any) -> None:
     """Ask for the weights that follow those of a row at `at`, before they are needed; they may end before."""
-    prefetch(buffer, at + _AHEAD)
+    prefetch(buffer, at + _AHEAD // dtype_of(buffer.dtype).bytes)
 
 
 def prefetch(buffer: Any, at: Any, *, write: bool = False, near: bool = True) -> None:
@@ -134,7 +140,7 @@ def prefetch(buffer: Any, at: Any, *, write: bool = False, near: bool = True) ->
         write: it will be written: no other core shall have it.
         near: bring it to the first level cache; otherwise to the second.
     """
-    arguments = [tx.IntImm("int32", value) for value in (int(write), 3 if near else 2, 1)]  # of `llvm.prefetch`
+    arguments = [tx.IntImm(S32.tvm, value) for value in (int(write), 3 if near else 2, 1)]  # of `llvm.prefetch`
     T.evaluate(tx.call_intrin("void", "tirx.prefetch", tx.address_of(buffer[at]), *arguments))
 
 

@@ -15,13 +15,12 @@ import tvm.tirx as tx
 from tvm.tirx.script import builder as T
 
 from dvexport.targets.tvm.kernels.abi import i64
-from dvexport.targets.tvm.kernels.vectors import ceil_div, load, splat, store
+from dvexport.targets.tvm.kernels.vectors import ceil_div, constant, int32, load, register, splat, store
+from dvexport.targets.tvm.machine import by_lanes
+from dvexport.targets.tvm.machine.dtype import dtype_of
 from dvexport.targets.tvm.machine.machine import Machine
 
 __all__ = ["Groups", "Rows", "balanced", "product", "register_block"]
-
-_BLOCKS = {16: (8, 3), 8: (4, 3)}
-"""Rows x vectors by lanes: the sums and a panel's vectors fill the registers."""
 
 _UNROLL = 4
 """Depth of one turn of the loop. AArch64 loads so many numbers of a row at once, and multiplies by each lane."""
@@ -29,7 +28,7 @@ _UNROLL = 4
 
 def register_block(machine: Machine) -> tuple[int, int]:
     """Return rows and vectors of the largest block that stays in registers."""
-    return _BLOCKS.get(machine.lanes, machine.block)
+    return by_lanes.product_block(machine.lanes) or machine.block
 
 
 @dataclass(frozen=True)
@@ -41,23 +40,22 @@ class Groups:
     size: Any
     longer: Any
 
-    def group(self, index: Any) -> tuple[Any, Any]:
-        """First item and number of items of a group."""
-        start = T.bind(self.first + index * self.size + tx.min(index, self.longer))
-        more = tx.Select(index < self.longer, tx.IntImm("int32", 1), tx.IntImm("int32", 0))
-        return start, T.bind(self.size + more)
+    def group(self, index: Any, keep: Callable[[Any], Any] = T.bind) -> tuple[Any, Any]:
+        """First item and number of items of a group; `keep` binds a value."""
+        start = keep(self.first + index * self.size + tx.min(index, self.longer))
+        return start, keep(self.size + tx.Select(index < self.longer, int32(1), int32(0)))
 
 
 def balanced(first: Any, stop: Any, largest: Any) -> Groups:
     """Cut a range of items into groups of at most `largest`."""
     count = T.bind(ceil_div(stop - first, largest))
-    size = T.bind(tx.truncdiv(stop - first, tx.max(count, tx.IntImm("int32", 1))))
+    size = T.bind(tx.truncdiv(stop - first, tx.max(count, int32(1))))
     return Groups(first, count, size, T.bind(stop - first - count * size))
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of A: where row 0 begins and how far the next is, in floats (int64); neighbours of a row are adjacent."""
+    """Rows of A: where row 0 begins and how far the next is, in elements (int64); neighbours of a row are adjacent."""
 
     buffer: Any
     first: Any
@@ -80,19 +78,20 @@ def product(
     Args:
         rows: A.
         count: rows of the block.
-        panel: B's buffer, its first float, and the floats from one depth to the next.
+        panel: B's buffer, its first element, and the elements from one depth to the next.
         depth: products of a sum.
-        tile: a buffer, its first float, and the floats from one row to the next.
+        tile: a buffer, its first element, and the elements from one row to the next.
         sizes: vectors of the panel, and lanes of a vector.
         machine: what to generate code for.
         starts: what a sum starts from, by row and vector; zero by default.
     """
     vectors, lanes = sizes
     buffer, origin, pitch = panel
-    sums = [[T.alloc_buffer((lanes,), "float32", scope="global") for _ in range(vectors)] for _ in range(count)]
+    dtype = dtype_of(tile[0].dtype)
+    sums = [[register(dtype, lanes) for _ in range(vectors)] for _ in range(count)]
     for row, line in enumerate(sums):
         for vector, total in enumerate(line):
-            store(total, 0, splat(0.0, lanes) if starts is None else starts(row, vector), lanes)
+            store(total, 0, constant(0.0, dtype, lanes) if starts is None else starts(row, vector), lanes)
     firsts = [T.bind(rows.first + rows.stride * row) for row in range(count)]
 
     def step(k: Any, factors: list[Any]) -> None:

@@ -17,8 +17,11 @@ from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Protocol
 
+from dvexport.targets.tvm.machine.dtype import DType
+
 __all__ = [
     "INT32_MAX",
+    "LIST_HEAD",
     "PARTS",
     "Buffer",
     "Contract",
@@ -49,7 +52,9 @@ __all__ = [
 INT32_MAX = (1 << 31) - 1
 _LIMIT = (1 << 64) - 1
 
-_BYTES = {"float32": 4, "float64": 8, "int32": 4, "int64": 8, "uint8": 1, "int8": 1, "bool": 1}
+
+LIST_HEAD = 16
+"""Elements of a list of lines or of runs before its offsets."""
 
 
 class ListKind(IntEnum):
@@ -173,7 +178,7 @@ class Buffer:
         reads: the kind of list that it is read as; NONE: its content decides no address.
         pieces: items of a vector of a list of `RUNS`.
         scattered: it may start at any element; else it starts on 64 bytes.
-        bytes: of an element.
+        dtype: of an element; `contract_of` knows it.
     """
 
     elements: Size
@@ -182,7 +187,13 @@ class Buffer:
     reads: ListKind = ListKind.NONE
     pieces: int = 0
     scattered: bool = False
-    bytes: int = 0
+    dtype: DType | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of an element."""
+        assert self.dtype is not None, self
+        return self.dtype.bytes
 
 
 @dataclass(frozen=True)
@@ -238,7 +249,7 @@ def at_least(minimum: int, *values: Size) -> Needs:
 
 
 def contract_of(
-    types: Mapping[str, str], buffers: Mapping[str, Buffer], *needs: Needs, makes: tuple[Made, ...] = ()
+    types: Mapping[str, DType], buffers: Mapping[str, Buffer], *needs: Needs, makes: tuple[Made, ...] = ()
 ) -> Contract:
     """Return a contract.
 
@@ -249,7 +260,7 @@ def contract_of(
         makes: lists that it writes.
     """
     assert set(types) == set(buffers), (types, buffers)
-    stated = tuple((name, replace(buffers[name], bytes=_BYTES[dtype])) for name, dtype in types.items())
+    stated = tuple((name, replace(buffers[name], dtype=dtype)) for name, dtype in types.items())
     return Contract(stated, tuple(pair for group in needs for pair in group), makes)
 
 

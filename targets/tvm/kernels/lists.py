@@ -10,7 +10,8 @@ runs, from 16 output offsets, from 16 + capacity input offsets; padded to whole 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from tvm.tirx.script import builder as T
 from dvexport.dialect.masks import tile_index
 from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, write_serial_kernel
 from dvexport.targets.tvm.kernels.bounds import (
+    LIST_HEAD,
     ListKind,
     Made,
     at_least,
@@ -33,14 +35,14 @@ from dvexport.targets.tvm.kernels.bounds import (
     size,
     writes,
 )
-from dvexport.targets.tvm.kernels.plane import Plane
-from dvexport.targets.tvm.kernels.vectors import LINE, ceil_div, load, splat, store
+from dvexport.targets.tvm.kernels.plane import Plane, require_two_axes
+from dvexport.targets.tvm.kernels.vectors import ceil_div, constant, int32, load, register, splat, store
+from dvexport.targets.tvm.machine.dtype import F32, S32, S64, U8, DType, kernel_name
 from dvexport.targets.tvm.machine.machine import Machine
 
 __all__ = [
     "cells_to_runs",
     "channel_list_size",
-    "channels_equal",
     "channels_from_mask",
     "channels_other_than",
     "channels_shape",
@@ -52,16 +54,54 @@ __all__ = [
     "run_list_size",
     "runs_capacity",
     "runs_shape",
-    "runs_table",
     "table_words",
     "touched_lines",
 ]
 
-HEADER = 16
-"""First offset in a list of offsets."""
-
 _BITS = 64
 """Cells of a word of `line_table`."""
+
+_INDICES = S32.line
+"""Indices of a list in a cache line: a vector may write so many beyond its end."""
+
+
+class _Channels(IntEnum):
+    """Entries of `shape` of the kernels that list channels."""
+
+    COUNT = 0
+    CONSTANT = 1
+
+
+class _Runs(IntEnum):
+    """Entries of `shape` of `cells_to_runs`."""
+
+    CELLS = 0
+    TOTAL = 1
+    """Runs of all cells."""
+    VECTOR = 2
+    """Runs of a vector."""
+    CAPACITY = 3
+
+
+class _Mask(IntEnum):
+    """Entries of `shape` of `mask_from_tiles`."""
+
+    DOWN = 0
+    ACROSS = 1
+    WIDTH = 2
+    PITCH = 3
+    BASE = 4
+    END = 5
+    SIZE = 6
+    STARTS = 7
+    """From here on the first rows of cells and the end of the last; then columns alike."""
+
+
+class _Lines(IntEnum):
+    """Entries of `shape` of `touched_lines`."""
+
+    CELLS = 0
+    LINES = 1
 
 
 def channel_list_size(channels: int) -> int:
@@ -77,52 +117,46 @@ def channels_shape(channels: int, constant: int = 0) -> np.ndarray:
 def channels_from_mask(machine: Machine) -> Kernel:
     """List the channels whose `mask` (bool `[C]`) is set. Buffers: mask, shape, channels."""
     del machine
-    return _channels("channels_from_mask", "uint8", lambda mask, constant: _flag("int32", mask))
-
-
-def channels_equal(machine: Machine) -> Kernel:
-    """List the channels whose `action` (int64 `[C]`) is shape[1]. Buffers: action, shape, channels."""
-    del machine
-    return _channels("channels_equal", "int64", lambda action, constant: tx.Cast("int32", tx.EQ(action, constant)))
+    return _channels("channels_from_mask", U8, lambda mask, other: _flag(mask))
 
 
 def channels_other_than(machine: Machine) -> Kernel:
     """List the channels whose `action` (int64 `[C]`) is not shape[1]. Buffers: action, shape, channels."""
     del machine
-    return _channels("channels_other_than", "int64", lambda action, constant: tx.Cast("int32", tx.NE(action, constant)))
+    return _channels("channels_other_than", S64, lambda action, other: tx.Cast(S32.tvm, tx.NE(action, other)))
 
 
-def _channels(name: str, dtype: str, test: Callable[[Any, Any], Any]) -> Kernel:
-    source = "mask" if dtype == "uint8" else "action"
-    with write_serial_kernel(name, **{source: dtype, "shape": "int32", "channels": "int32"}) as frame:
-        count, decisions = T.bind(frame.shape[0]), frame.buffers[source]
-        constant = T.bind(i64(frame.shape[1]))
+def _channels(name: str, dtype: DType, test: Callable[[Any, Any], Any]) -> Kernel:
+    source = "mask" if dtype is U8 else "action"
+    with write_serial_kernel(name, **{source: dtype, "shape": S32, "channels": S32}) as frame:
+        (count,), decisions = frame.extents((_Channels.COUNT,)), frame.buffers[source]
+        other = T.bind(i64(frame.shape[int(_Channels.CONSTANT)]))
         end = _counter()
 
         def append(channel: Any) -> None:
-            active = T.bind(test(decisions[i64(channel)], constant))
+            active = T.bind(test(decisions[i64(channel)], other))
             T.buffer_store(frame.channels, channel, [i64(end[0] + 1)])
             T.buffer_store(end, end[0] + active, [0])
 
         _unrolled(count, 4, append)
         T.buffer_store(frame.channels, end[0], [0])
-        items = entry(0)
+        items = entry(_Channels.COUNT)
         frame.states(
-            {source: reads(items, scattered=True), "shape": reads(2), "channels": writes(items + 1)},
+            {source: reads(items, scattered=True), "shape": reads(len(_Channels)), "channels": writes(items + 1)},
             makes=(Made("channels", ListKind.CHANNELS, count=items, limit=items),),
         )
     return frame.kernel
 
 
-def _flag(dtype: str, value: Any) -> Any:
+def _flag(value: Any) -> Any:
     """Return 1 for any byte but 0: how far a list grows must not depend on what else a byte may be."""
-    return tx.Cast(dtype, tx.NE(value, tx.IntImm("uint8", 0)))
+    return tx.Cast(S32.tvm, tx.NE(value, constant(0, U8)))
 
 
 def _counter() -> Any:
     """A variable that starts as 0; LLVM keeps it in a register."""
-    end = T.alloc_buffer((1,), "int32", scope="global")
-    T.buffer_store(end, tx.IntImm("int32", 0), [0])
+    end = register(S32, 1)
+    T.buffer_store(end, int32(0), [0])
     return end
 
 
@@ -136,16 +170,6 @@ def _unrolled(count: Any, times: int, body: Callable[[Any], None]) -> None:
         body(index)
 
 
-def runs_table(outputs: Sequence[Sequence[int]], inputs: Sequence[Sequence[int]]) -> np.ndarray:
-    """Return the table of `cells_to_runs`: the offsets of every cell's runs, in the order of cells.
-
-    Returns:
-        int32: start of each cell's runs and the end of the last (cells + 1), all output offsets, all input offsets.
-    """
-    starts = np.cumsum([0, *(len(cell) for cell in outputs)])
-    return np.concatenate([starts, *outputs, *inputs]).astype(np.int32)
-
-
 def runs_capacity(total: int, run: int, machine: Machine) -> int:
     """Return the capacity in runs of a list for `total` runs of `run` pixels: whole vectors."""
     vector = machine.lanes // run
@@ -154,26 +178,27 @@ def runs_capacity(total: int, run: int, machine: Machine) -> int:
 
 def run_list_size(capacity: int) -> int:
     """Return the elements of a run list that a kernel writes: a vector may overshoot the end."""
-    return HEADER + 2 * capacity + LINE
+    return LIST_HEAD + 2 * capacity + _INDICES
 
 
 def runs_shape(cells: int, total: int, run: int, machine: Machine) -> np.ndarray:
-    """Return `shape` of `cells_to_runs`: cells, runs of all cells, runs of a vector, capacity."""
+    """Return `shape` of `cells_to_runs`, for so many cells and runs of all of them."""
     return np.array([cells, total, machine.lanes // run, runs_capacity(total, run, machine)], np.int32)
 
 
 def cells_to_runs(machine: Machine) -> Kernel:
     """List the runs of the active cells. Buffers: cells (bool), table, shape, runs.
 
-    `table` is `runs_table`'s, `runs` has `run_list_size` elements. Outputs are written whole before inputs, so what a
-    vector of outputs overshoots by is either unused or written again.
+    `table` is int32: the start of each cell's runs and the end of the last (cells + 1), all output offsets in the
+    order of cells, all input offsets (`direct_data.Runs.table`). `runs` has `run_list_size` elements. Outputs are
+    written whole before inputs, so what a vector of outputs overshoots by is either unused or written again.
     """
-    with write_serial_kernel("cells_to_runs", cells="uint8", table="int32", shape="int32", runs="int32") as frame:
-        cells, total, vector, capacity = (T.bind(frame.shape[index]) for index in range(4))
+    with write_serial_kernel("cells_to_runs", cells=U8, table=S32, shape=S32, runs=S32) as frame:
+        cells, total, vector, capacity = frame.extents(_Runs)
         end = _counter()
-        _append_cells(frame, end, T.bind(cells + 1), tx.IntImm("int32", HEADER), machine.lanes)
-        T.buffer_store(end, tx.IntImm("int32", 0), [0])
-        _append_cells(frame, end, T.bind(cells + 1 + total), T.bind(capacity + HEADER), machine.lanes)
+        _append_cells(frame, end, T.bind(cells + 1), int32(LIST_HEAD), machine.lanes)
+        T.buffer_store(end, int32(0), [0])
+        _append_cells(frame, end, T.bind(cells + 1 + total), T.bind(capacity + LIST_HEAD), machine.lanes)
         T.buffer_store(frame.runs, tx.truncdiv(end[0] + (vector - 1), vector), [0])
         T.buffer_store(frame.runs, capacity, [1])
         _states_runs(frame, machine.lanes)
@@ -182,12 +207,12 @@ def cells_to_runs(machine: Machine) -> Kernel:
 
 def _states_runs(frame: Frame, lanes: int) -> None:
     """State what `cells_to_runs` touches: every cell's runs may be written at the end of those before it."""
-    cells, total, vector, capacity = map(entry, range(4))
+    cells, total, vector, capacity = map(entry, _Runs)
     outputs, inputs = (largest(cells + 1 + total * half, total, buffer="table") + 1 for half in range(2))
-    vectors, longest = ceil(total, vector), HEADER + capacity + total + lanes
+    vectors, longest = ceil(total, vector), LIST_HEAD + capacity + total + lanes
     frame.states(
         {
-            "cells": reads(cells, scattered=True), "table": reads(cells + 1 + total * 2), "shape": reads(4),
+            "cells": reads(cells, scattered=True), "table": reads(cells + 1 + total * 2), "shape": reads(len(_Runs)),
             "runs": writes(longest),
         },
         at_least(1, vector),
@@ -199,27 +224,32 @@ def _states_runs(frame: Frame, lanes: int) -> None:
 
 def _append_cells(frame: Frame, end: Any, source: Any, target: Any, lanes: int) -> None:
     """Copy the active cells' offsets from `source` in the table to `target` in the list, and repeat the last."""
-    with T.serial(0, frame.shape[0]) as cell:
+    cells, total = frame.shape[int(_Runs.CELLS)], frame.shape[int(_Runs.TOTAL)]
+    with T.serial(0, cells) as cell:
         start = T.bind(frame.table[i64(cell)])
         length = T.bind(frame.table[i64(cell + 1)] - start)
         here, there = T.bind(i64(source + start)), T.bind(i64(target + end[0]))
-        with T.If(start + length + lanes <= frame.shape[1]):  # whole vectors stay inside the table
+        with T.If(start + length + lanes <= total):  # whole vectors stay inside the table
             with T.Then(), T.serial(0, ceil_div(length, lanes)) as block:
-                at = T.bind(i64(tx.min(block * lanes, frame.shape[1])))  # min: no call of memcpy
+                at = T.bind(i64(tx.min(block * lanes, total)))  # min: no call of memcpy
                 store(frame.runs, there + at, load(frame.table, here + at, lanes), lanes)
             with T.Else(), T.serial(0, length) as index:
-                at = T.bind(i64(tx.min(index, frame.shape[1] - start - 1)))  # as above
+                at = T.bind(i64(tx.min(index, total - start - 1)))  # as above
                 T.buffer_store(frame.runs, frame.table[here + at], [there + at])
-        T.buffer_store(end, end[0] + length * _flag("int32", frame.cells[i64(cell)]), [0])
+        T.buffer_store(end, end[0] + length * _flag(frame.cells[i64(cell)]), [0])
     stop = T.bind(i64(target + end[0]))
-    store(frame.runs, stop, tx.Broadcast(frame.runs[stop - 1], lanes), lanes)
+    store(frame.runs, stop, splat(frame.runs[stop - 1], lanes), lanes)
 
 
 def mask_shape(plane: Plane, grid: tuple[int, int]) -> np.ndarray:
     """Return `shape` of `mask_from_tiles`: sizes, then where the rows and columns of cells start.
 
     Pixel y belongs to cell floor(y * gh / H), columns alike (docs/dialect.md).
+
+    Raises:
+        UsageError: the plane has not two spatial axes.
     """
+    require_two_axes("a mask of tiles", plane)
     end = plane.base + plane.height * plane.pitch
     sizes = [*grid, plane.width, plane.pitch, plane.base, end, plane.size]
     return np.array([*sizes, *_starts(plane.height, grid[0]), *_starts(plane.width, grid[1])], np.int32)
@@ -230,44 +260,47 @@ def _starts(size: int, cells: int) -> np.ndarray:
     return np.searchsorted(tile_index(size, cells), np.arange(cells + 1))
 
 
-def mask_from_tiles(machine: Machine) -> Kernel:
-    """Upsample `tiles` (bool `[gh, gw]`) to `mask` (float32 plane): 1 at active pixels, else 0.
+def mask_from_tiles(machine: Machine, dtype: DType = F32) -> Kernel:
+    """Upsample `tiles` (bool `[gh, gw]`) to `mask` (a plane): 1 at active pixels, else 0.
 
     Buffers: tiles, shape, mask. The first row of a row of cells is written cell by cell, and the others are its
     copies. Vectors overshoot to the right, into what is written next.
     """
     lanes = machine.lanes
-    with write_serial_kernel("mask_from_tiles", tiles="uint8", shape="int32", mask="float32") as frame:
-        down, across, width, pitch, base, end, size = (T.bind(frame.shape[index]) for index in range(7))
+    with write_serial_kernel(kernel_name(dtype, "mask_from_tiles"), tiles=U8, shape=S32, mask=dtype) as frame:
+        down, across, width, pitch, base, end, size = frame.extents(list(_Mask)[: _Mask.STARTS])
+        zero = constant(0.0, dtype, lanes)
         with T.serial(0, tx.truncdiv(base, lanes)) as index:
-            store(frame.mask, i64(tx.min(index * lanes, base - lanes)), splat(0.0, lanes), lanes)
+            store(frame.mask, i64(tx.min(index * lanes, base - lanes)), zero, lanes)
         with T.serial(0, down) as y:
-            first = T.bind(base + frame.shape[y + 7] * pitch)
-            beyond = T.bind(base + frame.shape[y + 8] * pitch)
+            first = T.bind(base + frame.shape[y + int(_Mask.STARTS)] * pitch)
+            beyond = T.bind(base + frame.shape[y + (_Mask.STARTS + 1)] * pitch)
             with T.If(first < beyond), T.Then():
-                _mask_row(frame, T.bind(i64(first)), T.bind(y * across), (T.bind(down + 8), across), lanes)
+                _mask_row(
+                    frame, T.bind(i64(first)), T.bind(y * across), (T.bind(down + (_Mask.STARTS + 1)), across), lanes
+                )
                 with T.serial(0, ceil_div(pitch - width, lanes)) as block:
                     at = tx.min(first + width + block * lanes, size - lanes)  # min: no call of memset
-                    store(frame.mask, i64(at), splat(0.0, lanes), lanes)
+                    store(frame.mask, i64(at), zero, lanes)
                 _copy_row(frame, (first, beyond), pitch, lanes)
         with T.serial(0, ceil_div(size - end, lanes)) as index:
-            store(frame.mask, i64(tx.min(end + index * lanes, size - lanes)), splat(0.0, lanes), lanes)
+            store(frame.mask, i64(tx.min(end + index * lanes, size - lanes)), zero, lanes)
         _states_mask(frame, lanes)
     return frame.kernel
 
 
 def _states_mask(frame: Frame, lanes: int) -> None:
-    down, across, width, pitch, base, end, plane = map(entry, range(7))
-    bottom, right = rising(7, down + 1), rising(down + 8, across + 1)
-    floats = base + bottom * pitch + lanes
+    down, across, width, pitch, base, end, plane = map(entry, list(_Mask)[: _Mask.STARTS])
+    bottom, right = rising(int(_Mask.STARTS), down + 1), rising(down + (_Mask.STARTS + 1), across + 1)
+    cells = base + bottom * pitch + lanes
     frame.states(
         {
-            "tiles": reads(down * across, scattered=True), "shape": reads(down + across + 9),
-            "mask": writes(most(plane, floats)),
+            "tiles": reads(down * across, scattered=True), "shape": reads(down + across + (_Mask.STARTS + 2)),
+            "mask": writes(most(plane, cells)),
         },
         at_least(lanes, plane),
         at_least(1, pitch),
-        fits(floats + width + lanes, plane + lanes, end + lanes, down * across),
+        fits(cells + width + lanes, plane + lanes, end + lanes, down * across),
         ((right, pitch),),
     )  # fmt: skip
 
@@ -276,7 +309,7 @@ def _mask_row(frame: Frame, row: Any, cell: Any, columns: tuple[Any, Any], lanes
     """Write one row of pixels from the cells that start at `cell`; `columns` is (place in shape, count)."""
     place, across = columns
     with T.serial(0, across) as x:
-        active = T.bind(splat(tx.Cast("float32", frame.tiles[i64(cell + x)]), lanes))
+        active = T.bind(splat(tx.Cast(frame.types["mask"].tvm, frame.tiles[i64(cell + x)]), lanes))
         start = T.bind(frame.shape[place + x])
         with T.serial(0, ceil_div(frame.shape[place + x + 1] - start, lanes)) as block:
             store(frame.mask, row + i64(start + block * lanes), active, lanes)
@@ -292,7 +325,7 @@ def _copy_row(frame: Frame, rows: tuple[Any, Any], pitch: Any, lanes: int) -> No
 
 def line_list_size(plane: Plane) -> int:
     """Return the elements of a list of lines."""
-    return HEADER + plane.size // LINE
+    return LIST_HEAD + plane.size // plane.dtype.line
 
 
 def line_table(plane: Plane, grid: tuple[int, int], halo: int) -> np.ndarray:
@@ -305,17 +338,20 @@ def line_table(plane: Plane, grid: tuple[int, int], halo: int) -> np.ndarray:
 
     Raises:
         ValueError: the halo is wider than the plane's padding.
+        UsageError: the plane has not two spatial axes.
     """
+    require_two_axes("a list of lines", plane)
     if halo > plane.pad:
         raise ValueError(f"a halo of {halo} pixels is wider than the layout's padding of {plane.pad}")
     ys, xs = _starts(plane.height, grid[0]).tolist(), _starts(plane.width, grid[1]).tolist()
-    bits = np.zeros((plane.size // LINE, table_words(grid)), np.uint64)
+    line = plane.dtype.line
+    bits = np.zeros((plane.size // line, table_words(grid)), np.uint64)
     for cell, (i, j) in enumerate(np.ndindex(grid)):
         if ys[i] == ys[i + 1] or xs[j] == xs[j + 1]:
             continue
         for y in range(ys[i] - halo, ys[i + 1] + halo):
             first, last = plane.offset(y, xs[j] - halo), plane.offset(y, xs[j + 1] - 1 + halo)
-            bits[first // LINE : last // LINE + 1, cell // _BITS] |= np.uint64(1 << cell % _BITS)
+            bits[first // line : last // line + 1, cell // _BITS] |= np.uint64(1 << cell % _BITS)
     return bits.view(np.int64)
 
 
@@ -326,10 +362,10 @@ def table_words(grid: tuple[int, int]) -> int:
 
 def lines_shape(plane: Plane, grid: tuple[int, int]) -> np.ndarray:
     """Return `shape` of `touched_lines`: cells, lines."""
-    return np.array([grid[0] * grid[1], plane.size // LINE], np.int32)
+    return np.array([grid[0] * grid[1], plane.size // plane.dtype.line], np.int32)
 
 
-def touched_lines(words: int, machine: Machine) -> Kernel:
+def touched_lines(words: int, machine: Machine, dtype: DType = F32) -> Kernel:
     """List the lines of a plane that active tiles touch, for `planes.merge_lines`. Buffers: tiles, table, shape, lines.
 
     `tiles` is bool `[gh * gw]`, `table` is `line_table`'s, `lines` has `line_list_size` elements: [0] count, [1] lines
@@ -338,11 +374,12 @@ def touched_lines(words: int, machine: Machine) -> Kernel:
     Args:
         words: `table_words` of the grid.
         machine: what to generate code for.
+        dtype: of the plane.
     """
     del machine
-    types = {"tiles": "uint8", "table": "int64", "shape": "int32", "lines": "int32"}
-    with write_serial_kernel(f"touched_lines_{words}", **types) as frame:
-        cells, count = T.bind(frame.shape[0]), T.bind(frame.shape[1])
+    types, step = {"tiles": U8, "table": S64, "shape": S32, "lines": S32}, dtype.line
+    with write_serial_kernel(kernel_name(dtype, f"touched_lines_{words}"), **types) as frame:
+        cells, count = frame.extents(_Lines)
         active = [_pack(frame, cells, word) for word in range(words)]
         end = _counter()
 
@@ -350,29 +387,29 @@ def touched_lines(words: int, machine: Machine) -> Kernel:
             row = T.bind(i64(line) * words)
             hits = [tx.bitwise_and(frame.table[row + word], bits) for word, bits in enumerate(active)]
             touched = T.bind(functools.reduce(tx.bitwise_or, hits))
-            T.buffer_store(frame.lines, line * LINE, [i64(end[0] + HEADER)])
-            T.buffer_store(end, end[0] + tx.Cast("int32", tx.NE(touched, tx.IntImm("int64", 0))), [0])
+            T.buffer_store(frame.lines, line * step, [i64(end[0] + LIST_HEAD)])
+            T.buffer_store(end, end[0] + tx.Cast(S32.tvm, tx.NE(touched, constant(0, S64))), [0])
 
         _unrolled(count, 4, append)
         T.buffer_store(frame.lines, end[0], [0])
         T.buffer_store(frame.lines, count, [1])
-        tiles, lines = entry(0), entry(1)
+        tiles, lines = map(entry, _Lines)
         frame.states(
             {
-                "tiles": reads(tiles, scattered=True), "table": reads(lines * words), "shape": reads(2),
-                "lines": writes(lines + HEADER),
+                "tiles": reads(tiles, scattered=True), "table": reads(lines * words), "shape": reads(len(_Lines)),
+                "lines": writes(lines + LIST_HEAD),
             },
-            fits(lines * LINE + HEADER),
-            makes=(Made("lines", ListKind.LINES, count=lines, limit=(lines - 1) * LINE + 1),),
+            fits(lines * step + LIST_HEAD),
+            makes=(Made("lines", ListKind.LINES, count=lines, limit=(lines - 1) * step + 1),),
         )  # fmt: skip
     return frame.kernel
 
 
 def _pack(frame: Frame, cells: Any, word: int) -> Any:
     """Return cells 64 * word and on as the bits of an int64."""
-    bits = T.alloc_buffer((1,), "int64", scope="global")
-    T.buffer_store(bits, tx.IntImm("int64", 0), [0])
+    bits = register(S64, 1)
+    T.buffer_store(bits, constant(0, S64), [0])
     with T.serial(0, tx.min(cells - word * _BITS, _BITS)) as cell:
-        flag = tx.Cast("int64", frame.tiles[i64(cell + word * _BITS)])
+        flag = tx.Cast(S64.tvm, frame.tiles[i64(cell + word * _BITS)])
         T.buffer_store(bits, tx.bitwise_or(bits[0], tx.shift_left(flag, i64(cell))), [0])
     return T.bind(bits[0])

@@ -1,4 +1,4 @@
-"""Functions of the exponential kind in vectors, for float32: a C library computes them one by one, if it is there.
+"""Functions of the exponential kind in vectors, for `f32`: a C library computes them one by one, if it is there.
 
 Each is within a few units of the last place of the exact result; NaN stays NaN.
 """
@@ -10,6 +10,9 @@ from typing import Any
 
 import tvm.tirx as tx
 
+from dvexport.targets.tvm.kernels.vectors import constant
+from dvexport.targets.tvm.machine.dtype import F32, S32
+
 __all__ = ["FUNCTIONS", "erf_parts"]
 
 Bind = Callable[[Any], Any]
@@ -18,7 +21,7 @@ Bind = Callable[[Any], Any]
 _LOG2_E = 1.44269504088896341
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
 _EXP_LIMITS = -87.5, 89.0
-"""exp is 0 and infinity in float32 beyond them, denormal results left out."""
+"""exp is 0 and infinity in `f32` beyond them, denormal results left out."""
 _ROUND = 12582912.0
 """1.5 * 2^23: added to a small number, it leaves the nearest integer in the low bits."""
 _ROUND_BITS = 0x4B400000
@@ -42,46 +45,40 @@ _ERF = (
 """Eigen's fits: x P(x²) / Q(x²), highest power first."""
 
 
-def _number(value: float, width: int, dtype: str = "float32") -> Any:
-    made = tx.FloatImm(dtype, value) if dtype == "float32" else tx.IntImm(dtype, int(value))
-    return tx.Broadcast(made, width) if width > 1 else made
-
-
 def _polynomial(x: Any, factors: Sequence[float], width: int) -> Any:
-    total = _number(factors[0], width)
+    total = constant(factors[0], F32, width)
     for factor in factors[1:]:
-        total = total * x + _number(factor, width)
+        total = total * x + constant(factor, F32, width)
     return total
 
 
 def _clamp(x: Any, low: float, high: float, width: int) -> Any:
-    return tx.Max(tx.Min(x, _number(high, width)), _number(low, width))
+    return tx.Max(tx.Min(x, constant(high, F32, width)), constant(low, F32, width))
 
 
 def _unless_nan(x: Any, result: Any, width: int) -> Any:
     """Return NaN where x is. The test is on the bits: TVM takes x != x for false."""
-    int_type = f"int32x{width}" if width > 1 else "int32"
-    bits = tx.bitwise_and(tx.reinterpret(int_type, x), _number(0x7FFFFFFF, width, "int32"))
-    return tx.Select(tx.GT(bits, _number(_INFINITY_BITS, width, "int32")), x, result)
+    bits = tx.bitwise_and(tx.reinterpret(S32.vector(width), x), constant(0x7FFFFFFF, S32, width))
+    return tx.Select(tx.GT(bits, constant(_INFINITY_BITS, S32, width)), x, result)
 
 
 def _exp(x: Any, width: int, bind: Bind) -> Any:
-    int_type, float_type = (f"{name}x{width}" if width > 1 else name for name in ("int32", "float32"))
+    int_type, float_type = S32.vector(width), F32.vector(width)
     inside = bind(_clamp(x, *_EXP_LIMITS, width))
-    shifted = inside * _number(_LOG2_E, width) + _number(_ROUND, width)
-    whole = bind(tx.reinterpret(int_type, shifted) - _number(_ROUND_BITS, width, "int32"))
+    shifted = inside * constant(_LOG2_E, F32, width) + constant(_ROUND, F32, width)
+    whole = bind(tx.reinterpret(int_type, shifted) - constant(_ROUND_BITS, S32, width))
     n = bind(tx.Cast(float_type, whole))
-    r = bind(inside - n * _number(_LN2_HIGH, width) - n * _number(_LN2_LOW, width))
-    power = _polynomial(r, _EXP, width) * (r * r) + r + _number(1.0, width)
-    exponent = (whole + _number(126, width, "int32")) * _number(1 << 23, width, "int32")  # of half the result
-    scaled = power * tx.reinterpret(float_type, exponent) * _number(2.0, width)
-    vanishes = tx.LT(x, _number(_EXP_LIMITS[0], width))
-    return _unless_nan(x, tx.Select(vanishes, _number(0.0, width), scaled), width)
+    r = bind(inside - n * constant(_LN2_HIGH, F32, width) - n * constant(_LN2_LOW, F32, width))
+    power = _polynomial(r, _EXP, width) * (r * r) + r + constant(1.0, F32, width)
+    exponent = (whole + constant(126, S32, width)) * constant(1 << 23, S32, width)  # of half the result
+    scaled = power * tx.reinterpret(float_type, exponent) * constant(2.0, F32, width)
+    vanishes = tx.LT(x, constant(_EXP_LIMITS[0], F32, width))
+    return _unless_nan(x, tx.Select(vanishes, constant(0.0, F32, width), scaled), width)
 
 
 def _sigmoid(x: Any, width: int, bind: Bind) -> Any:
-    one = _number(1.0, width)
-    return one / (one + _exp(bind(_number(0.0, width) - x), width, bind))
+    one = constant(1.0, F32, width)
+    return one / (one + _exp(bind(constant(0.0, F32, width) - x), width, bind))
 
 
 def _rational(limit: float, fit: tuple[Sequence[float], Sequence[float]]) -> Callable[[Any, int, Bind], Any]:
@@ -100,7 +97,7 @@ FUNCTIONS: dict[str, Callable[[Any, int, Bind], Any]] = {
     "tanh": _rational(_TANH_LIMIT, _TANH),
     "erf": _rational(_ERF_LIMIT, _ERF),
 }
-"""By intrinsic: (float32 value, lanes, how to keep a value) -> value."""
+"""By intrinsic: (`f32` value, lanes, how to keep a value) -> value."""
 
 
 def erf_parts() -> tuple[float, tuple[float, ...], tuple[float, ...]]:

@@ -1,10 +1,10 @@
-"""Vectors over plane rows: what the kernels that move and pool planes have in common.
+"""Vectors in TIR: reading, writing and repeating elements, choices at run time, and ways to cover the rows of planes.
 
 Two ways to cover a row of `n` floats, neither of which reads or writes outside of it:
 
 - `cover`: the last vector is moved back to end with the row, so a few floats are handled twice. Rows shorter
   than a vector take a narrower one. Not for a buffer that is changed in place.
-- `blocks` of whole vectors, where a size is a multiple of 16 by construction.
+- `blocks` of whole vectors, where a size is a multiple of a cache line by construction.
 """
 
 from __future__ import annotations
@@ -16,46 +16,82 @@ from typing import Any
 import tvm.tirx as tx
 from tvm.tirx.script import builder as T
 
-from dvexport.targets.tvm.kernels.abi import Frame, i64, share
-from dvexport.targets.tvm.kernels.bounds import PARTS, Needs, Size, at_least, ceil, entry, fits, most, size
+from dvexport.targets.tvm.kernels.abi import Frame, share
+from dvexport.targets.tvm.kernels.bounds import PARTS, Needs, Size, ceil, fits, size
+from dvexport.targets.tvm.machine.dtype import BF16, S32, DType
 
 __all__ = [
-    "LINE",
     "ceil_div",
+    "choose",
+    "constant",
     "cover",
     "cover_blocks",
+    "cut",
+    "int32",
+    "join",
     "keep_inside",
     "load",
     "narrower",
-    "padded_planes",
-    "pads_fit",
+    "register",
     "row_spans",
     "spans_fit",
     "splat",
     "store",
     "strided",
-    "zero_around",
-    "zero_outside",
 ]
 
-LINE = 16
-"""Floats in 64 bytes, which sizes and bases of planes are multiples of (`layout.Plane`)."""
+
+def int32(value: int) -> Any:
+    """Return a constant."""
+    return tx.IntImm(S32.tvm, value)
 
 
 def load(buffer: Any, at: Any, lanes: int) -> Any:
     """Read `lanes` neighbouring elements, whatever their alignment."""
-    return buffer[at] if lanes == 1 else buffer[tx.Ramp(at, tx.IntImm("int64", 1), lanes)]
+    return buffer[at] if lanes == 1 else buffer[tx.Ramp(at, 1, lanes)]
 
 
 def store(buffer: Any, at: Any, value: Any, lanes: int) -> None:
     """Write `lanes` neighbouring elements, whatever their alignment."""
-    T.buffer_store(buffer, value, [at if lanes == 1 else tx.Ramp(at, tx.IntImm("int64", 1), lanes)])
+    T.buffer_store(buffer, value, [at if lanes == 1 else tx.Ramp(at, 1, lanes)])
 
 
 def splat(value: Any, lanes: int) -> Any:
-    """Repeat a float in every lane."""
-    scalar = tx.FloatImm("float32", value) if isinstance(value, float) else value
-    return scalar if lanes == 1 else tx.Broadcast(scalar, lanes)
+    """Repeat a value in every lane."""
+    return value if lanes == 1 else tx.Broadcast(value, lanes)
+
+
+def constant(value: float, dtype: DType, lanes: int = 1) -> Any:
+    """Return a number in every lane."""
+    is_integer = dtype.array.kind in "iu" and dtype is not BF16
+    return splat(tx.IntImm(dtype.tvm, int(value)) if is_integer else tx.FloatImm(dtype.tvm, value), lanes)
+
+
+def register(dtype: DType, lanes: int) -> Any:
+    """Return a vector that changes, such as a sum: LLVM keeps it in a register."""
+    return T.alloc_buffer((lanes,), dtype.tvm, scope="global")
+
+
+def join(parts: list[Any], run: int) -> Any:
+    """Return one vector of several runs."""
+    return parts[0] if len(parts) == 1 else tx.Shuffle(parts, list(range(len(parts) * run)))
+
+
+def cut(value: Any, piece: int, run: int, lanes: int) -> Any:
+    """Return the lanes of a vector that are one run."""
+    return value if run == lanes else tx.Shuffle([value], list(range(piece * run, (piece + 1) * run)))
+
+
+def choose(value: Any, largest: int, body: Callable[[int], None]) -> None:
+    """Write `body(n)` for every n up to the largest; the one that is `value` runs."""
+    if largest == 1:
+        body(1)
+        return
+    with T.If(tx.EQ(value, int32(largest))):
+        with T.Then():
+            body(largest)
+        with T.Else():
+            choose(value, largest - 1, body)
 
 
 def strided(read: Callable[[int], Any], tap: int, step: int, lanes: int) -> Any:
@@ -77,9 +113,9 @@ def strided(read: Callable[[int], Any], tap: int, step: int, lanes: int) -> Any:
     return tx.Shuffle([T.bind(apart), read(2 * lanes)], [*range(moved, lanes), *entering])
 
 
-def ceil_div(count: Any, size: int) -> Any:
-    """Return the number of blocks of `size` that hold `count` items."""
-    return tx.truncdiv(count + (size - 1), size)
+def ceil_div(count: Any, size: Any) -> Any:
+    """Return the number of blocks of `size` that hold `count` items; neither is negative."""
+    return tx.truncdiv(count + (size - 1), int32(size) if isinstance(size, int) else size)
 
 
 def narrower(lanes: int) -> list[int]:
@@ -130,65 +166,13 @@ def row_spans(frame: Frame, rows: Any, length: Any) -> Iterator[tuple[Any, Any, 
         The row, and the range of its items that is this thread's.
     """
     low, high = share(rows * length, frame.part, frame.parts)
-    span = T.bind(tx.max(length, tx.IntImm("int32", 1)))
+    span = T.bind(tx.max(length, int32(1)))
     with T.serial(tx.truncdiv(low, span), tx.truncdiv(high + (span - 1), span)) as row:
         start = T.bind(row * span)
-        yield row, T.bind(tx.max(low - start, tx.IntImm("int32", 0))), T.bind(tx.min(high - start, span))
+        yield row, T.bind(tx.max(low - start, int32(0))), T.bind(tx.min(high - start, span))
 
 
-def keep_inside(value: Any, inside: Any, lanes: int) -> Any:
+def keep_inside(value: Any, inside: Any, dtype: DType, lanes: int) -> Any:
     """Return a vector with zeros where `inside` has them, whatever it has there."""
-    zero = splat(0.0, lanes)
+    zero = constant(0.0, dtype, lanes)
     return tx.Select(tx.EQ(inside, zero), zero, value)
-
-
-def zero_outside(buffer: Any, plane: Any, sizes: tuple[Any, Any, Any], lanes: int) -> None:
-    """Zero a plane before `base` and from `end` on.
-
-    Args:
-        buffer: of planes.
-        plane: int64 offset of the plane.
-        sizes: int32 base, end and size; a vector fits before the one and after the other.
-        lanes: of the machine; it divides base and size.
-    """
-    base, end, size = sizes
-    zero = splat(0.0, lanes)
-    with T.serial(0, tx.truncdiv(base, lanes)) as index:
-        store(buffer, plane + i64(tx.min(index * lanes, base - lanes)), zero, lanes)  # min: no call of memset
-    with T.serial(0, ceil_div(size - end, lanes)) as index:
-        store(buffer, plane + i64(tx.min(end + index * lanes, size - lanes)), zero, lanes)
-
-
-def padded_planes() -> Size:
-    """Return the floats of planes that `zero_around` and rows of images write.
-
-    The entries of `shape` are those of `planes.frame_shape`: C, H, W, pitch, base, end of the rows, size.
-    """
-    channels, height, width, pitch, base, _, plane = map(entry, range(7))
-    return (channels - 1) * plane + most(plane, base + height * pitch, base + (height - 1) * pitch + width)
-
-
-def pads_fit(lanes: int) -> Needs:
-    """Return what `padded_planes` needs to be all that is written."""
-    channels, height, width, pitch, base, end, plane = map(entry, range(7))
-    return (
-        *at_least(lanes, plane),
-        *fits(base + height * pitch + width + lanes, channels * (height + 1) * PARTS, plane + lanes, end + lanes),
-    )
-
-
-def zero_around(buffer: Any, plane: Any, sizes: tuple[Any, ...], lanes: int) -> None:
-    """Zero a plane but for its image.
-
-    Args:
-        buffer: of planes.
-        plane: int64 offset of the plane.
-        sizes: int32 height, width, pitch, base, end of the rows and size, as in `layout.Plane`.
-        lanes: of the machine; it divides base and size.
-    """
-    height, width, pitch, base, end, size = sizes
-    zero_outside(buffer, plane, (base, end, size), lanes)
-    with T.serial(width, pitch) as column:  # 1 to 3 of them
-        first = T.bind(plane + i64(base + column))
-        with T.serial(0, height) as row:
-            store(buffer, first + i64(row * pitch), splat(0.0, 1), 1)

@@ -6,7 +6,8 @@ import functools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from dvexport.targets.tvm.machine.rates import Parameters, Rates, estimate
+from dvexport.targets.tvm.machine import by_lanes
+from dvexport.targets.tvm.machine.rates import Parameters, TypedRates
 from dvexport.targets.tvm.table import TvmTable
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class Machine:
         features: LLVM features beyond those of `mcpu`, such as `+neon`.
         lanes: float32 lanes of a vector register.
         block: output channels x vectors of a matrix product's register block.
-        rates: how long its units of work take, where that is known.
+        rates: how long its units of work take by element type, where that is known.
         parameters: what its convolutions are generated with, where somebody measured that.
     """
 
@@ -34,7 +35,7 @@ class Machine:
     features: tuple[str, ...]
     lanes: int
     block: tuple[int, int]
-    rates: Rates | None = None
+    rates: TypedRates | None = None
     parameters: Parameters | None = None
 
     @property
@@ -66,15 +67,10 @@ class Machine:
         return self.triple.startswith("aarch64")
 
 
-_BLOCKS = {16: (8, 2), 8: (4, 3)}
-_BLOCKS_NEON = {True: (5, 4), False: (3, 3)}
-"""aarch64 has 32 vector registers, armv7 has 16 of 4 lanes."""
-
-
 def machine_of(cpu: Cpu) -> Machine:
     """Return what code for a catalogue entry's processor is generated for."""
     is_aarch64 = cpu.triple.startswith("aarch64")
-    block = _BLOCKS.get(cpu.lanes) or _BLOCKS_NEON[is_aarch64]
+    block = by_lanes.convolution_block(cpu.lanes, is_aarch64)
     features = tuple(cpu.features)
     if cpu.triple.startswith("arm") and not any("neon" in feature for feature in features):
         features += ("+neon",)
@@ -84,5 +80,7 @@ def machine_of(cpu: Cpu) -> Machine:
 def machine_for(target: Target) -> Machine:
     """Return what code for a device is generated for, with its rates, or those that its peak suggests."""
     machine, said = machine_of(target.cpu), target.runtime(TvmTable)
-    rates = (said.rates if said else None) or estimate(machine.lanes, target.peak_gflops_per_core.value)
+    rates = said.rates if said else None
+    if rates is None or rates.f32 is None:
+        rates = TypedRates(f32=by_lanes.estimate(machine.lanes, target.peak_gflops_per_core.value))
     return replace(machine, rates=rates, parameters=said.parameters if said else None)

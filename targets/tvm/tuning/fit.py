@@ -15,7 +15,7 @@ import numpy as np
 
 from dvexport.targets.tvm.calls.costs import evaluate, rates_of
 from dvexport.targets.tvm.machine.machine import Machine
-from dvexport.targets.tvm.machine.rates import Rates
+from dvexport.targets.tvm.machine.rates import Rates, TypedRates
 from dvexport.targets.tvm.tuning.measure import Sample
 
 __all__ = ["Fit", "fit", "non_negative_least_squares"]
@@ -59,7 +59,7 @@ def fit(samples: Sequence[Sample], machine: Machine, source: str) -> Fit:
     """
     times = np.array([sample.seconds * 1e9 for sample in samples])
     rates = replace(_robust(_work(samples, machine), times, rates_of(machine)), source=source)
-    expected = _expected(samples, replace(machine, rates=rates))
+    expected = _expected(samples, replace(machine, rates=TypedRates(f32=rates)))
     errors = np.abs(expected / times - 1)
     return Fit(rates, float(np.median(errors)), float(np.quantile(errors, 0.9)), *_choices(samples, expected, times))
 
@@ -109,7 +109,7 @@ def _work(samples: Sequence[Sample], machine: Machine) -> dict[str, np.ndarray]:
     for name in none:
         other = {"line": "weight", "weight": "line"}.get(name)
         kind = {**none, name: 1.0} if other is None else {**none, name: 1.0, other: _NEVER}
-        found[name] = _expected(samples, replace(machine, rates=Rates(**kind, source=name)))
+        found[name] = _expected(samples, replace(machine, rates=TypedRates(f32=Rates(**kind, source=name))))
     return found
 
 

@@ -25,6 +25,7 @@ from dvexport.targets.tvm.calls.place import HostPort, place_calls
 from dvexport.targets.tvm.kernels.conv import direct_data
 from dvexport.targets.tvm.kernels.conv.direct import DirectConv
 from dvexport.targets.tvm.kernels.conv.winograd import WinogradConv
+from dvexport.targets.tvm.machine.dtype import F32
 from dvexport.targets.tvm.machine.machine import Machine
 from dvexport.targets.tvm.plan_file import plan_bytes
 from dvexport.targets.tvm.session import NativeSession
@@ -136,7 +137,7 @@ def _open(trials: Sequence[Trial], machine: Machine, tell: Progress) -> NativeSe
         bench.write(trial)
     calls = bench.calls
     port = Buffer("host", FLOAT_BYTES).part()
-    inputs, outputs = ([HostPort(name, "float32", (1,), port)] for name in "xy")
+    inputs, outputs = ([HostPort(name, F32.numpy, (1,), port)] for name in "xy")
     plan = place_calls(calls, inputs, outputs, kept=bench.buffers.values()).plan
     objects, table = compile_kernels(calls.kernels.values(), machine, tell), kernel_table(calls.kernels.values())
     weights, identity = calls.constants.file(), library_id(objects, table, machine)

@@ -6,19 +6,23 @@ import json
 import re
 
 from dvexport.errors import UsageError
+from dvexport.targets.tvm.machine.dtype import F32
 from dvexport.targets.tvm.machine.rates import Parameters, Rates
 
 __all__ = ["measured_table", "with_measured"]
 
-_TABLES = {Rates: "[runtimes.tvm.rates]", Parameters: "[runtimes.tvm.parameters]"}
-"""Tables that are written."""
+_TABLES = {
+    Rates: (f"[runtimes.tvm.rates.{F32}]", "[runtimes.tvm.rates]"),
+    Parameters: ("[runtimes.tvm.parameters]",),
+}
+"""Tables that are written, and where they once stood."""
 
 
 def measured_table(measured: Rates | Parameters) -> str:
     """Return the table of a target file that says what `dvexport tune` measured, rates to four digits."""
     lines = [f"{name} = {_as_toml(value)}" for name, value in measured.values().items()]
     source = f"source = {json.dumps(measured.source, ensure_ascii=False)}"
-    return "\n".join([_TABLES[type(measured)], source, *lines, ""])
+    return "\n".join([_TABLES[type(measured)][0], source, *lines, ""])
 
 
 def _as_toml(value: float | tuple[int, ...]) -> str:
@@ -38,8 +42,8 @@ def with_measured(text: str, *measured: Rates | Parameters) -> str:
         UsageError: compiled kernels are not among its runtimes, or it says so in another way.
     """
     for each in measured:
-        header = re.escape(_TABLES[type(each)])
-        text = re.sub(rf"^{header}\n(?:(?!\[).*\n?)*", "", text, flags=re.MULTILINE)
+        for table in _TABLES[type(each)]:
+            text = re.sub(rf"^{re.escape(table)}\n(?:(?!\[).*\n?)*", "", text, flags=re.MULTILINE)
     head, line, tail = text.partition("[runtimes.tvm]\n")
     if not line:
         raise UsageError("the target file has no line [runtimes.tvm]", hint="add it, and run this again")

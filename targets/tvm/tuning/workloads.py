@@ -46,7 +46,7 @@ class Workload:
         pad = self.kernel // 2
         window = Window((self.kernel, self.kernel), (self.stride, self.stride), (pad, pad))
         edge, margin = self.size * self.stride, max(1, pad)
-        x, y = Plane(edge, edge, margin), Plane(self.size, self.size, margin)
+        x, y = Plane((edge, edge), margin), Plane((self.size, self.size), margin)
         grid = None if self.cells is None else (self.cells, self.cells)
         return ConvLayer(x, y, window, (self.cin, self.cout), grid, self.residual, relu=True)
 

@@ -9,6 +9,7 @@ from math import prod
 import onnx_ir as ir
 
 from dvexport.graph.graph import array_of, static_shape
+from dvexport.targets.tvm.machine.dtype import F32
 from dvexport.targets.tvm.units.kinds import Family, Role
 from dvexport.targets.tvm.units.unit import Unit
 from dvexport.targets.tvm.units.views import LARGE, View, is_dense, is_float, view_of
@@ -17,7 +18,7 @@ __all__ = ["FAMILY", "ViewUnit"]
 
 FAMILY = Family()
 
-_LINE = 16
+_LINE = F32.line
 """Floats that parts of a buffer are aligned to."""
 
 

@@ -52,13 +52,13 @@ def machine(target: str) -> Machine:
 
 def direct_kernel(name: str, edge: int, grid: tuple[int, int] | None, on: Machine) -> Kernel:
     window = WINDOWS[name]
-    x, y = (Plane(edge * scale, edge * scale, max(*window.pads, 1)) for scale in (window.strides[0], 1))
+    x, y = (Plane((edge * scale,) * 2, max(*window.pads, 1)) for scale in (window.strides[0], 1))
     runs = dense_runs(x, y, window, on) if grid is None else tile_runs(x, y, window, grid, on)
     return direct_conv(spec_for(window, runs, (64, 64), on, residual=True, relu=True), on)
 
 
 def winograd_kernel(edge: int, grid: tuple[int, int] | None, on: Machine) -> Kernel:
-    plane = Plane(edge, edge)
+    plane = Plane((edge, edge))
     spec = winograd.spec_for(plane, plane, grid, on, residual=True, relu=True)
     assert spec is not None
     return winograd.winograd_conv(spec, on)
@@ -158,7 +158,7 @@ def test_attention(target, kind):
 def test_a_spilling_loop_is_found():
     """The check itself: a block of more rows than there are registers has to keep some of them in memory."""
     on = machine("raspberry-pi-4")
-    window, plane = WINDOWS["3x3"], Plane(56, 56)
+    window, plane = WINDOWS["3x3"], Plane((56, 56))
     runs = dense_runs(plane, plane, window, on)
     spec = spec_for(window, runs, (64, 64), on, residual=True, relu=True)
     kernel = direct_conv(replace(spec, block=(9, 4)), on)

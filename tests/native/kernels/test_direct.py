@@ -78,7 +78,7 @@ class Layer:
         def normal(*shape: int) -> np.ndarray:
             return rng.standard_normal(shape).astype(np.float32)
 
-        x, y = Plane(*size, pad=max(*window.pads, 1)), Plane(out[0], out[1], pad=max(*window.pads, 1))
+        x, y = Plane(size, max(*window.pads, 1)), Plane(tuple(out), max(*window.pads, 1))
         cin, cout = channels
         return cls(
             window, x, y, normal(cin, *size), normal(cout, cin, *window.kernel), normal(cout), normal(cout, *out)
@@ -314,7 +314,7 @@ def test_cells_cover_a_plane_by_the_rule() -> None:
 def test_tile_table(grid: tuple[int, int]) -> None:
     """The table for the list kernel: starts, then offsets of exactly the cell's pixels."""
     target = machine(16)
-    x, y = Plane(26, 34), Plane(13, 17)
+    x, y = Plane((26, 34)), Plane((13, 17))
     runs = tile_runs(x, y, SQUARE_2, grid, target)
     table = runs.table()
     cells = grid[0] * grid[1]
@@ -336,7 +336,7 @@ def test_tile_table(grid: tuple[int, int]) -> None:
 
 def test_windows_beyond_the_padding_are_refused() -> None:
     with pytest.raises(ValueError, match="beyond the padding"):
-        dense_runs(Plane(8, 8, pad=1), Plane(8, 8), FIVE, machine(8))
+        dense_runs(Plane((8, 8)), Plane((8, 8)), FIVE, machine(8))
 
 
 @pytest.mark.parametrize("changes", [

@@ -31,12 +31,9 @@ MOVES = [
     elementwise.clear,
     elementwise.relu,
     elementwise.add,
-    elementwise.add_relu,
-    elementwise.mul,
     pooling.cell_mean,
     pooling.global_mean,
     lists.channels_from_mask,
-    lists.channels_equal,
     lists.channels_other_than,
     lists.cells_to_runs,
     lists.mask_from_tiles,
@@ -46,11 +43,10 @@ MOVES = [
 def kernels(machine: Machine) -> list[Kernel]:
     return [
         *(generator(machine) for generator in MOVES),
-        elementwise.clip(0.0, 6.0, machine),
         pooling.max_pool((3, 3), 2, machine),
         pooling.avg_pool((2, 2), 2, machine),
         lists.touched_lines(1, machine),
-        dense(Dense(2, segments=2, relu=True), machine),
+        dense(Dense(2, relu=True), machine),
     ]
 
 

@@ -36,7 +36,7 @@ def test_windows(lanes, threads, size, kernel, strides, pads, kind):
     image = positive(3, *size)
     expected = windows(image, kernel, strides, pads)
     expected = expected.max((3, 4)) if kind == "max" else expected.mean((3, 4))
-    source, target = Plane(*size, max(*pads, 1)), Plane(*expected.shape[1:])
+    source, target = Plane(size, max(*pads, 1)), Plane(expected.shape[1:])
     count = 1 if kind == "max" else kernel[0] * kernel[1]
     shape = pooling.pool_shape(3, source, target, strides, pads, count)
     pool = compiled({"max": pooling.max_pool, "avg": pooling.avg_pool}[kind], lanes, kernel, strides[1])
@@ -47,12 +47,12 @@ def test_windows(lanes, threads, size, kernel, strides, pads, kind):
 
 def test_windows_wider_than_the_padding_are_refused():
     with pytest.raises(ValueError, match="the layout has 1"):
-        pooling.pool_shape(3, Plane(8, 8), Plane(8, 8), (1, 1), (2, 2))
+        pooling.pool_shape(3, Plane((8, 8)), Plane((8, 8)), (1, 1), (2, 2))
 
 
 @every_two({"size": [(56, 56), (13, 17), (14, 14)], "cell": [(8, 8), (4, 4), (2, 2), (1, 1), (3, 6), (5, 7), (2, 12)]})
 def test_cell_mean(lanes, threads, size, cell):
-    plane, image = Plane(*size), positive(5, *size)
+    plane, image = Plane(size), positive(5, *size)
     expected = windows(image, cell, cell, (0, 0)).mean((3, 4))
     scratch = np.full(pooling.cell_mean_scratch(plane, cell, threads), np.nan, np.float32)
     shape = pooling.cell_mean_shape(5, plane, cell)
@@ -63,7 +63,7 @@ def test_cell_mean(lanes, threads, size, cell):
 
 @every_two({"size": [(56, 56), (13, 17), (7, 7), (1, 1), (4, 4)]})
 def test_global_mean(lanes, threads, size):
-    plane, image = Plane(*size), positive(7, *size)
+    plane, image = Plane(size), positive(7, *size)
     shape = pooling.global_mean_shape(7, plane)
     y = run(compiled(pooling.global_mean, lanes), plane.pack(image), shape, np.zeros(7, np.float32), threads=threads)[
         -1

@@ -21,7 +21,6 @@ from dvexport.targets.tvm.kernels.conv.winograd import (
     winograd_conv,
 )
 from dvexport.targets.tvm.kernels.conv.winograd_lists import (
-    dense_split,
     dense_tiles,
     tile_cells,
     winograd_shape,
@@ -104,7 +103,7 @@ def pixels_of(case: Case, count: int) -> np.ndarray:
 def check(case: Case, seed: int = 0) -> None:
     rng = np.random.default_rng(seed)
     spec, lanes = case.spec, case.machine.lanes
-    plane_in, plane_out = Plane(case.height, case.width, 1), Plane(case.height, case.width, 1 + seed % 2)
+    plane_in, plane_out = Plane((case.height, case.width)), Plane((case.height, case.width), 1 + seed % 2)
     x = rng.standard_normal((case.cin, case.height, case.width)).astype(np.float32)
     before, residual = rng.standard_normal((2, case.cout, case.height, case.width)).astype(np.float32)
     weights = rng.standard_normal((case.cout, case.cin, 3, 3)).astype(np.float32)
@@ -248,7 +247,7 @@ def test_interpolation_is_convolution(m: int) -> None:
 
 @pytest.mark.parametrize(("size", "grid", "m"), [(56, 7, 4), (28, 7, 4), (14, 7, 2), (7, 4, 2), (56, 7, 2), (14, 2, 4)])
 def test_cells(size: int, grid: int, m: int) -> None:
-    plane_in, plane_out = Plane(size, size), Plane(size, size, 2)
+    plane_in, plane_out = Plane((size, size)), Plane((size, size), 2)
     cells = tile_cells(plane_in, plane_out, (grid, grid), m)
     if (size, grid, m) == (14, 2, 4):
         assert cells is None
@@ -285,7 +284,7 @@ def test_cells(size: int, grid: int, m: int) -> None:
     ],
 )
 def test_spec_counts_lanes_without_tiles(size: int, grid: int | None, lanes: int, m: int | None) -> None:
-    plane = Plane(size, size)
+    plane = Plane((size, size))
     spec = spec_for(plane, plane, grid and (grid, grid), machine(lanes), residual=False, relu=True)
     assert (spec and spec.m) == m
     assert spec is None or spec.inside == (size % spec.m != 0)
@@ -299,33 +298,10 @@ def test_spec_counts_lanes_without_tiles(size: int, grid: int | None, lanes: int
 def test_products_stay_in_registers(name: str, multiply_add: str, m: int) -> None:
     """The largest register block is a loop of vector fused multiply-adds that does not touch the stack."""
     target = machine_of(catalogue.load(name).cpu)
-    spec = spec_for(Plane(8 * m, 8 * m), Plane(8 * m, 8 * m), None, target, residual=False, relu=True)
+    spec = spec_for(Plane((8 * m, 8 * m)), Plane((8 * m, 8 * m)), None, target, residual=False, relu=True)
     assert spec is not None
     spec = dataclasses.replace(spec, m=m)
     most = max(rows * count for count, rows in enumerate(spec.block, 1))
     loops = [loop for loop in innermost_loops(assembly(spec, target)) if loop.count(multiply_add) == most]
     assert loops
     assert any(not re.search(r"\bsp\b|%[er]sp", loop) for loop in loops)
-
-
-@pytest.mark.parametrize(
-    ("size", "lanes", "left"), [(28, 16, 1), (28, 8, 1), (28, 4, None), (56, 16, None), (7, 16, None)]
-)
-def test_split_covers_once(size: int, lanes: int, left: int | None) -> None:
-    m, plane_in, plane_out = 4, Plane(size, size), Plane(size, size, 2)
-    split = dense_split(plane_in, plane_out, m, machine(lanes))
-    if left is None:
-        assert split is None
-        return
-    assert split is not None
-    tiles, runs = split
-    capacity = tiles[1]
-    assert capacity == tiles[0] * lanes == (size // m) ** 2 - left
-    assert len(runs.outputs) == runs.starts[1] == left * m
-    corners = tiles[16:].reshape(2, capacity)
-    shifts = [np.array([[y * plane_out.pitch], [y * plane_in.pitch]]) for y in range(m)]
-    pieces = [(corners + shift).T for shift in shifts]
-    pairs = np.concatenate([*pieces, np.stack([runs.outputs, runs.inputs], axis=1)])
-    pixels = sorted((output + x, source + x) for output, source in pairs.tolist() for x in range(m))
-    every = [(y, x) for y in range(size) for x in range(size)]
-    assert pixels == [(plane_out.offset(y, x), plane_in.offset(y - 1, x - 1)) for y, x in every]

@@ -15,7 +15,7 @@ from dvexport.targets.tvm.calls.costs import TileVectors
 from dvexport.targets.tvm.kernels.conv.direct import DirectConv
 from dvexport.targets.tvm.kernels.conv.winograd import WinogradConv
 from dvexport.targets.tvm.machine.machine import machine_for, machine_of
-from dvexport.targets.tvm.machine.rates import Rates
+from dvexport.targets.tvm.machine.rates import Rates, TypedRates
 from dvexport.targets.tvm.tuning.fit import fit, non_negative_least_squares
 from dvexport.targets.tvm.tuning.measure import Sample, measure
 from dvexport.targets.tvm.tuning.workloads import Workload, draw_works
@@ -32,7 +32,8 @@ def known_rates() -> Rates:
 
 def machine(rates: Rates | None = None):
     """A machine with 16 lanes."""
-    return dataclasses.replace(machine_of(catalogue.load("x86-64-avx512").cpu), rates=rates)
+    typed = None if rates is None else TypedRates(f32=rates)
+    return dataclasses.replace(machine_of(catalogue.load("x86-64-avx512").cpu), rates=typed)
 
 
 def families() -> list[tuple[DirectConv | WinogradConv, int]]:
@@ -164,7 +165,7 @@ def test_choices_are_judged_by_the_faster_kernel():
 
 def test_rates_of_a_target_reach_its_machine():
     target = catalogue.load("x86-64-avx512")
-    measured = target.runtimes["tvm"].rates
+    measured = target.runtimes["tvm"].rates.f32
     assert measured.source.startswith("measured")
     assert costs.rates_of(machine_for(target)) == measured
 

@@ -60,7 +60,7 @@ def test_candidates(name: str, parameter: str) -> None:
 
 def test_kernels_are_generated_with_a_targets_own() -> None:
     target = replace(machine(), parameters=OWN)
-    square, plane = Window((3, 3), (1, 1), (1, 1)), Plane(28, 28, 1)
+    square, plane = Window((3, 3), (1, 1), (1, 1)), Plane((28, 28))
     runs = direct_data.dense_runs(plane, plane, square, target)
     spec = direct.spec_for(square, runs, (32, 32), target, residual=False, relu=True)
     assert (spec.packed, spec.block) == (False, OWN.planes)

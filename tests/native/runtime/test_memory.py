@@ -19,7 +19,7 @@ from dvexport.targets.tvm.kernels.plane import Plane
 from dvexport.targets.tvm.plan import Space
 
 LINE = 64
-LAYOUTS = (Plane(4, 4), Plane(5, 3))
+LAYOUTS = (Plane((4, 4)), Plane((5, 3)))
 FLOAT = 4
 
 
@@ -29,7 +29,7 @@ def arena_buffers(draw: st.DrawFn, name: str) -> Buffer:
     layout = draw(st.sampled_from((None, *LAYOUTS)))
     if layout is None:
         return Buffer(name, draw(st.integers(0, 5000)))
-    return Buffer(name, draw(st.integers(1, 4)) * layout.size * FLOAT, layout=layout, fragile=draw(st.booleans()))
+    return Buffer(name, draw(st.integers(1, 4)) * layout.bytes, layout=layout, fragile=draw(st.booleans()))
 
 
 @st.composite

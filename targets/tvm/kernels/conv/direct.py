@@ -26,12 +26,24 @@ from tvm.tirx.script import builder as T
 
 from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, prefetch_ahead, write_kernel
 from dvexport.targets.tvm.kernels.blocks import Groups, balanced
+from dvexport.targets.tvm.kernels.bounds import LIST_HEAD
 from dvexport.targets.tvm.kernels.conv.direct_ahead import ask_for_tile, ask_for_weights
 from dvexport.targets.tvm.kernels.conv.direct_bounds import state_direct
-from dvexport.targets.tvm.kernels.conv.direct_data import HALVES, RUN_HEADER, Shape
+from dvexport.targets.tvm.kernels.conv.direct_data import HALVES, Shape
 from dvexport.targets.tvm.kernels.conv.direct_spec import BEYOND, COLUMNS, DirectConv, spec_for
-from dvexport.targets.tvm.kernels.conv.direct_vectors import ceildiv, choose, cut, int32, join, load, store
-from dvexport.targets.tvm.kernels.vectors import LINE, keep_inside
+from dvexport.targets.tvm.kernels.vectors import (
+    ceil_div,
+    choose,
+    constant,
+    cut,
+    int32,
+    join,
+    keep_inside,
+    load,
+    register,
+    store,
+)
+from dvexport.targets.tvm.machine.dtype import S32, require_dtype
 from dvexport.targets.tvm.machine.machine import Machine
 from dvexport.targets.tvm.machine.parameters import TALL
 
@@ -48,19 +60,12 @@ def direct_conv(spec: DirectConv, machine: Machine) -> Kernel:
 
     Raises:
         ValueError: the parts of `spec` don't go together.
+        UsageError: it computes in an element type that there is no code for.
     """
     _check(spec, machine)
-    buffers = {"X": "float32", "W": "float32", "B": "float32"}
-    buffers |= {"R": "float32"} if spec.residual else {}
-    buffers |= {"inside": "float32"} if spec.inside else {}
-    buffers |= {
-        "rows": "int32",
-        "cols": "int32",
-        "runs": "int32",
-        "scratch": "float32",
-        "shape": "int32",
-        "Y": "float32",
-    }
+    dtype = spec.dtype
+    buffers = dict.fromkeys(["X", "W", "B", *["R"] * spec.residual, *["inside"] * spec.inside], dtype)
+    buffers |= {"rows": S32, "cols": S32, "runs": S32, "scratch": dtype, "shape": S32, "Y": dtype}
     with write_kernel(spec.name(machine.lanes), **buffers) as frame:
         _Writer(spec, machine, frame).write()
         state_direct(frame, spec, machine)
@@ -68,6 +73,7 @@ def direct_conv(spec: DirectConv, machine: Machine) -> Kernel:
 
 
 def _check(spec: DirectConv, machine: Machine) -> None:
+    require_dtype("direct convolution", spec.dtype)
     if machine.lanes % spec.run or spec.step not in (1, 2) or spec.taps not in ((0, 1) if spec.packed else (1, 9)):
         raise ValueError(f"no direct convolution has {spec} with {machine.lanes} lanes")
     if spec.inside and spec.run != machine.lanes:
@@ -109,7 +115,7 @@ class _Writer:
         self.w_row = T.bind(i64(self._shape(Shape.W_ROW)))
         self.tile = T.bind(i64(frame.part) * i64(self._shape(Shape.SCRATCH)))
         self.panels = T.bind(self.tile + self.rows_block * self.panel_row)
-        self.out_runs, self.in_runs = i64(RUN_HEADER), T.bind(i64(frame.runs[i64(1)]) + RUN_HEADER)
+        self.out_runs, self.in_runs = i64(LIST_HEAD), T.bind(i64(frame.runs[i64(1)]) + LIST_HEAD)
         rows, vectors = self._shares()
         self.last_vector = T.bind(vectors.first + vectors.count * vectors.size + vectors.longer - 1)
         self.lines = T.bind(tx.truncdiv(self.depth, int32(spec.columns))) if spec.columns else self.depth
@@ -130,8 +136,8 @@ class _Writer:
         """This thread's rows and vectors: either all rows of some vectors, or all vectors of some rows."""
         part, parts = self.frame.part, self.frame.parts
         rows, vectors = T.bind(self.frame.rows[i64(0)]), T.bind(self.frame.runs[i64(0)])
-        some_vectors = T.bind(rows * ceildiv(vectors, parts))
-        some_rows = T.bind(vectors * ceildiv(rows, parts))
+        some_vectors = T.bind(rows * ceil_div(vectors, parts))
+        some_rows = T.bind(vectors * ceil_div(rows, parts))
         split_rows = T.bind(some_rows < some_vectors + self._shape(Shape.PREFER_ROWS))
 
         def of(count: Any, split: Any, block: Any) -> Groups:
@@ -143,16 +149,16 @@ class _Writer:
         most: Any = self.spec.block[0]
         if self.spec.tall:
             few = of_vectors.size + tx.min(of_vectors.longer, int32(1)) <= TALL
-            held = T.alloc_buffer((1,), "int32", scope="global")  # a plain binding the simplifier would look through
+            held = register(S32, 1)  # a plain binding the simplifier would look through
             T.buffer_store(held, tx.Select(few, int32(self.spec.tall), int32(most)), [0])
             most = T.bind(held[0])
         return of(rows, split_rows, most), of_vectors
 
     def _blocks(self, panels: Any) -> Any:
         """How many blocks of panels: those of one block stay in the cache while all groups of rows pass over them."""
-        size = tx.max(tx.Cast("int32", self.panel), int32(1))
+        size = tx.max(tx.Cast(S32.tvm, self.panel), int32(1))
         together = tx.max(tx.truncdiv(self._shape(Shape.TOGETHER), size), int32(1))
-        return T.bind(ceildiv(panels, together))
+        return T.bind(ceil_div(panels, together))
 
     def _pack(self, first: Any, panel: Any) -> None:
         """Copy the windows of a panel's vectors to scratch, active input channels only: `[channel][tap][vector]`."""
@@ -202,7 +208,7 @@ class _Writer:
     def _product(self, block: _Block, panel: Any) -> None:
         """One register block; its sums go to the tile in scratch."""
         lanes, vectors = [tx.Ramp(0, 1, self.lanes)], range(block.size)
-        sums = [[T.alloc_buffer((self.lanes,), "float32", scope="global") for _ in vectors] for _ in block.rows]
+        sums = [[register(self.spec.dtype, self.lanes) for _ in vectors] for _ in block.rows]
         for row, line in zip(block.rows, sums, strict=True):
             bias = T.bind(tx.Broadcast(self.frame.B[row], self.lanes))
             for total in line:
@@ -249,15 +255,16 @@ class _Writer:
 
     def _sum_points(self, block: _Block, panel: Any, add: Callable[..., None]) -> None:
         """A 1 x 1 window: as many input channels at a time as weights share a cache line, each time asking for some."""
-        with T.serial(0, T.bind(ceildiv(self.n_cols, LINE))) as turn:
-            first = T.bind(turn * LINE)
+        line = self.spec.dtype.line
+        with T.serial(0, T.bind(ceil_div(self.n_cols, line))) as turn:
+            first = T.bind(turn * line)
             if self.spec.ahead:
                 frame = self.frame
                 ask_for_weights(frame, block.first, len(block.rows), self.w_row, first)
                 row = T.bind(block.first + tx.truncmod(turn, int32(len(block.rows))))
                 offsets = [self._run(self.out_runs, block.vector + j, 0) for j in range(block.size)]
                 ask_for_tile(frame, row, offsets, self.y_plane, residual=self.spec.residual)
-            with T.serial(first, T.bind(tx.min(first + LINE, self.n_cols))) as col:
+            with T.serial(first, T.bind(tx.min(first + line, self.n_cols))) as col:
                 weight = T.bind(i64(self.frame.cols[i64(col) + 1]))
                 self._some_taps(block, weight, panel + i64(col) * self.panel_row, 1, add)
 
@@ -337,9 +344,9 @@ class _Writer:
                 [load(self.frame.R, plane + offset, self.spec.run) for offset in offsets], self.spec.run
             )
         if self.spec.relu:
-            value = tx.max(value, tx.Broadcast(tx.FloatImm("float32", 0.0), self.lanes))
+            value = tx.max(value, constant(0.0, self.spec.dtype, self.lanes))
         if self.spec.inside:
-            value = keep_inside(value, load(self.frame.inside, offsets[0], self.lanes), self.lanes)
+            value = keep_inside(value, load(self.frame.inside, offsets[0], self.lanes), self.spec.dtype, self.lanes)
         return value
 
     def _run(self, table: Any, vector: Any, piece: int) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 from dvexport.targets.tvm.kernels.conv.direct_data import HALVES, Runs, Window
 from dvexport.targets.tvm.kernels.plane import MOST_STEP
+from dvexport.targets.tvm.machine.dtype import F32, DType
 from dvexport.targets.tvm.machine.machine import Machine
 from dvexport.targets.tvm.machine.parameters import TALL, parameters_of
 
@@ -42,6 +43,7 @@ class DirectConv:
         ahead: weights are asked for ahead: for layers whose few pixels read each of them once. Of a packed 1 x 1
             window, which has few products for what it reads and writes, the pixels of a tile are asked for too.
         tall: rows of the register block where no group has more than `TALL` vectors; 0: those of `block`.
+        dtype: of pixels, weights and sums.
     """
 
     taps: int
@@ -55,12 +57,13 @@ class DirectConv:
     columns: int = 0
     ahead: bool = False
     tall: int = 0
+    dtype: DType = F32
 
     def memory(self, machine: Machine) -> dict[str, Any]:
         """What the sizes of its buffers depend on; see `direct_shape` and `scratch_floats`."""
         rows, vectors = self.block
         block = max(rows, self.tall), vectors
-        return {"packed": self.packed, "block": block, "columns": self.columns, "machine": machine}
+        return {"packed": self.packed, "block": block, "columns": self.columns, "machine": machine, "dtype": self.dtype}
 
     def moved(self, taps: int) -> int:
         """Vectors that are read for a vector of windows of `taps` pixels."""
@@ -73,11 +76,18 @@ class DirectConv:
         marks = [mark for mark in ("ahead", "inside", "residual", "relu") if getattr(self, mark)]
         rows, vectors = self.block
         block = f"b{rows}x{vectors}" + (f"_{self.tall}x{TALL}" if self.tall else "")
-        return "_".join(["direct", kind, taps, f"s{self.step}", f"r{self.run}x{lanes}", block, *marks])
+        return "_".join([self.dtype.name, "direct", kind, taps, f"s{self.step}", f"r{self.run}x{lanes}", block, *marks])
 
 
 def spec_for(
-    window: Window, runs: Runs, channels: tuple[int, int], machine: Machine, *, residual: bool, relu: bool
+    window: Window,
+    runs: Runs,
+    channels: tuple[int, int],
+    machine: Machine,
+    *,
+    residual: bool,
+    relu: bool,
+    dtype: DType = F32,
 ) -> DirectConv:
     """Return the family that a layer is fastest with.
 
@@ -87,21 +97,25 @@ def spec_for(
         channels: input and output channels.
         machine: what to generate code for.
         residual, relu: what is fused.
+        dtype: of pixels, weights and sums.
+
+    Raises:
+        ValueError: windows lie too far apart.
     """
-    step = window.strides[1]
+    step = window.strides[-1]
     if step > MOST_STEP:
         raise ValueError(f"no direct convolution has a stride of {step}")
     packed = not (step == 1 and _reads_planes(window, runs, channels[1], machine))
     point = window.size == 1
     taps = 1 if point else 0 if packed else 9
-    wide = step == 2 and runs.run == machine.lanes and window.dilations[1] == 1
-    columns = window.kernel[1] if wide and window.kernel[1] in COLUMNS else 0
+    wide = step == 2 and runs.run == machine.lanes and window.dilations[-1] == 1
+    columns = window.kernel[-1] if wide and window.kernel[-1] in COLUMNS else 0
     plain = packed and not columns
     parameters = parameters_of(machine)
     block = parameters.packed if plain else machine.block if point else parameters.planes
     ahead = packed and (point or len(runs.outputs) * runs.run <= _FEW_PIXELS)
     tall = parameters.tall if plain and parameters.tall > block[0] else 0
-    return DirectConv(taps, step, runs.run, runs.inside, residual, relu, packed, block, columns, ahead, tall)
+    return DirectConv(taps, step, runs.run, runs.inside, residual, relu, packed, block, columns, ahead, tall, dtype)
 
 
 def _reads_planes(window: Window, runs: Runs, rows: int, machine: Machine) -> bool:

@@ -18,8 +18,7 @@ from dvexport.targets.tvm.kernels.bounds import (
     uses,
     writes,
 )
-from dvexport.targets.tvm.kernels.conv.winograd_lists import SHAPE
-from dvexport.targets.tvm.kernels.vectors import LINE
+from dvexport.targets.tvm.kernels.conv.winograd_lists import Shape
 
 __all__ = ["state_winograd"]
 
@@ -34,11 +33,11 @@ def state_winograd(
         m: edge of an output tile.
         block: output channels of the register block by vectors of tiles.
         lanes: of the machine.
-        gap: floats between the points of transformed input.
+        gap: elements between the points of transformed input.
         residual, inside: whether it has these buffers.
     """
     n, points = m + 2, (m + 2) ** 2
-    x_plane, x_pitch, y_plane, y_pitch, u_row, u_point, part = (entry(index) for index in range(len(SHAPE)))
+    x_plane, x_pitch, y_plane, y_pitch, u_row, u_point, part = map(entry, Shape)
     rows, cols, vectors = known("rows", "limit"), known("cols", "limit"), known("tiles", "count")
     tile = known("tiles", "limit") - 1 + y_pitch * (m - 1) + m
     output = (rows - 1) * y_plane + tile
@@ -54,9 +53,9 @@ def state_winograd(
     buffers |= {"rows": uses(ListKind.CHANNELS), "cols": uses(ListKind.CHANNELS), "tiles": uses(ListKind.RUNS, lanes)}
     buffers |= {
         "scratch": writes((PARTS - 1) * part + most(part, transformed + products * (points * lanes))),
-        "shape": reads(len(SHAPE)),
+        "shape": reads(len(Shape)),
         "Y": writes(output),
     }
-    count = known("rows", "count")
-    needs = fits(vectors * (count + LINE) * PARTS, listed * LINE, ceil(vectors, len(block)) * vectors)
+    count, line = known("rows", "count"), frame.types["U"].line
+    needs = fits(vectors * (count + line) * PARTS, listed * line, ceil(vectors, len(block)) * vectors)
     frame.states(buffers, at_least(1, u_point), at_least(points * lanes, part), needs)

@@ -3,59 +3,74 @@
 from __future__ import annotations
 
 import itertools
+from enum import IntEnum
 
 import numpy as np
 
-from dvexport.targets.tvm.kernels.conv.direct_data import Runs
+from dvexport.targets.tvm.kernels.bounds import LIST_HEAD
 from dvexport.targets.tvm.kernels.conv.winograd_points import weight_matrix
-from dvexport.targets.tvm.kernels.plane import Plane
+from dvexport.targets.tvm.kernels.plane import Plane, require_two_axes
+from dvexport.targets.tvm.machine.dtype import F32, DType
 from dvexport.targets.tvm.machine.machine import Machine
 
-__all__ = ["SHAPE", "dense_split", "dense_tiles", "row_floats", "tile_cells", "winograd_shape", "winograd_weights"]
-
-SHAPE = ("x_plane", "x_pitch", "y_plane", "y_pitch", "u_row", "u_point", "scratch")
-"""Elements of the int32 buffer `shape`, all in floats: from one input channel to the next, from one of its rows
-to the next, the same of the output, from one output channel's weights to the next, from one point's weights to
-the next, and from one thread's scratch to the next."""
-
-_ROW_GAP = 16
-"""Floats between two rows of weights. Rows are a power of two long: without it all would fall into one cache set."""
-
-_LIST_HEAD = 16
-
-_WORTH_SPLITTING = 0.5
-"""Multiplications left over, of those of a vector of tiles, up to which a second call gains."""
+__all__ = ["Shape", "dense_tiles", "row_floats", "tile_cells", "winograd_shape", "winograd_weights"]
 
 
-def row_floats(m: int, cin: int) -> int:
-    """Return the floats of an output channel's weights."""
-    return (m + 2) ** 2 * cin + _ROW_GAP
+class Shape(IntEnum):
+    """Entries of the int32 constant `shape`, all in elements."""
+
+    X_PLANE = 0
+    """From one input channel to the next."""
+    X_PITCH = 1
+    """From one row of it to the next."""
+    Y_PLANE = 2
+    Y_PITCH = 3
+    U_ROW = 4
+    """From one output channel's weights to the next."""
+    U_POINT = 5
+    """From one point's weights to the next: input channels of the layer."""
+    SCRATCH = 6
+    """From one thread's scratch to the next."""
 
 
-def winograd_shape(m: int, plane_in: Plane, plane_out: Plane, cin: int, part_floats: int) -> np.ndarray:
+def row_floats(m: int, cin: int, dtype: DType = F32) -> int:
+    """Return the elements of an output channel's weights.
+
+    Rows are a power of two long: without a cache line between them all would fall into one cache set.
+    """
+    return (m + 2) ** 2 * cin + dtype.line
+
+
+def winograd_shape(m: int, plane_in: Plane, plane_out: Plane, cin: int, part: int) -> np.ndarray:
     """Return the int32 buffer `shape`.
 
     Args:
         m: edge of an output tile.
         plane_in, plane_out: the layout of a channel of X, and of R and Y.
         cin: input channels.
-        part_floats: scratch of one thread; `winograd.part_floats` knows it.
+        part: scratch of one thread; `winograd.part_floats` knows it.
+
+    Raises:
+        UsageError: a plane has not two spatial axes.
     """
-    sizes = (plane_in.size, plane_in.pitch, plane_out.size, plane_out.pitch, row_floats(m, cin), cin, part_floats)
+    require_two_axes("a Winograd convolution", plane_in, plane_out)
+    u_row = row_floats(m, cin, plane_in.dtype)
+    sizes = (plane_in.size, plane_in.pitch, plane_out.size, plane_out.pitch, u_row, cin, part)
     return np.array(sizes, np.int32)
 
 
-def winograd_weights(weights: np.ndarray, m: int) -> np.ndarray:
-    """Return the buffer `U`, float32 `[cout, row_floats]`: for every point the weights of the input channels.
+def winograd_weights(weights: np.ndarray, m: int, dtype: DType = F32) -> np.ndarray:
+    """Return the buffer `U`, `[cout, row_floats]` of `dtype`: for every point the weights of the input channels.
 
     Args:
         weights: `[cout, cin, 3, 3]`.
         m: edge of an output tile.
+        dtype: of a weight; the transform is computed in float64.
     """
     cout, cin = weights.shape[:2]
     matrix = weight_matrix(m)
     points = np.einsum("pk,ockl,ql->opqc", matrix, weights.astype(np.float64), matrix)
-    packed = np.zeros((cout, row_floats(m, cin)), np.float32)
+    packed = np.zeros((cout, row_floats(m, cin, dtype)), dtype.array)
     packed[:, : points[0].size] = points.reshape(cout, -1)
     return packed
 
@@ -66,36 +81,10 @@ def dense_tiles(plane_in: Plane, plane_out: Plane, m: int, machine: Machine) -> 
     return _tile_list(_corners(plane_out, ys, xs, shift=0), _corners(plane_in, ys, xs, shift=1), machine)
 
 
-def dense_split(plane_in: Plane, plane_out: Plane, m: int, machine: Machine) -> tuple[np.ndarray, Runs] | None:
-    """Return the tiles of an image that fill whole vectors, and the few left over as runs of the direct convolution.
-
-    A vector costs the same with one tile in it, so at 28 x 28 with 16 lanes, 48 tiles and one done directly
-    take 12 % less time than 49 tiles.
-
-    Returns:
-        A tile list and runs of m pixels that together are the image; or nothing where there is no gain.
-    """
-    height, width, lanes = plane_out.height, plane_out.width, machine.lanes
-    tiles = -(-height // m) * -(-width // m)
-    left = tiles % lanes
-    direct_products = -(-left * m * m // lanes) * 9
-    if height % m or width % m or not left or left == tiles or direct_products > _WORTH_SPLITTING * (m + 2) ** 2:
-        return None
-    ys, xs = np.arange(0, height, m), np.arange(0, width, m)
-    outputs, inputs = _corners(plane_out, ys, xs, shift=0), _corners(plane_in, ys, xs, shift=1)
-    lines = np.arange(m)
-    starts = np.array([0, left * m])
-    run_outputs, run_inputs = (
-        (corners[-left:, None].astype(np.int64) + lines * pitch).ravel()
-        for corners, pitch in ((outputs, plane_out.pitch), (inputs, plane_in.pitch))
-    )
-    return _tile_list(outputs[:-left], inputs[:-left], machine), Runs(m, False, starts, run_outputs, run_inputs)
-
-
 def _tile_list(outputs: np.ndarray, inputs: np.ndarray, machine: Machine) -> np.ndarray:
     vectors = -(-outputs.size // machine.lanes)
     spare = vectors * machine.lanes - outputs.size
-    head = np.zeros(_LIST_HEAD, np.int32)
+    head = np.zeros(LIST_HEAD, np.int32)
     head[:2] = vectors, vectors * machine.lanes
     return np.concatenate([head, np.pad(outputs, (0, spare), "edge"), np.pad(inputs, (0, spare), "edge")])
 

@@ -12,6 +12,8 @@ import tvm.tirx as tx
 from tvm.tirx.script import builder as T
 
 from dvexport.targets.tvm.kernels.conv.winograd_points import FAR, NEAR
+from dvexport.targets.tvm.kernels.vectors import constant, join, load
+from dvexport.targets.tvm.machine.dtype import DType
 from dvexport.targets.tvm.machine.machine import Machine
 
 __all__ = [
@@ -21,33 +23,27 @@ __all__ = [
     "interleave",
     "multiply_add",
     "output_transform",
-    "splat",
     "transpose4",
 ]
 
 
-def splat(value: float, lanes: int) -> Any:
-    """Return a constant in every lane."""
-    return tx.Broadcast(tx.FloatImm("float32", value), lanes)
-
-
 def gather(buffer: Any, offsets: list[Any], width: int) -> Any:
-    """Return the vector of `width` floats from each of several places, one after the other."""
-    pieces = [buffer[tx.Ramp(offset, 1, width)] for offset in offsets]
-    return T.bind(pieces[0] if len(pieces) == 1 else tx.Shuffle(pieces, list(range(len(pieces) * width))))
+    """Return the vector of `width` elements from each of several places, one after the other."""
+    return T.bind(join([load(buffer, offset, width) for offset in offsets], width))
 
 
-def multiply_add(x: Any, y: Any, z: Any, machine: Machine) -> Any:
+def multiply_add(x: Any, y: Any, z: Any, dtype: DType, machine: Machine) -> Any:
     """Return x y + z, rounded once where the machine can.
 
     LLVM contracts a product and a sum by itself but on 32-bit ARM, where it takes the two for faster.
     """
     if not (machine.triple.startswith("arm") and "+vfp4" in machine.features):
         return z + x * y
-    return tx.call_llvm_pure_intrin(f"float32x{machine.lanes}", f"llvm.fma.v{machine.lanes}f32", x, y, z)
+    intrinsic = f"llvm.fma.v{machine.lanes}{dtype}"
+    return tx.call_llvm_pure_intrin(dtype.vector(machine.lanes), intrinsic, x, y, z)
 
 
-def input_transform(x: list[Any], m: int, lanes: int) -> list[Any]:
+def input_transform(x: list[Any], m: int, dtype: DType, lanes: int) -> list[Any]:
     """Return B' x for m + 2 vectors x."""
     if m == 2:
         return [T.bind(value) for value in (x[2] - x[0], x[1] + x[2], x[2] - x[1], x[3] - x[1])]
@@ -55,16 +51,16 @@ def input_transform(x: list[Any], m: int, lanes: int) -> list[Any]:
     def pair(even: Any, odd: Any, point: float) -> list[Any]:
         """Values of a polynomial at +-point, from its even and its odd half."""
         even, odd = T.bind(even), T.bind(odd)
-        return [T.bind(even + odd * splat(point, lanes)), T.bind(even - odd * splat(point, lanes))]
+        return [T.bind(even + odd * constant(point, dtype, lanes)), T.bind(even - odd * constant(point, dtype, lanes))]
 
-    both, near2, far2 = (splat(square, lanes) for square in (NEAR**2 + FAR**2, NEAR**2, FAR**2))
+    both, near2, far2 = (constant(square, dtype, lanes) for square in (NEAR**2 + FAR**2, NEAR**2, FAR**2))
     first, last = (T.bind(x[i] + (x[i + 4] - x[i + 2] * both)) for i in (0, 1))
     near = pair(x[4] - x[2] * far2, x[3] - x[1] * far2, NEAR)
     far = pair(x[4] - x[2] * near2, x[3] - x[1] * near2, FAR)
     return [first, *near, *far, last]
 
 
-def output_transform(x: list[Any], m: int, lanes: int) -> list[Any]:
+def output_transform(x: list[Any], m: int, dtype: DType, lanes: int) -> list[Any]:
     """Return A' x for m + 2 vectors x."""
     if m == 2:
         return [T.bind(x[0] + x[1] + x[2]), T.bind(x[1] - x[2] + x[3])]
@@ -72,9 +68,9 @@ def output_transform(x: list[Any], m: int, lanes: int) -> list[Any]:
     far, far_odd = T.bind(x[3] + x[4]), T.bind(x[3] - x[4])
     return [
         T.bind(x[0] + near + far),
-        T.bind(near_odd * splat(NEAR, lanes) + far_odd * splat(FAR, lanes)),
-        T.bind(near * splat(NEAR**2, lanes) + far * splat(FAR**2, lanes)),
-        T.bind(x[5] + near_odd * splat(NEAR**3, lanes) + far_odd * splat(FAR**3, lanes)),
+        T.bind(near_odd * constant(NEAR, dtype, lanes) + far_odd * constant(FAR, dtype, lanes)),
+        T.bind(near * constant(NEAR**2, dtype, lanes) + far * constant(FAR**2, dtype, lanes)),
+        T.bind(x[5] + near_odd * constant(NEAR**3, dtype, lanes) + far_odd * constant(FAR**3, dtype, lanes)),
     ]
 
 

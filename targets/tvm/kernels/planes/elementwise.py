@@ -1,4 +1,4 @@
-"""Kernels over contiguous floats: copies and elementwise operators.
+"""Kernels over contiguous elements: copies and elementwise operators.
 
 They know nothing of planes. On whole planes an operator with f(0) = 0 keeps the pads zero, which all of these do.
 """
@@ -6,6 +6,7 @@ They know nothing of planes. On whole planes an operator with f(0) = 0 keeps the
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -14,17 +15,33 @@ from tvm.tirx.script import builder as T
 
 from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, share, write_kernel
 from dvexport.targets.tvm.kernels.bounds import PARTS, ceil, entry, fits, reads, writes
-from dvexport.targets.tvm.kernels.vectors import cover, cover_blocks, load, row_spans, spans_fit, splat, store
+from dvexport.targets.tvm.kernels.vectors import constant, cover, cover_blocks, load, row_spans, spans_fit, store
+from dvexport.targets.tvm.machine.dtype import F32, S32, DType, kernel_name
 from dvexport.targets.tvm.machine.machine import Machine
 
-__all__ = ["add", "add_relu", "clear", "clip", "copy", "copy_shape", "elementwise_shape", "mul", "relu"]
+__all__ = ["add", "clear", "copy", "copy_shape", "elementwise_shape", "relu"]
 
 _UNROLL = 4
 """Vectors of one turn of the loop: four loads are under way at a time."""
 
 
+class _Copy(IntEnum):
+    """Entries of `shape` of `copy`."""
+
+    ROWS = 0
+    COUNT = 1
+    SOURCE = 2
+    TARGET = 3
+
+
+class _Elementwise(IntEnum):
+    """Entries of `shape` of the other kernels."""
+
+    COUNT = 0
+
+
 def elementwise_shape(count: int) -> np.ndarray:
-    """Return `shape` of the elementwise operators: number of floats."""
+    """Return `shape` of the elementwise operators: number of elements."""
     return np.array([count], np.int32)
 
 
@@ -32,21 +49,21 @@ def copy_shape(count: int, rows: int = 1, source: int = 0, target: int = 0) -> n
     """Return `shape` of `copy`.
 
     Args:
-        count: floats of a row.
+        count: elements of a row.
         rows: how many.
-        source, target: floats from the start of one row to that of the next, in X and in Y.
+        source, target: elements from the start of one row to that of the next, in X and in Y.
     """
     return np.array([rows, count, source, target], np.int32)
 
 
-def copy(machine: Machine) -> Kernel:
+def copy(machine: Machine, dtype: DType = F32) -> Kernel:
     """Y = X, row by row: a tensor, a range of channels, or one part of a concatenation. Buffers: X, shape, Y.
 
     X and Y must not overlap. Threads share rows x vectors.
     """
-    with write_kernel("copy", X="float32", shape="int32", Y="float32") as frame:
-        rows, count = T.bind(frame.shape[0]), T.bind(frame.shape[1])
-        source, target = (T.bind(i64(frame.shape[index])) for index in (2, 3))
+    with write_kernel(kernel_name(dtype, "copy"), X=dtype, shape=S32, Y=dtype) as frame:
+        rows, count = frame.extents((_Copy.ROWS, _Copy.COUNT))
+        source, target = (T.bind(i64(frame.shape[int(place)])) for place in (_Copy.SOURCE, _Copy.TARGET))
 
         def vectors(place: Any, blocks: Any, lanes: int) -> None:
             with row_spans(frame, rows, T.bind(blocks)) as (row, first, last), T.serial(first, last) as index:
@@ -54,70 +71,51 @@ def copy(machine: Machine) -> Kernel:
                 store(frame.Y, i64(row) * target + at, load(frame.X, i64(row) * source + at, lanes), lanes)
 
         cover(count, machine.lanes, vectors)
-        all_rows, floats, from_row, to_row = map(entry, range(4))
+        all_rows, elements, from_row, to_row = map(entry, _Copy)
         frame.states(
             {
-                "X": reads((all_rows - 1) * from_row + floats),
-                "shape": reads(4),
-                "Y": writes((all_rows - 1) * to_row + floats),
+                "X": reads((all_rows - 1) * from_row + elements),
+                "shape": reads(len(_Copy)),
+                "Y": writes((all_rows - 1) * to_row + elements),
             },
-            spans_fit(all_rows, cover_blocks(floats, machine.lanes)),
+            spans_fit(all_rows, cover_blocks(elements, machine.lanes)),
         )
     return frame.kernel
 
 
-def clear(machine: Machine) -> Kernel:
+def clear(machine: Machine, dtype: DType = F32) -> Kernel:
     """Y = 0. Buffers: shape, Y. Threads share vectors."""
-    with write_kernel("clear", shape="int32", Y="float32") as frame:
+    with write_kernel(kernel_name(dtype, "clear"), shape=S32, Y=dtype) as frame:
 
         def vectors(place: Any, blocks: Any, lanes: int) -> None:
             low, high = share(T.bind(blocks), frame.part, frame.parts)
             with T.serial(low, high) as index:
-                store(frame.Y, i64(place(index)), splat(0.0, lanes), lanes)
+                store(frame.Y, i64(place(index)), constant(0.0, dtype, lanes), lanes)
 
-        cover(T.bind(frame.shape[0]), machine.lanes, vectors)
-        floats = entry(0)
-        frame.states({"shape": reads(1), "Y": writes(floats)}, fits(cover_blocks(floats, machine.lanes) * PARTS))
+        (count,) = frame.extents(_Elementwise)
+        cover(count, machine.lanes, vectors)
+        elements = entry(_Elementwise.COUNT)
+        frame.states({"shape": reads(1), "Y": writes(elements)}, fits(cover_blocks(elements, machine.lanes) * PARTS))
     return frame.kernel
 
 
-def relu(machine: Machine) -> Kernel:
+def relu(machine: Machine, dtype: DType = F32) -> Kernel:
     """Y = max(X, 0). Buffers: X, shape, Y; Y may be X."""
-    return _elementwise("relu", machine, ("X",), _relu)
+    return _elementwise("relu", machine, dtype, ("X",), lambda lanes, x: tx.max(x, constant(0.0, dtype, lanes)))
 
 
-def add(machine: Machine) -> Kernel:
+def add(machine: Machine, dtype: DType = F32) -> Kernel:
     """Y = X + Z. Buffers: X, Z, shape, Y; Y may be X or Z."""
-    return _elementwise("add", machine, ("X", "Z"), lambda lanes, x, z: x + z)
+    return _elementwise("add", machine, dtype, ("X", "Z"), lambda lanes, x, z: x + z)
 
 
-def add_relu(machine: Machine) -> Kernel:
-    """Y = max(X + Z, 0). Buffers: X, Z, shape, Y; Y may be X or Z."""
-    return _elementwise("add_relu", machine, ("X", "Z"), lambda lanes, x, z: _relu(lanes, x + z))
-
-
-def mul(machine: Machine) -> Kernel:
-    """Y = X * Z. Buffers: X, Z, shape, Y; Y may be X or Z."""
-    return _elementwise("mul", machine, ("X", "Z"), lambda lanes, x, z: x * z)
-
-
-def clip(low: float, high: float, machine: Machine) -> Kernel:
-    """Y = min(max(X, low), high), as ReLU6. Buffers: X, shape, Y; Y may be X. 0 must be in [low, high] for planes."""
-    name = f"clip_{np.float32(low).view(np.uint32):08x}_{np.float32(high).view(np.uint32):08x}"
-    return _elementwise(
-        name, machine, ("X",), lambda lanes, x: tx.min(tx.max(x, splat(low, lanes)), splat(high, lanes))
-    )
-
-
-def _relu(lanes: int, value: Any) -> Any:
-    return tx.max(value, splat(0.0, lanes))
-
-
-def _elementwise(name: str, machine: Machine, inputs: tuple[str, ...], operator: Callable[..., Any]) -> Kernel:
+def _elementwise(
+    name: str, machine: Machine, dtype: DType, inputs: tuple[str, ...], operator: Callable[..., Any]
+) -> Kernel:
     """Write Y[i] = operator(lanes, X[i], ...). Nothing is handled twice, so Y may be an input."""
-    types = dict.fromkeys(inputs, "float32")
-    with write_kernel(name, **types, shape="int32", Y="float32") as frame:
-        count, block = T.bind(frame.shape[0]), machine.lanes * _UNROLL
+    types = dict.fromkeys(inputs, dtype)
+    with write_kernel(kernel_name(dtype, name), **types, shape=S32, Y=dtype) as frame:
+        (count,), block = frame.extents(_Elementwise), machine.lanes * _UNROLL
         low, high = share(tx.truncdiv(count, block), frame.part, frame.parts)
         with T.serial(low, high) as index:
             _apply(frame, inputs, operator, T.bind(i64(index) * block), machine.lanes, _UNROLL)
@@ -128,8 +126,9 @@ def _elementwise(name: str, machine: Machine, inputs: tuple[str, ...], operator:
                 _apply(frame, inputs, operator, T.bind(i64(done + index * machine.lanes)), machine.lanes, 1)
             with T.serial(done + vectors * machine.lanes, count) as index:
                 _apply(frame, inputs, operator, i64(index), 1, 1)
-        stated = {name: reads(entry(0)) for name in inputs} | {"shape": reads(1)}
-        frame.states(stated | {"Y": writes(entry(0), over=inputs)}, fits(ceil(entry(0), block) * PARTS))
+        elements = entry(_Elementwise.COUNT)
+        stated = {name: reads(elements) for name in inputs} | {"shape": reads(1)}
+        frame.states(stated | {"Y": writes(elements, over=inputs)}, fits(ceil(elements, block) * PARTS))
     return frame.kernel
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from enum import IntEnum
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -12,19 +14,10 @@ from tvm.tirx.script import builder as T
 
 from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, share, write_kernel
 from dvexport.targets.tvm.kernels.bounds import PARTS, Buffer, Needs, Size, ceil, entry, fits, most, reads, size, writes
-from dvexport.targets.tvm.kernels.plane import Plane
-from dvexport.targets.tvm.kernels.vectors import (
-    LINE,
-    ceil_div,
-    cover,
-    load,
-    padded_planes,
-    pads_fit,
-    splat,
-    store,
-    strided,
-    zero_around,
-)
+from dvexport.targets.tvm.kernels.plane import Plane, require_two_axes
+from dvexport.targets.tvm.kernels.planes.pads import FrameShape, frame_entries, padded_planes, pads_fit, zero_pads_of
+from dvexport.targets.tvm.kernels.vectors import ceil_div, constant, cover, load, register, splat, store, strided
+from dvexport.targets.tvm.machine.dtype import F32, S32, DType, kernel_name
 from dvexport.targets.tvm.machine.machine import Machine
 
 __all__ = [
@@ -44,6 +37,60 @@ _BITS = 32
 """Of a number that is halved by shifting."""
 
 
+class _Pool(IntEnum):
+    """Entries of `shape` of `max_pool` and `avg_pool` after those of `FrameShape`, which are Y's."""
+
+    WINDOW = len(FrameShape)
+    """Where the first window begins in a plane of X."""
+    ROW_STEP = len(FrameShape) + 1
+    """From one window to the next below."""
+    PITCH = len(FrameShape) + 2
+    """Of X."""
+    SIZE = len(FrameShape) + 3
+    """Of a plane of X."""
+    SCALE = len(FrameShape) + 4
+    """Bits of what a sum is multiplied with."""
+
+
+class _Cells(IntEnum):
+    """Entries of `shape` of `cell_mean`."""
+
+    CHANNELS = 0
+    SIZE = 1
+    BASE = 2
+    PITCH = 3
+    DOWN = 4
+    """Rows of cells."""
+    ACROSS = 5
+    """Cells of a row."""
+    HEIGHT = 6
+    """Rows of a cell."""
+    WIDTH = 7
+    """Columns of a cell."""
+    HALVINGS = 8
+    ODD = 9
+    """Sums that a cell has left after them."""
+    SCALE = 10
+    PART = 11
+    """Scratch of a thread."""
+
+
+class _Global(IntEnum):
+    """Entries of `shape` of `global_mean`."""
+
+    CHANNELS = 0
+    SIZE = 1
+    BASE = 2
+    LENGTH = 3
+    """From the first pixel to the end of the last row."""
+    SCALE = 4
+
+
+def _bits(factor: float) -> int:
+    """Return a factor as `shape` holds it."""
+    return int(np.float32(factor).view(np.int32))
+
+
 def pool_shape(
     channels: int, source: Plane, target: Plane, strides: Pair, pads: Pair = (0, 0), count: int = 1
 ) -> np.ndarray:
@@ -58,17 +105,17 @@ def pool_shape(
 
     Raises:
         ValueError: windows reach beyond the padding that the layout has.
+        UsageError: a plane has not two spatial axes.
     """
+    require_two_axes("pooling", source)
     if max(pads) > source.pad:
         raise ValueError(f"windows reach {max(pads)} pixels beyond the image, the layout has {source.pad}")
     window = source.base - pads[0] * source.pitch - pads[1]
-    end = target.base + target.height * target.pitch
-    sizes = [target.height, target.width, target.pitch, target.base, end, target.size]
-    scale = int(np.float32(1 / count).view(np.int32))
-    return np.array([channels, *sizes, window, strides[0] * source.pitch, source.pitch, source.size, scale], np.int32)
+    own = [window, strides[0] * source.pitch, source.pitch, source.size, _bits(1 / count)]
+    return np.array([*frame_entries("pooling", channels, target), *own], np.int32)
 
 
-def max_pool(kernel: Pair, step: int, machine: Machine) -> Kernel:
+def max_pool(kernel: Pair, step: int, machine: Machine, dtype: DType = F32) -> Kernel:
     """Maximum over windows, planes X to planes Y with their pads. Buffers: X, shape, Y.
 
     X must not be negative (it follows a ReLU): what a window reads beyond the image counts as 0.
@@ -77,17 +124,19 @@ def max_pool(kernel: Pair, step: int, machine: Machine) -> Kernel:
         kernel: height and width of the window.
         step: stride across, 1 or 2.
         machine: what to generate code for.
+        dtype: of a pixel.
     """
-    return _pool(f"max_pool_{kernel[0]}x{kernel[1]}_s{step}", kernel, step, machine, tx.max, lambda value, scale: value)
+    name = kernel_name(dtype, f"max_pool_{kernel[0]}x{kernel[1]}_s{step}")
+    return _pool(name, kernel, step, machine, dtype, tx.max, lambda value, scale: value)
 
 
-def avg_pool(kernel: Pair, step: int, machine: Machine) -> Kernel:
+def avg_pool(kernel: Pair, step: int, machine: Machine, dtype: DType = F32) -> Kernel:
     """Average over windows, pads counted, planes X to planes Y with their pads. Buffers: X, shape, Y.
 
     Args: as `max_pool`.
     """
-    name = f"avg_pool_{kernel[0]}x{kernel[1]}_s{step}"
-    return _pool(name, kernel, step, machine, lambda a, b: a + b, lambda value, scale: value * scale)
+    name = kernel_name(dtype, f"avg_pool_{kernel[0]}x{kernel[1]}_s{step}")
+    return _pool(name, kernel, step, machine, dtype, lambda a, b: a + b, lambda value, scale: value * scale)
 
 
 def _pool(
@@ -95,14 +144,16 @@ def _pool(
     kernel: Pair,
     step: int,
     machine: Machine,
+    dtype: DType,
     combine: Callable[[Any, Any], Any],
     finish: Callable[[Any, Any], Any],
 ) -> Kernel:
     """Write a pooling: rows of a window first, whole vectors; then its columns. Threads share output rows."""
-    with write_kernel(name, X="float32", shape="int32", Y="float32") as frame:
-        channels, height, width, pitch, base = (T.bind(frame.shape[index]) for index in range(5))
-        size, window, row_step, row, plane = (T.bind(i64(frame.shape[index])) for index in range(6, 11))
-        scale = T.bind(tx.reinterpret("float32", frame.shape[11]))
+    with write_kernel(name, X=dtype, shape=S32, Y=dtype) as frame:
+        channels, height, width, pitch, base = frame.extents(list(FrameShape)[: FrameShape.END])
+        places = (FrameShape.SIZE, *list(_Pool)[:-1])
+        size, window, row_step, row, plane = (T.bind(i64(frame.shape[int(each)])) for each in places)
+        scale = _scale(frame, _Pool.SCALE)
         low, high = share(channels * height, frame.part, frame.parts)
 
         def rows(place: Callable[[Any], Any], count: Any, lanes: int) -> None:
@@ -118,19 +169,26 @@ def _pool(
                     store(frame.Y, target + x, finish(value, factor), lanes)
 
         cover(width, machine.lanes, rows)
-        _pads(frame, machine)
-        stated = {"X": reads(_pooled(kernel, step, machine.lanes)), "shape": reads(12), "Y": writes(padded_planes())}
-        frame.states(stated, pads_fit(machine.lanes))
+        zero_pads_of(frame, frame.Y, machine.lanes)
+        entries = len(FrameShape) + len(_Pool)
+        stated = {"X": reads(_pooled(kernel, step, machine.lanes)), "shape": reads(entries)}
+        frame.states(stated | {"Y": writes(padded_planes())}, pads_fit(machine.lanes))
     return frame.kernel
 
 
+def _scale(frame: Frame, place: int) -> Any:
+    """Return the factor whose bits are an entry of `shape`."""
+    return T.bind(tx.reinterpret(F32.tvm, frame.shape[int(place)]))
+
+
 def _pooled(kernel: Pair, step: int, lanes: int) -> Size:
-    """Floats of X that windows read, by the entries of `pool_shape`.
+    """Elements of X that windows read, by the entries of `pool_shape`.
 
     With a step of 2, vectors are read in pairs, and a third or a pair farther on for the columns after the second.
     """
     beyond = kernel[1] - 1 if step == 1 else 0 if kernel[1] <= step else most(lanes, kernel[1] - 1)
-    channels, height, width, (window, row_step, row, plane) = *map(entry, range(3)), map(entry, range(7, 11))
+    channels, height, width = map(entry, (FrameShape.CHANNELS, FrameShape.HEIGHT, FrameShape.WIDTH))
+    window, row_step, row, plane = map(entry, list(_Pool)[:-1])
     return (channels - 1) * plane + window + (height - 1) * row_step + (kernel[0] - 1) * row + width * step + beyond
 
 
@@ -146,79 +204,80 @@ def _window(buffer: Any, corner: Any, row: Any, kernel: Pair, across: Pair, comb
     return functools.reduce(combine, [strided(column, x, step, lanes) for x in range(kernel[1])])
 
 
-def _pads(frame: Frame, machine: Machine) -> None:
-    channels, *sizes = (T.bind(frame.shape[index]) for index in range(7))
-    low, high = share(channels, frame.part, frame.parts)
-    with T.serial(low, high) as channel:
-        zero_around(frame.Y, T.bind(i64(channel) * i64(sizes[-1])), tuple(sizes), machine.lanes)
-
-
 def cell_mean_shape(channels: int, plane: Plane, cell: Pair) -> np.ndarray:
     """Return `shape` of `cell_mean` for cells of (height, width) pixels; what the cells leave over is not read."""
+    require_two_axes("cell_mean", plane)
     across, down = plane.width // cell[1], plane.height // cell[0]
     odd = cell[1] // (cell[1] & -cell[1])
     halvings = (cell[1] & -cell[1]).bit_length() - 1
-    scale = int(np.float32(1 / (cell[0] * cell[1])).view(np.int32))
+    scale = _bits(1 / (cell[0] * cell[1]))
     sizes = [channels, plane.size, plane.base, plane.pitch, down, across, cell[0], cell[1]]
     return np.array([*sizes, halvings, odd, scale, _cell_mean_floats(plane, cell)], np.int32)
 
 
 def cell_mean_scratch(plane: Plane, cell: Pair, threads: int) -> int:
-    """Return the floats of `cell_mean`'s scratch."""
+    """Return the elements of `cell_mean`'s scratch."""
     return threads * _cell_mean_floats(plane, cell)
 
 
 def _cell_mean_floats(plane: Plane, cell: Pair) -> int:
     sums = (plane.height // cell[0]) * (plane.width // cell[1] * cell[1])
-    return -(-sums // LINE) * LINE + 2 * LINE  # a pass reads up to two vectors beyond the last sum
+    line = plane.dtype.line
+    return -(-sums // line) * line + 2 * line  # a pass reads up to two vectors beyond the last sum
 
 
-def cell_mean(machine: Machine) -> Kernel:
+def cell_mean(machine: Machine, dtype: DType = F32) -> Kernel:
     """Mean over every cell of a grid, planes X to flat Y `[C, gh, gw]`. Buffers: X, scratch, shape, Y.
 
     ONNX's AveragePool with strides equal to the kernel and no pads. Threads share channels. Sums go down the rows
     of a cell in whole vectors; then neighbours are added, halving the sums until a cell has an odd number of them.
     """
-    with write_kernel("cell_mean", X="float32", scratch="float32", shape="int32", Y="float32") as frame:
-        down, across = T.bind(frame.shape[4]), T.bind(frame.shape[5])
+    name = kernel_name(dtype, "cell_mean")
+    with write_kernel(name, X=dtype, scratch=dtype, shape=S32, Y=dtype) as frame:
+        down, across = frame.extents((_Cells.DOWN, _Cells.ACROSS))
         cells = T.bind(down * across)
-        sums = T.bind(i64(frame.part) * i64(frame.shape[11]))
-        low, high = share(frame.shape[0], frame.part, frame.parts)
+        sums = T.bind(i64(frame.part) * i64(_cell(frame, _Cells.PART)))
+        low, high = share(_cell(frame, _Cells.CHANNELS), frame.part, frame.parts)
         with T.serial(low, high) as channel:
-            _sum_rows(frame, i64(channel) * i64(frame.shape[1]), sums, machine.lanes)
-            with T.serial(0, frame.shape[8]) as halving:
-                total = T.bind(tx.shift_right(cells * frame.shape[7], halving + 1))
+            _sum_rows(frame, i64(channel) * i64(_cell(frame, _Cells.SIZE)), sums, machine.lanes)
+            with T.serial(0, _cell(frame, _Cells.HALVINGS)) as halving:
+                total = T.bind(tx.shift_right(cells * _cell(frame, _Cells.WIDTH), halving + 1))
                 _add_pairs(frame, sums, total, machine.lanes)
             _finish_cells(frame, sums, (cells, T.bind(i64(channel) * i64(cells))), machine.lanes)
-        frame.states(*_cell_mean_bounds(machine.lanes))
+        frame.states(*_cell_mean_bounds(machine.lanes, dtype))
     return frame.kernel
 
 
-def _cell_mean_bounds(lanes: int) -> tuple[dict[str, Buffer], Needs]:
-    channels, plane, base, pitch, down, across, height, columns, halvings, odd, _, part = map(entry, range(12))
+def _cell(frame: Frame, place: _Cells) -> Any:
+    return frame.shape[int(place)]
+
+
+def _cell_mean_bounds(lanes: int, dtype: DType) -> tuple[dict[str, Buffer], Needs]:
+    channels, plane, base, pitch, down, across, height, columns, halvings, odd, _, part = map(entry, _Cells)
     width, rows = across * columns, down * most(height, 1)
     sums = most(down * width + lanes, down * across * odd, down * width + 2 * lanes)
     buffers = {
         "X": reads((channels - 1) * plane + base + (rows - 1) * pitch + ceil(width, lanes) * lanes),
         "scratch": writes((PARTS - 1) * part + sums),
-        "shape": reads(12),
+        "shape": reads(len(_Cells)),
         "Y": writes(channels * down * across),
     }
-    needs = fits(channels * PARTS, base + rows * pitch, down * width + LINE, down * across * odd)
+    needs = fits(channels * PARTS, base + rows * pitch, down * width + dtype.line, down * across * odd)
     return buffers, (*needs, (halvings, size(_BITS - 2)))
 
 
 def _sum_rows(frame: Frame, plane: Any, sums: Any, lanes: int) -> None:
     """Sum every cell's rows: scratch `[gh, gw * cell width]`, each row overshooting into the next, not yet written."""
-    base, pitch, down = (T.bind(frame.shape[index]) for index in (2, 3, 4))
-    height = T.bind(tx.max(frame.shape[6], 1))  # a loop that may be empty, LLVM would call memset for
-    width = T.bind(frame.shape[5] * frame.shape[7])
+    dtype = frame.types["X"]
+    base, pitch, down = frame.extents((_Cells.BASE, _Cells.PITCH, _Cells.DOWN))
+    height = T.bind(tx.max(_cell(frame, _Cells.HEIGHT), 1))  # a loop that may be empty, LLVM would call memset for
+    width = T.bind(_cell(frame, _Cells.ACROSS) * _cell(frame, _Cells.WIDTH))
     with T.serial(0, down) as y:
         source = T.bind(plane + i64(base + y * height * pitch))
         with T.serial(0, ceil_div(width, lanes)) as block:
             x = T.bind(i64(block * lanes))
-            total = T.alloc_buffer((lanes,), "float32", scope="global")
-            store(total, 0, splat(0.0, lanes), lanes)
+            total = register(dtype, lanes)
+            store(total, 0, constant(0.0, dtype, lanes), lanes)
             with T.serial(0, height) as row:
                 store(total, 0, load(total, 0, lanes) + load(frame.X, source + x + i64(row * pitch), lanes), lanes)
             store(frame.scratch, sums + i64(y * width) + x, load(total, 0, lanes), lanes)
@@ -237,8 +296,8 @@ def _add_pairs(frame: Frame, sums: Any, total: Any, lanes: int) -> None:
 def _finish_cells(frame: Frame, sums: Any, target: tuple[Any, Any], machine_lanes: int) -> None:
     """Add the sums that a cell has left (one, or an odd number), and scale; `target` is (cells, offset in Y)."""
     cells, first = target
-    left = T.bind(frame.shape[9])
-    scale = T.bind(tx.reinterpret("float32", frame.shape[10]))
+    left = T.bind(_cell(frame, _Cells.ODD))
+    scale = _scale(frame, _Cells.SCALE)
 
     def blocks(place: Callable[[Any], Any], count: Any, lanes: int) -> None:
         factor = splat(scale, lanes)
@@ -248,17 +307,16 @@ def _finish_cells(frame: Frame, sums: Any, target: tuple[Any, Any], machine_lane
                 store(frame.Y, first + at, load(frame.scratch, sums + at, lanes) * factor, lanes)
             with T.Else(), T.serial(0, count) as block:
                 at = T.bind(i64(place(block)))
-                store(
-                    frame.Y, first + at, _sum_apart(frame.scratch, sums + at * i64(left), left, lanes) * factor, lanes
-                )
+                store(frame.Y, first + at, _sum_apart(frame, sums + at * i64(left), left, lanes) * factor, lanes)
 
     cover(cells, machine_lanes, blocks)
 
 
-def _sum_apart(buffer: Any, source: Any, count: Any, lanes: int) -> Any:
+def _sum_apart(frame: Frame, source: Any, count: Any, lanes: int) -> Any:
     """Sum `count` neighbours in each lane. Lanes are loaded one by one: cells 3, 5, 6 or 7 wide are rare."""
-    total = T.alloc_buffer((lanes,), "float32", scope="global")
-    store(total, 0, splat(0.0, lanes), lanes)
+    buffer, dtype = frame.scratch, frame.types["scratch"]
+    total = register(dtype, lanes)
+    store(total, 0, constant(0.0, dtype, lanes), lanes)
     with T.serial(0, count) as tap:
         index = source + i64(tap)
         value = buffer[index if lanes == 1 else tx.Ramp(index, i64(count), lanes)]
@@ -268,32 +326,31 @@ def _sum_apart(buffer: Any, source: Any, count: Any, lanes: int) -> Any:
 
 def global_mean_shape(channels: int, plane: Plane) -> np.ndarray:
     """Return `shape` of `global_mean`."""
-    scale = int(np.float32(1 / (plane.height * plane.width)).view(np.int32))
-    length = plane.height * plane.pitch
-    return np.array([channels, plane.size, plane.base, length, scale], np.int32)
+    length = plane.shape[0] * plane.strides[0]
+    return np.array([channels, plane.size, plane.base, length, _bits(1 / prod(plane.shape))], np.int32)
 
 
 _CHAINS = 4
 """Sums of a plane under way at a time: an addition takes 3-4 cycles."""
 
 
-def global_mean(machine: Machine) -> Kernel:
+def global_mean(machine: Machine, dtype: DType = F32) -> Kernel:
     """Mean over every plane of X, to flat Y `[C]`. Buffers: X, shape, Y. Threads share channels.
 
     The pads are zero, so a plane is summed from its first pixel to its last as one row of vectors.
     """
     lanes = machine.lanes
-    with write_kernel("global_mean", X="float32", shape="int32", Y="float32") as frame:
-        size, base = (T.bind(i64(frame.shape[index])) for index in (1, 2))
-        vectors = T.bind(ceil_div(frame.shape[3], lanes))
+    with write_kernel(kernel_name(dtype, "global_mean"), X=dtype, shape=S32, Y=dtype) as frame:
+        size, base = (T.bind(i64(frame.shape[int(place)])) for place in (_Global.SIZE, _Global.BASE))
+        vectors = T.bind(ceil_div(frame.shape[int(_Global.LENGTH)], lanes))
         turns = T.bind(tx.truncdiv(vectors, _CHAINS))
-        scale = T.bind(tx.reinterpret("float32", frame.shape[4]))
-        low, high = share(frame.shape[0], frame.part, frame.parts)
+        scale = _scale(frame, _Global.SCALE)
+        low, high = share(frame.shape[int(_Global.CHANNELS)], frame.part, frame.parts)
         with T.serial(low, high) as channel:
             plane = T.bind(i64(channel) * size + base)
-            totals = [T.alloc_buffer((lanes,), "float32", scope="global") for _ in range(_CHAINS)]
+            totals = [register(dtype, lanes) for _ in range(_CHAINS)]
             for total in totals:
-                store(total, 0, splat(0.0, lanes), lanes)
+                store(total, 0, constant(0.0, dtype, lanes), lanes)
             with T.serial(0, turns) as turn:
                 at = T.bind(plane + i64(turn * (_CHAINS * lanes)))
                 for chain, total in enumerate(totals):
@@ -303,10 +360,10 @@ def global_mean(machine: Machine) -> Kernel:
                 store(totals[0], 0, value, lanes)
             a, b, c, d = (load(total, 0, lanes) for total in totals)
             store(frame.Y, i64(channel), _sum_lanes((a + b) + (c + d), lanes) * scale, 1)
-        channels, floats, first, length = map(entry, range(4))
-        read = (channels - 1) * floats + first + ceil(length, lanes) * lanes
-        stated = {"X": reads(read), "shape": reads(5), "Y": writes(channels)}
-        frame.states(stated, fits(channels * PARTS, length + _CHAINS * LINE))
+        channels, plane_size, first, length = map(entry, list(_Global)[:-1])
+        read = (channels - 1) * plane_size + first + ceil(length, lanes) * lanes
+        stated = {"X": reads(read), "shape": reads(len(_Global)), "Y": writes(channels)}
+        frame.states(stated, fits(channels * PARTS, length + _CHAINS * dtype.line))
     return frame.kernel
 
 

@@ -1,4 +1,4 @@
-"""GELU and exponentials inside of kernels whose registers are full of sums.
+"""GELU and exponentials in `f32`, inside of kernels whose registers are full of sums.
 
 LLVM would keep the constants of such a function in registers over a whole kernel, and the sums of register blocks in
 memory for that. So they are numbers in a thread's scratch, at a place that only `shape` knows: what may have
@@ -14,7 +14,8 @@ from tvm.tirx.script import builder as T
 
 from dvexport.targets.tvm.kernels.abi import i64
 from dvexport.targets.tvm.kernels.math import erf_parts
-from dvexport.targets.tvm.kernels.vectors import splat, store
+from dvexport.targets.tvm.kernels.vectors import constant, splat, store
+from dvexport.targets.tvm.machine.dtype import F32, S32
 
 __all__ = ["LOG2_E", "NUMBERS", "Numbers", "exp2_numbers", "gelu_numbers"]
 
@@ -50,7 +51,7 @@ class Numbers:
         """Write the table; before anything else the kernel does."""
         for value in dict.fromkeys(values):
             self._index[value] = len(self._index)
-            store(self._buffer, self._place + self._index[value], tx.FloatImm("float32", value), 1)
+            store(self._buffer, self._place + self._index[value], constant(value, F32), 1)
         assert len(self._index) <= NUMBERS
 
     def __call__(self, value: float, lanes: int) -> Any:
@@ -68,12 +69,12 @@ class Numbers:
 
     def exp2(self, x: Any, lanes: int) -> Any:
         """Return 2^x of x <= 0, within 3 units of the last place; 6e-27 where it is less."""
-        int_type, float_type = (f"{name}x{lanes}" if lanes > 1 else name for name in ("int32", "float32"))
+        int_type, float_type = S32.vector(lanes), F32.vector(lanes)
         inside = T.bind(tx.Max(x, self(_EXP2_LIMIT, lanes)))
         shifted = T.bind(inside + self(_ROUND, lanes))
         power = self._polynomial(T.bind(inside - (shifted - self(_ROUND, lanes))), _EXP2, lanes)
         # The integer is in the low bits of `shifted`: moved to where exponents are, it is added to that of the power.
-        whole = tx.shift_left(tx.reinterpret(int_type, shifted), _ints(23, lanes))
+        whole = tx.shift_left(tx.reinterpret(int_type, shifted), constant(23, S32, lanes))
         return tx.reinterpret(float_type, tx.reinterpret(int_type, power) + whole)
 
     def _polynomial(self, x: Any, factors: tuple[float, ...], lanes: int) -> Any:
@@ -81,11 +82,6 @@ class Numbers:
         for factor in factors[1:]:
             total = total * x + self(factor, lanes)
         return total
-
-
-def _ints(value: int, lanes: int) -> Any:
-    made = tx.IntImm("int32", value)
-    return tx.Broadcast(made, lanes) if lanes > 1 else made
 
 
 def gelu_numbers() -> list[float]:

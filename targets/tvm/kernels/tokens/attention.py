@@ -21,11 +21,11 @@ from tvm.tirx.script import builder as T
 from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, share, write_kernel
 from dvexport.targets.tvm.kernels.blocks import Rows, balanced, product, register_block
 from dvexport.targets.tvm.kernels.bounds import Needs, Size, at_least, entry, least
-from dvexport.targets.tvm.kernels.conv.direct_vectors import choose
 from dvexport.targets.tvm.kernels.tokens.activations import LOG2_E, NUMBERS, Numbers, exp2_numbers
 from dvexport.targets.tvm.kernels.tokens.attention_bounds import state_attention
 from dvexport.targets.tvm.kernels.tokens.panels import Keys, Values, pack_keys, pack_values
-from dvexport.targets.tvm.kernels.vectors import ceil_div, load, splat, store
+from dvexport.targets.tvm.kernels.vectors import ceil_div, choose, constant, int32, load, register, splat, store
+from dvexport.targets.tvm.machine.dtype import F32, S32, DType, require_dtype
 from dvexport.targets.tvm.machine.machine import Machine
 
 __all__ = [
@@ -44,6 +44,9 @@ _QUERIES = 32
 
 _VALUES = 256
 """Values that a block of queries passes over together: some 32 KB of a panel, by lanes."""
+
+_APART = 2048
+"""Bytes: rows of scores that are a multiple of it apart share few cache sets."""
 
 _NEVER = -3e38
 """A score that weighs nothing."""
@@ -106,15 +109,22 @@ class Attention:
         vectors: of values in a panel.
         biases: how many are added to the scaled scores: 0, 1 or 2.
         softmax: False: Y is the scaled scores themselves, and there is no V.
+        dtype: of all tensors and sums.
     """
 
     vectors: int
     biases: int = 0
     softmax: bool = True
+    dtype: DType = F32
 
     @property
     def name(self) -> str:
         """The kernel's symbol, block left out."""
+        return f"{self.dtype}_{self.family}"
+
+    @property
+    def family(self) -> str:
+        """What names of kernels of all element types have in common."""
         return f"attention_v{self.vectors}_b{self.biases}" if self.softmax else "scores"
 
 
@@ -134,7 +144,7 @@ def attention_shape(
     made[: len(values)] = values
     made[_Shape.SLICE] = _slice(sizes, spec, machine)
     made[_Shape.NUMBERS] = NUMBERS
-    made[_Shape.PITCH] = _pitch(sizes, machine)
+    made[_Shape.PITCH] = _pitch(sizes, spec, machine)
     places = (_Shape.Q, _Shape.K, _Shape.V, _Shape.Y) if spec.softmax else (_Shape.Q, _Shape.K, _Shape.Y)
     for place, each in zip(places, strides, strict=True):
         made[place : place + 5] = each.offset, each.batch, each.head, each.row, each.column
@@ -148,11 +158,11 @@ def attention_scratch(threads: int, sizes: Sizes, spec: Attention, machine: Mach
     return threads * _slice(sizes, spec, machine)
 
 
-def _pitch(sizes: Sizes, machine: Machine) -> int:
-    """Floats of a row of scores: whole panels, and not a multiple of 4096 bytes."""
+def _pitch(sizes: Sizes, spec: Attention, machine: Machine) -> int:
+    """Elements of a row of scores: whole panels, and no multiple of `_APART`."""
     panel = register_block(machine)[1] * machine.lanes
     pitch = -(-sizes.keys // panel) * panel
-    return pitch + 16 if pitch % 512 == 0 else pitch
+    return pitch + spec.dtype.line if spec.dtype.size(pitch) % _APART == 0 else pitch
 
 
 def _tiles(spec: Attention, machine: Machine) -> int:
@@ -166,19 +176,25 @@ def _slice(sizes: Sizes, spec: Attention, machine: Machine) -> int:
     """Floats of a thread: numbers twice, factors of rows, tiles, scores, keys and values."""
     panel = register_block(machine)[1] * machine.lanes
     keys = -(-sizes.keys // panel) * panel * sizes.depth
+    line = spec.dtype.line
     fixed = 2 * NUMBERS + _QUERIES + _tiles(spec, machine)
     if not spec.softmax:
-        return -(-(fixed + keys) // 16) * 16
+        return -(-(fixed + keys) // line) * line
     width = spec.vectors * machine.lanes
     values = -(-sizes.width // width) * width * sizes.keys
-    return -(-(fixed + _QUERIES * _pitch(sizes, machine) + keys + values) // 16) * 16
+    return -(-(fixed + _QUERIES * _pitch(sizes, spec, machine) + keys + values) // line) * line
 
 
 def attention(spec: Attention, machine: Machine) -> Kernel:
-    """Y of Q, K, V, biases. Buffers: Q, K, (V,) (bias0, bias1,) scale `[1]`, scratch, shape, Y."""
+    """Y of Q, K, V, biases. Buffers: Q, K, (V,) (bias0, bias1,) scale `[1]`, scratch, shape, Y.
+
+    Raises:
+        UsageError: it computes in an element type that there is no code for.
+    """
+    require_dtype("attention", spec.dtype)
     names = ["Q", "K", *(["V"] if spec.softmax else []), *(f"bias{i}" for i in range(spec.biases)), "scale", "scratch"]
     name = f"{spec.name}_{'x'.join(map(str, register_block(machine)))}"
-    with write_kernel(name, **dict.fromkeys(names, "float32"), shape="int32", Y="float32") as frame:
+    with write_kernel(name, **dict.fromkeys(names, spec.dtype), shape=S32, Y=spec.dtype) as frame:
         _Writer(spec, machine, frame).write()
         biases, periods = _biases_read(spec)
         state(frame, spec, machine, biases, int(_Shape.BIAS) + 3 * spec.biases, at_least(1, *periods))
@@ -224,7 +240,7 @@ class _Writer:
         low, high = share(self._shape(_Shape.BATCHES) * heads * blocks, self.frame.part, self.frame.parts)
         with T.serial(tx.truncdiv(low, blocks), tx.truncdiv(high + (blocks - 1), blocks)) as item:
             self.batch, self.head = T.bind(tx.truncdiv(item, heads)), T.bind(tx.truncmod(item, heads))
-            start = T.bind(tx.max(low - item * blocks, tx.IntImm("int32", 0)))
+            start = T.bind(tx.max(low - item * blocks, int32(0)))
             stop = T.bind(tx.min(high - item * blocks, blocks))
             self._pack()
             with T.serial(start, stop) as block:
@@ -299,8 +315,8 @@ class _Writer:
         scale = T.bind(self._biased(row, line, whole) * self.numbers(LOG2_E, 1))
         with T.serial(self.keys, vectors * lanes) as each:
             store(frame.scratch, line + i64(each), self.numbers(_NEVER, 1), 1)
-        largest, total = (T.alloc_buffer((lanes,), "float32", scope="global") for _ in range(2))
-        chains = [T.alloc_buffer((lanes,), "float32", scope="global") for _ in range(3)]
+        largest, total = (register(self.spec.dtype, lanes) for _ in range(2))
+        chains = [register(self.spec.dtype, lanes) for _ in range(3)]
         for each in (largest, *chains):
             store(each, 0, splat(self.numbers(_NEVER, 1), lanes), lanes)
         turns = T.bind(tx.truncdiv(vectors, 4))
@@ -314,7 +330,7 @@ class _Writer:
         for each in chains:
             store(largest, 0, tx.max(load(largest, 0, lanes), load(each, 0, lanes)), lanes)
         peak = splat(T.bind(self._across(largest, tx.max)), lanes)
-        store(total, 0, splat(0.0, lanes), lanes)
+        store(total, 0, constant(0.0, self.spec.dtype, lanes), lanes)
         with T.serial(0, vectors) as vector:
             at = T.bind(line + i64(vector) * lanes)
             less = T.bind((load(frame.scratch, at, lanes) - peak) * splat(scale, lanes))
@@ -363,11 +379,11 @@ class _Writer:
     def _output(self, first: Any, rows: Any) -> None:
         """Multiply weights with values, normalise and store; values that stay in the first level cache at a time."""
         frame, lanes, size = self.frame, self.lanes, self.most * self.width
-        pieces = T.bind(tx.max(tx.truncdiv(self.keys + _VALUES // 2, _VALUES), tx.IntImm("int32", 1)))
+        pieces = T.bind(tx.max(tx.truncdiv(self.keys + _VALUES // 2, _VALUES), int32(1)))
         with T.serial(0, ceil_div(self.values, self.width)) as panel:
             values = T.bind(self.packed_values + i64(panel) * self.width * i64(self.keys))
             with T.serial(0, tx.truncdiv(rows.count * size, lanes)) as vector:
-                store(frame.scratch, self.tile + i64(vector) * lanes, splat(0.0, lanes), lanes)
+                store(frame.scratch, self.tile + i64(vector) * lanes, constant(0.0, self.spec.dtype, lanes), lanes)
             with T.serial(0, pieces) as piece:
                 low = T.bind(tx.truncdiv(self.keys * piece, pieces))
                 depth = T.bind(tx.truncdiv(self.keys * (piece + 1), pieces) - low)

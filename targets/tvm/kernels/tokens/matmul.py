@@ -10,6 +10,7 @@ block (`blocks.py`). Threads share rows, or panels where there are few rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,9 @@ from tvm.tirx.script import builder as T
 from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, write_kernel
 from dvexport.targets.tvm.kernels.blocks import Rows, balanced, product, register_block
 from dvexport.targets.tvm.kernels.bounds import PARTS, at_least, ceil, entry, fits, most, reads, writes
-from dvexport.targets.tvm.kernels.conv.direct_vectors import choose
 from dvexport.targets.tvm.kernels.tokens.activations import NUMBERS, Numbers, gelu_numbers
-from dvexport.targets.tvm.kernels.vectors import ceil_div, load, splat, store
+from dvexport.targets.tvm.kernels.vectors import ceil_div, choose, constant, int32, load, store
+from dvexport.targets.tvm.machine.dtype import F32, S32, DType, require_dtype
 from dvexport.targets.tvm.machine.machine import Machine
 
 __all__ = ["MatMul", "matmul", "matmul_bias", "matmul_scratch", "matmul_shape", "matmul_weights"]
@@ -33,6 +34,18 @@ _FEW = 4
 """Groups of rows a thread below which threads rather share panels."""
 
 
+class _Shape(IntEnum):
+    """Entries of `shape`."""
+
+    ROWS = 0
+    OUTPUTS = 1
+    INPUTS = 2
+    TOGETHER = 3
+    """Groups of rows of a block."""
+    TILE = 4
+    """Elements of a tile."""
+
+
 @dataclass(frozen=True)
 class MatMul:
     """A family.
@@ -40,42 +53,44 @@ class MatMul:
     Attributes:
         activation: `relu`, `gelu` (the exact one) or nothing.
         residual: whether R is added after the activation.
+        dtype: of X, weights and sums.
     """
 
     activation: str = ""
     residual: bool = False
+    dtype: DType = F32
 
     @property
     def name(self) -> str:
         """The kernel's symbol, lanes left out."""
-        return "_".join(filter(None, ["matmul", self.activation, "residual" if self.residual else ""]))
+        return "_".join(filter(None, [self.dtype.name, "matmul", self.activation, "residual" if self.residual else ""]))
 
 
-def matmul_weights(weights: np.ndarray, machine: Machine) -> np.ndarray:
-    """Pack W `[K, N]` for the weights file: float32 `[panels, K, panel]`, absent outputs zero."""
+def matmul_weights(weights: np.ndarray, machine: Machine, dtype: DType = F32) -> np.ndarray:
+    """Pack W `[K, N]` for the weights file: `[panels, K, panel]`, absent outputs zero."""
     inputs, outputs = weights.shape
     panel = _panel(machine)
-    padded = np.zeros((inputs, -(-outputs // panel) * panel), np.float32)
+    padded = np.zeros((inputs, -(-outputs // panel) * panel), dtype.array)
     padded[:, :outputs] = weights
     return np.ascontiguousarray(padded.reshape(inputs, -1, panel).transpose(1, 0, 2))
 
 
-def matmul_bias(bias: np.ndarray, machine: Machine) -> np.ndarray:
+def matmul_bias(bias: np.ndarray, machine: Machine, dtype: DType = F32) -> np.ndarray:
     """Pad B `[N]` with zeros to whole panels."""
     panel = _panel(machine)
-    padded = np.zeros(-(-len(bias) // panel) * panel, np.float32)
+    padded = np.zeros(-(-len(bias) // panel) * panel, dtype.array)
     padded[: len(bias)] = bias
     return padded
 
 
 def matmul_shape(rows: int, inputs: int, outputs: int, machine: Machine) -> np.ndarray:
-    """Return `shape` of `matmul`: M, N, K, the groups of rows of a block and the floats of a tile."""
+    """Return `shape` of `matmul`."""
     together = max(1, _TOGETHER * machine.lanes // (inputs * register_block(machine)[0]))
     return np.array([rows, outputs, inputs, together, _tile(machine)], np.int32)
 
 
 def matmul_scratch(threads: int, machine: Machine) -> int:
-    """Return the floats of `scratch` for so many parts."""
+    """Return the elements of `scratch` for so many parts."""
     return threads * (_tile(machine) + NUMBERS)
 
 
@@ -88,24 +103,29 @@ def _panel(machine: Machine) -> int:
 
 
 def matmul(spec: MatMul, machine: Machine) -> Kernel:
-    """Y `[M, N]` of X `[M, K]`. Buffers: X, W, B, (R,) scratch, shape, Y; packed as above."""
-    buffers = dict.fromkeys(["X", "W", "B", *(["R"] if spec.residual else []), "scratch"], "float32")
+    """Y `[M, N]` of X `[M, K]`. Buffers: X, W, B, (R,) scratch, shape, Y; packed as above.
+
+    Raises:
+        UsageError: it computes in an element type that there is no code for.
+    """
+    require_dtype("matrix product", spec.dtype)
+    buffers = dict.fromkeys(["X", "W", "B", *["R"] * spec.residual, "scratch"], spec.dtype)
     name = f"{spec.name}_b{'x'.join(map(str, register_block(machine)))}"
-    with write_kernel(name, **buffers, shape="int32", Y="float32") as frame:
+    with write_kernel(name, **buffers, shape=S32, Y=spec.dtype) as frame:
         _Writer(spec, machine, frame).write()
         _states(frame, spec, machine)
     return frame.kernel
 
 
 def _states(frame: Frame, spec: MatMul, machine: Machine) -> None:
-    rows, outputs, depth, together, tile = map(entry, range(5))
+    rows, outputs, depth, together, tile = map(entry, _Shape)
     panels, groups = ceil(outputs, _panel(machine)), ceil(rows, register_block(machine)[0])
     part = _tile(machine) + NUMBERS
     stated = {"X": reads(rows * depth), "W": reads(panels * _panel(machine) * depth)}
     stated |= {"B": reads(panels * _panel(machine))} | ({"R": reads(rows * outputs)} if spec.residual else {})
     stated |= {"scratch": writes((PARTS - 1) * part + most(part, tile + NUMBERS))}
     frame.states(
-        stated | {"shape": reads(5), "Y": writes(rows * outputs)},
+        stated | {"shape": reads(len(_Shape)), "Y": writes(rows * outputs)},
         at_least(1, together),
         fits(rows * PARTS, panels * PARTS, rows + together, groups * ceil(groups, together), outputs + _panel(machine)),
     )
@@ -119,13 +139,13 @@ class _Writer:
 
     def write(self) -> None:
         frame, panel = self.frame, self.panel
-        count, outputs, self.depth, together = (T.bind(frame.shape[i]) for i in range(4))
+        count, outputs, self.depth, together = frame.extents(list(_Shape)[: _Shape.TILE])
         self.outputs, self.tile = T.bind(i64(outputs)), T.bind(i64(frame.part) * (self.most * panel + NUMBERS))
-        self.numbers = Numbers(frame.scratch, T.bind(self.tile + i64(frame.shape[4])))
+        self.numbers = Numbers(frame.scratch, T.bind(self.tile + i64(frame.shape[int(_Shape.TILE)])))
         if self.spec.activation == "gelu":
             self.numbers.write(gelu_numbers())
         part, parts = frame.part, frame.parts
-        zero, panels = tx.IntImm("int32", 0), T.bind(ceil_div(outputs, panel))
+        zero, panels = int32(0), T.bind(ceil_div(outputs, panel))
         by_rows = T.bind(count >= parts * (_FEW * self.most))
         rows = balanced(
             T.bind(tx.Select(by_rows, tx.truncdiv(count * part, parts), zero)),
@@ -159,20 +179,20 @@ class _Writer:
     def _epilogue(self, row: Any, size: Any, column: Any) -> None:
         """Finish the sums of a tile and write the outputs that exist."""
         lanes = self.lanes
-        left = T.bind(tx.min(self.outputs - column, tx.IntImm("int64", self.panel)))
-        whole = T.bind(tx.Cast("int32", tx.truncdiv(left, tx.IntImm("int64", lanes))))
+        left = T.bind(tx.min(self.outputs - column, i64(self.panel)))
+        whole = T.bind(tx.Cast(S32.tvm, tx.truncdiv(left, i64(lanes))))
         with T.serial(0, size) as each:
             source = T.bind(self.tile + i64(each) * self.panel)
             target = T.bind((row + i64(each)) * self.outputs + column)
             with T.serial(0, whole) as vector:
                 self._finish(T.bind(source + i64(vector) * lanes), T.bind(target + i64(vector) * lanes), lanes)
-            with T.serial(whole * lanes, tx.Cast("int32", left)) as one:
+            with T.serial(whole * lanes, tx.Cast(S32.tvm, left)) as one:
                 self._finish(T.bind(source + i64(one)), T.bind(target + i64(one)), 1)
 
     def _finish(self, source: Any, target: Any, lanes: int) -> None:
         value = T.bind(load(self.frame.scratch, source, lanes))
         if self.spec.activation == "relu":
-            value = tx.max(value, splat(0.0, lanes))
+            value = tx.max(value, constant(0.0, self.spec.dtype, lanes))
         elif self.spec.activation == "gelu":
             value = self.numbers.gelu(value, lanes)
         if self.spec.residual:

@@ -9,7 +9,7 @@ import tvm.tirx as tx
 from tvm.tirx.script import builder as T
 
 from dvexport.targets.tvm.kernels.abi import i64
-from dvexport.targets.tvm.kernels.vectors import load, store
+from dvexport.targets.tvm.kernels.vectors import int32, load, store
 
 __all__ = ["Keys", "Values", "pack_keys", "pack_values"]
 
@@ -48,7 +48,7 @@ def pack_keys(keys: Keys, target: Any, origin: Any, panels: Any, sizes: tuple[in
         sizes: vectors of a panel, and lanes of a vector.
     """
     vectors, lanes = sizes
-    panel, none = vectors * lanes, tx.IntImm("int32", 0)
+    panel, none = vectors * lanes, int32(0)
     squares = T.bind(tx.Select(tx.EQ(keys.column, i64(1)), tx.truncdiv(keys.depth, lanes), none))
     with T.serial(0, panels * vectors) as vector:
         number, place = tx.truncdiv(vector, vectors), tx.truncmod(vector, vectors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ from tvm.tirx.script import builder as T
 
 from dvexport.targets.tvm.kernels.abi import Frame, Kernel, i64, share, write_kernel
 from dvexport.targets.tvm.kernels.bounds import PARTS, entry, fits, reads, writes
-from dvexport.targets.tvm.kernels.vectors import cover, load, row_spans, spans_fit, splat, store
+from dvexport.targets.tvm.kernels.vectors import constant, cover, load, register, row_spans, spans_fit, splat, store
+from dvexport.targets.tvm.machine.dtype import F32, S32, S64, DType, kernel_name
 from dvexport.targets.tvm.machine.machine import Machine
 
 __all__ = ["layer_norm", "layer_norm_shape", "scatter", "scatter_shape", "select_shape", "select_tokens"]
@@ -19,33 +21,57 @@ _CHAINS = 4
 _INFINITY_BITS = 0x7F800000
 
 
+class _Norm(IntEnum):
+    """Entries of `shape` of `layer_norm`."""
+
+    ROWS = 0
+    COLUMNS = 1
+
+
+class _Choice(IntEnum):
+    """Entries of `shape` of `select_tokens`."""
+
+    BATCHES = 0
+    TOKENS = 1
+    CHANNELS = 2
+    KEEP = 3
+
+
+class _Scatter(IntEnum):
+    """Entries of `shape` of `scatter`."""
+
+    ROWS = 0
+    COUNT = 1
+    UPDATES = 2
+
+
 def layer_norm_shape(rows: int, columns: int) -> np.ndarray:
     """Return `shape` of `layer_norm`."""
     return np.array([rows, columns], np.int32)
 
 
-def layer_norm(machine: Machine) -> Kernel:
+def layer_norm(machine: Machine, dtype: DType = F32) -> Kernel:
     """Y = (X - mean) / sqrt(variance + eps) * W + B of every row. Buffers: X, W, B, eps `[1]`, shape, Y.
 
     The variance is that of the differences from the mean, summed in a second pass over the row, which is in the cache.
     """
     lanes = machine.lanes
-    types = dict.fromkeys(["X", "W", "B", "eps"], "float32")
-    with write_kernel("layer_norm", **types, shape="int32", Y="float32") as frame:
-        columns = T.bind(frame.shape[1])
-        part = T.bind(tx.FloatImm("float32", 1.0) / tx.Cast("float32", columns))
+    types = dict.fromkeys(["X", "W", "B", "eps"], dtype)
+    with write_kernel(kernel_name(dtype, "layer_norm"), **types, shape=S32, Y=dtype) as frame:
+        (columns,) = frame.extents((_Norm.COLUMNS,))
+        part = T.bind(constant(1.0, dtype) / tx.Cast(dtype.tvm, columns))
         whole = T.bind(tx.truncdiv(columns, lanes))
-        low, high = share(frame.shape[0], frame.part, frame.parts)
+        low, high = share(frame.shape[int(_Norm.ROWS)], frame.part, frame.parts)
         with T.serial(low, high) as row:
             start = T.bind(i64(row) * i64(columns))
-            mean = T.bind(_sum(frame.X, start, columns, whole, lanes, lambda value, width: value) * part)
+            mean = T.bind(_sum(frame, start, columns, whole, lanes, lambda value, width: value) * part)
 
             def square(value: Any, width: int, mean: Any = mean) -> Any:
                 less = T.bind(value - splat(mean, width))
                 return less * less
 
-            variance = T.bind(_sum(frame.X, start, columns, whole, lanes, square) * part)
-            factor = T.bind(tx.FloatImm("float32", 1.0) / tx.sqrt(variance + frame.eps[0]))
+            variance = T.bind(_sum(frame, start, columns, whole, lanes, square) * part)
+            factor = T.bind(constant(1.0, dtype) / tx.sqrt(variance + frame.eps[0]))
 
             def write(at: Any, width: int, start: Any = start, mean: Any = mean, factor: Any = factor) -> None:
                 value = (load(frame.X, start + at, width) - splat(mean, width)) * splat(factor, width)
@@ -56,19 +82,20 @@ def layer_norm(machine: Machine) -> Kernel:
                 write(T.bind(i64(vector) * lanes), lanes)
             with T.serial(whole * lanes, columns) as each:
                 write(T.bind(i64(each)), 1)
-        rows, width = entry(0), entry(1)
-        stated = {"X": reads(rows * width), "W": reads(width), "B": reads(width), "eps": reads(1), "shape": reads(2)}
+        rows, width = map(entry, _Norm)
+        stated = {"X": reads(rows * width), "W": reads(width), "B": reads(width), "eps": reads(1)}
+        stated |= {"shape": reads(len(_Norm))}
         frame.states(stated | {"Y": writes(rows * width)}, fits(rows * PARTS))
     return frame.kernel
 
 
-def _sum(x: Any, start: Any, columns: Any, whole: Any, lanes: int, function: Any) -> Any:
-    """Sum a function of a row's elements, several vectors at a time."""
-    chains = [T.alloc_buffer((lanes,), "float32", scope="global") for _ in range(_CHAINS)]
-    rest = T.alloc_buffer((1,), "float32", scope="global")
+def _sum(frame: Frame, start: Any, columns: Any, whole: Any, lanes: int, function: Any) -> Any:
+    """Sum a function of the elements of a row of X, several vectors at a time."""
+    x, dtype = frame.X, frame.types["X"]
+    chains, rest = [register(dtype, lanes) for _ in range(_CHAINS)], register(dtype, 1)
     for chain in chains:
-        store(chain, 0, splat(0.0, lanes), lanes)
-    store(rest, 0, splat(0.0, 1), 1)
+        store(chain, 0, constant(0.0, dtype, lanes), lanes)
+    store(rest, 0, constant(0.0, dtype), 1)
     turns = T.bind(tx.truncdiv(whole, _CHAINS))
 
     def add(chain: Any, vector: Any) -> None:
@@ -96,16 +123,16 @@ def select_shape(batches: int, tokens: int, channels: int, keep: int) -> np.ndar
     return np.array([batches, tokens, channels, keep], np.int32)
 
 
-def select_tokens(machine: Machine) -> Kernel:
+def select_tokens(machine: Machine, dtype: DType = F32) -> Kernel:
     """`dv.SelectTokens`. Buffers: X `[B, N, C]`, score `[B, N]`, shape, index int64 `[B, keep]`, kept.
 
     A token's place in the order is the number of tokens that come before it. Each is counted alone, so threads share
     tokens, write what they find, and need neither a sort nor one another. NaN counts as infinite.
     """
     lanes = machine.lanes
-    types = {"X": "float32", "score": "float32", "shape": "int32", "index": "int64", "kept": "float32"}
-    with write_kernel("select_tokens", **types) as frame:
-        batches, tokens, channels, keep = (T.bind(frame.shape[i]) for i in range(4))
+    types = {"X": dtype, "score": dtype, "shape": S32, "index": S64, "kept": dtype}
+    with write_kernel(kernel_name(dtype, "select_tokens"), **types) as frame:
+        batches, tokens, channels, keep = frame.extents(_Choice)
         low, high = share(batches * tokens, frame.part, frame.parts)
         with T.serial(low, high) as item:
             batch, token = T.bind(tx.truncdiv(item, tokens)), T.bind(tx.truncmod(item, tokens))
@@ -123,45 +150,39 @@ def select_tokens(machine: Machine) -> Kernel:
                         store(frame.kept, to + offset, load(frame.X, source + offset, width), width)
 
                 cover(channels, lanes, copy)
-        count, of, floats, kept = map(entry, range(4))
+        count, of, width, kept = map(entry, _Choice)
         frame.states(
             {
-                "X": reads(count * of * floats), "score": reads(count * of), "shape": reads(4),
-                "index": writes(count * kept), "kept": writes(count * kept * floats),
+                "X": reads(count * of * width), "score": reads(count * of), "shape": reads(len(_Choice)),
+                "index": writes(count * kept), "kept": writes(count * kept * width),
             },
-            fits(count * of * PARTS, floats + lanes),
+            fits(count * of * PARTS, width + lanes),
         )  # fmt: skip
     return frame.kernel
 
 
 def _score(value: Any, width: int) -> Any:
-    """Return a score, infinity for NaN; the test is on the bits, as TVM takes x != x for false."""
-    int_type = f"int32x{width}" if width > 1 else "int32"
-    numbers = [tx.IntImm("int32", number) for number in (0x7FFFFFFF, _INFINITY_BITS)]
-    mask, infinity = (tx.Broadcast(number, width) if width > 1 else number for number in numbers)
-    bits = tx.bitwise_and(tx.reinterpret(int_type, value), mask)
-    infinite = tx.reinterpret(f"float32x{width}" if width > 1 else "float32", infinity)
+    """Return an `f32` score, infinity for NaN; the test is on the bits, as TVM takes x != x for false."""
+    mask, infinity = (constant(number, S32, width) for number in (0x7FFFFFFF, _INFINITY_BITS))
+    bits = tx.bitwise_and(tx.reinterpret(S32.vector(width), value), mask)
+    infinite = tx.reinterpret(F32.vector(width), infinity)
     return tx.Select(tx.GT(bits, infinity), infinite, value)
 
 
 def _place(frame: Frame, first: Any, of: tuple[Any, Any, Any], lanes: int) -> Any:
     """Count the tokens that come before one: of smaller score, or of equal score and lower index."""
     own, token, tokens = of
-    count = T.alloc_buffer((lanes,), "int32", scope="global")
-    rest = T.alloc_buffer((1,), "int32", scope="global")
+    count, rest = register(S32, lanes), register(S32, 1)
 
     def before(at: Any, width: int) -> Any:
         other = T.bind(_score(load(frame.score, first + i64(at), width), width))
-        mine, me = splat(own, width), tx.Broadcast(token, width) if width > 1 else token
-        index = tx.Ramp(at, tx.IntImm("int32", 1), width) if width > 1 else at
+        mine, me = splat(own, width), splat(token, width)
+        index = tx.Ramp(at, 1, width) if width > 1 else at
         earlier = tx.And(tx.EQ(other, mine), tx.LT(index, me))
-        ones = [tx.IntImm("int32", number) for number in (1, 0)]
-        one, zero = (tx.Broadcast(number, width) if width > 1 else number for number in ones)
-        return tx.Select(tx.Or(tx.LT(other, mine), earlier), one, zero)
+        return tx.Select(tx.Or(tx.LT(other, mine), earlier), constant(1, S32, width), constant(0, S32, width))
 
-    zero = tx.IntImm("int32", 0)
-    store(count, 0, tx.Broadcast(zero, lanes), lanes)
-    store(rest, 0, zero, 1)
+    store(count, 0, constant(0, S32, lanes), lanes)
+    store(rest, 0, constant(0, S32), 1)
     whole = T.bind(tx.truncdiv(tokens, lanes))
     with T.serial(0, whole) as vector:
         store(count, 0, load(count, 0, lanes) + before(T.bind(vector * lanes), lanes), lanes)
@@ -179,16 +200,16 @@ def scatter_shape(rows: int, count: int, updates: int) -> np.ndarray:
     return np.array([rows, count, updates], np.int32)
 
 
-def scatter(dtype: str) -> Kernel:
+def scatter(dtype: DType) -> Kernel:
     """Y = X with Y[r, index[r, k]] = U[r, k]. Buffers: X `[R, N]`, index int64 `[R, K]`, U `[R, K]`, shape, Y.
 
     Of equal indices the last one holds. An index below 0 counts from the end; one that is not in the row is left out.
     Threads share the elements of Y, and each looks at all indices of its rows.
     """
-    types = {"X": dtype, "index": "int64", "U": dtype, "shape": "int32", "Y": dtype}
-    with write_kernel(f"scatter_{dtype}", **types) as frame:
-        count, updates = T.bind(frame.shape[1]), T.bind(frame.shape[2])
-        with row_spans(frame, frame.shape[0], count) as (row, low, high):
+    types = {"X": dtype, "index": S64, "U": dtype, "shape": S32, "Y": dtype}
+    with write_kernel(f"{dtype}_scatter", **types) as frame:
+        count, updates = frame.extents((_Scatter.COUNT, _Scatter.UPDATES))
+        with row_spans(frame, frame.shape[int(_Scatter.ROWS)], count) as (row, low, high):
             start, first = T.bind(i64(row) * i64(count)), T.bind(i64(row) * i64(updates))
             with T.serial(low, high) as each:
                 store(frame.Y, start + i64(each), frame.X[start + i64(each)], 1)
@@ -197,7 +218,7 @@ def scatter(dtype: str) -> Kernel:
                 place = T.bind(place + tx.Select(place < 0, i64(count), i64(0)))
                 with T.If(tx.And(place >= i64(low), place < i64(high))), T.Then():
                     store(frame.Y, start + place, frame.U[first + i64(each)], 1)
-        rows, width, changes = map(entry, range(3))
+        rows, width, changes = map(entry, _Scatter)
         stated = {"X": reads(rows * width), "index": reads(rows * changes), "U": reads(rows * changes)}
-        frame.states(stated | {"shape": reads(3), "Y": writes(rows * width)}, spans_fit(rows, width))
+        frame.states(stated | {"shape": reads(len(_Scatter)), "Y": writes(rows * width)}, spans_fit(rows, width))
     return frame.kernel

@@ -18,11 +18,11 @@ from dvexport.targets.tvm.kernels.abi import Kernel, i64, write_kernel
 from dvexport.targets.tvm.kernels.blocks import register_block
 from dvexport.targets.tvm.kernels.bounds import Size, entry, largest, most, size
 from dvexport.targets.tvm.kernels.tokens.attention import Attention, Sizes, Strides, _Writer, attention_shape, state
+from dvexport.targets.tvm.machine.dtype import S32, require_dtype
 from dvexport.targets.tvm.machine.machine import Machine
 
-__all__ = ["MOST_BIASES", "WindowBias", "window_attention", "window_shape"]
+__all__ = ["WindowBias", "window_attention", "window_shape"]
 
-MOST_BIASES = 3
 _ENTRIES = 4
 
 
@@ -56,11 +56,16 @@ def window_shape(
 
 
 def window_attention(spec: Attention, machine: Machine) -> Kernel:
-    """Y of Q, K, V and biases. Buffers: Q, K, V, bias0, ..., scale `[1]`, scratch, shape, Y."""
+    """Y of Q, K, V and biases. Buffers: Q, K, V, bias0, ..., scale `[1]`, scratch, shape, Y.
+
+    Raises:
+        UsageError: it computes in an element type that there is no code for.
+    """
+    require_dtype("window attention", spec.dtype)
     biases = [f"bias{index}" for index in range(spec.biases)]
-    types = dict.fromkeys(["Q", "K", "V", *biases, "scale", "scratch"], "float32")
-    name = f"window_{spec.name}_{'x'.join(map(str, register_block(machine)))}"
-    with write_kernel(name, **types, shape="int32", Y="float32") as frame:
+    types = dict.fromkeys(["Q", "K", "V", *biases, "scale", "scratch"], spec.dtype)
+    name = f"{spec.dtype}_window_{spec.family}_{'x'.join(map(str, register_block(machine)))}"
+    with write_kernel(name, **types, shape=S32, Y=spec.dtype) as frame:
         first = len(attention_shape(_ONE, _FOUR, (), spec, machine))
         _WindowWriter(spec, machine, frame, first).write()
         state(frame, spec, machine, *_bias_bounds(spec, first))
