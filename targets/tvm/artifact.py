@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dvexport.bundle.trust import check_trust
+from dvexport.errors import UsageError
 from dvexport.graph.graph import gate_name
 from dvexport.graph.weights import Place
 from dvexport.targets.runtime import DEFAULT_THREADS, Port, Runtime
@@ -23,7 +24,7 @@ from dvexport.targets.tvm.calls.draft import ALGORITHMS
 from dvexport.targets.tvm.calls.memory import Constants
 from dvexport.targets.tvm.machine.machine import Machine
 from dvexport.targets.tvm.native_files import HEADER, LIBRARY, NATIVE_WEIGHTS, RUNNER, plan_file
-from dvexport.targets.tvm.plan_file import plan_bytes
+from dvexport.targets.tvm.plan_file import MAX_RANK, plan_bytes
 from dvexport.targets.tvm.session import CallTime, NativeSession
 
 if TYPE_CHECKING:
@@ -107,19 +108,20 @@ def build_artifact(
     """Compile the variants of a model.
 
     Args:
-        models: lowered for kernels (`Plan.kernels`), by name: `gated`, `dense`, `forced`.
+        models: lowered for kernels, by name: `gated`, `dense`, `forced`.
         machine: what to compile for.
         tell: called with the name of each step as it begins.
         algorithms: of convolutions, to choose from at run time.
         threads: the most that may share a step; 1 to `MOST_THREADS`.
 
     Raises:
-        UsageError: an operator that no kernel can be made for.
+        UsageError: an operator that no kernel can be made for, an input or output of too many axes.
         DeviceError: a package of the extra `tvm` is missing, or fails.
     """
     from dvexport.targets.tvm.calls.place import place
     from dvexport.targets.tvm.calls.write import write_draft
 
+    _check_ranks(models["gated"])
     tell("select kernels")
     constants = Constants()
     gates = {gate_name(node) for node in models["gated"].graph} - {""}
@@ -148,6 +150,18 @@ def build_artifact(
         memory=memory,
         held=constants.held,
     )
+
+
+def _check_ranks(model: ir.Model) -> None:
+    """Refuse what `dvx_port` has no room for."""
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is not None and len(value.shape) > MAX_RANK:
+            raise UsageError(
+                f"the native runtime takes inputs and outputs of up to {MAX_RANK} axes",
+                where=value.name,
+                why=f"it has {len(value.shape)}",
+                hint="reshape it in the model, or export with another backend: --backend onnx",
+            )
 
 
 def read_variant(bundle: Bundle, name: str) -> NativeVariant:

@@ -32,7 +32,7 @@ from dvexport.targets.tvm.plan_check import check_calls
 if TYPE_CHECKING:
     from dvexport.targets.tvm.build.link import Entry
 
-__all__ = ["VERSION", "plan_bytes", "read_limit"]
+__all__ = ["MAX_RANK", "VERSION", "plan_bytes", "read_limit"]
 
 MAGIC = b"DVXPLAN\0"
 VERSION = 3

@@ -323,6 +323,18 @@ const dvx_port *dvx_output(const dvx *net, int index) {
     return &net->plan.ports[net->plan.inputs + (uint32_t)index].port;
 }
 
+static int find(const dvx *net, uint32_t first, uint32_t count, const char *name) {
+    for (uint32_t i = 0; name && i < count; i++)
+        if (!strcmp(net->plan.ports[first + i].port.name, name)) return (int)i;
+    return -1;
+}
+
+int dvx_input_index(const dvx *net, const char *name) { return find(net, 0, net->plan.inputs, name); }
+
+int dvx_output_index(const dvx *net, const char *name) {
+    return find(net, net->plan.inputs, net->plan.outputs, name);
+}
+
 const char *dvx_error(const dvx *net) { return net->error; }
 
 void dvx_get_info(const dvx *net, dvx_info *info) {

@@ -116,6 +116,11 @@ DVX_API int dvx_output_count(const dvx *net);
 DVX_API const dvx_port *dvx_input(const dvx *net, int index);
 DVX_API const dvx_port *dvx_output(const dvx *net, int index);
 
+/* The index of the input or output of this name; -1 where there is none. The video is input 0; outputs of the model
+ * come before those that show decisions. */
+DVX_API int dvx_input_index(const dvx *net, const char *name);
+DVX_API int dvx_output_index(const dvx *net, const char *name);
+
 /* Why the last failing function failed. */
 DVX_API const char *dvx_error(const dvx *net);
 
