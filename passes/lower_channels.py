@@ -19,6 +19,7 @@ from dvexport.dialect.conv import activate, dense_conv
 from dvexport.dialect.masks import upsample
 from dvexport.dialect.spec import specification
 from dvexport.graph.graph import DV, Builder, branch, replace_node, static_shape
+from dvexport.graph.match import made_by
 from dvexport.passes.lowerings import convs_lowered_as
 
 __all__ = ["LowerChannels", "any_true", "settle", "unmerged"]
@@ -121,8 +122,8 @@ def settle(build: Builder, y: ir.Value, inputs: Mapping[str, ir.Value | None], n
 
 def unmerged(x: ir.Value) -> ir.Value:
     """See through a `Merge` that only zeroes channels: what reads active channels alone needs no zeros."""
-    node = x.producer()
-    if node is None or node.domain != DV or node.op_type != "Merge":
+    node = made_by(x, "Merge", domain=DV)
+    if node is None:
         return x
     operator = specification(node)
     inputs = operator.bind(node)

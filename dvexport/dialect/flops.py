@@ -24,6 +24,7 @@ from dvexport.decisions import ACTION, PROBE
 from dvexport.dialect.gated_macs import Decisions, GatedMacs
 from dvexport.dialect.spec import operator_of
 from dvexport.graph.graph import gate_name
+from dvexport.graph.match import is_op
 
 __all__ = ["Decisions", "ExecutedFlops", "FlopTable", "GatedMacs", "dense_nodes", "flop_table", "operator_flops"]
 
@@ -161,11 +162,11 @@ def _actions(model: ir.Model) -> dict[ir.Value, str]:
 
 def _macs(node: ir.Node) -> int:
     """MACs of a standard node; anything but convolutions and matrix products counts nothing."""
-    if node.op_type == "Conv":
+    if is_op(node, "Conv"):
         return prod(_shape(node.inputs[1])[1:]) * prod(_shape(node.outputs[0]))
-    if node.op_type in ("Gemm", "MatMul"):
+    if is_op(node, "Gemm", "MatMul"):
         left = _shape(node.inputs[0])
-        depth = left[0 if "transA" in node.attributes and node.attributes["transA"].as_int() else -1]
+        depth = left[0 if node.attributes.get_int("transA", 0) else -1]
         return depth * prod(_shape(node.outputs[0]))
     return 0
 
