@@ -18,8 +18,7 @@ from dvexport.errors import CheckpointError, UntoldError, UsageError
 from dvexport.export import build_model
 from dvexport.models import zoo
 from dvexport.models.checkpoints.checkpoint import save_checkpoint
-from dvexport.models.checkpoints.untold import ROLES
-from dvexport.models.config import CONFIGS
+from dvexport.models.checkpoints.families import FAMILIES
 from dvexport.models.networks.policies import randomize_gates
 
 SMALL = {"width": 0.125, "classes": 6, "size": (64, 64), "frames": 4}
@@ -48,11 +47,11 @@ def clip(frames=4):
     return torch.randn(frames, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("family", ROLES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_option_has_a_role(family):
-    fields = {field.name for field in dataclasses.fields(CONFIGS[family])}
-    assert set(ROLES[family]) == fields
-    assert set(ROLES[family].values()) <= {"inferred", "named", "asked", "fixed", "chosen", "training"}
+    fields = {field.name for field in dataclasses.fields(FAMILIES[family].config)}
+    assert set(FAMILIES[family].roles) == fields
+    assert set(FAMILIES[family].roles.values()) <= {"inferred", "named", "asked", "fixed", "chosen", "training"}
 
 
 class Shifted(torch.nn.Module):
