@@ -26,7 +26,7 @@ from dvexport.dialect.spec import operator_of
 from dvexport.graph.graph import gate_name
 from dvexport.graph.match import is_op
 
-__all__ = ["Decisions", "ExecutedFlops", "FlopTable", "GatedMacs", "dense_nodes", "flop_table", "operator_flops"]
+__all__ = ["Decisions", "ExecutedFlops", "FlopTable", "GatedMacs", "dense_nodes", "flop_table"]
 
 
 @dataclass(frozen=True)
@@ -111,27 +111,6 @@ def flop_table(model: ir.Model, dense: ir.Model | None = None) -> FlopTable:
         else:
             decisions += _macs(node)
     return FlopTable(fixed, decisions, gated, None if dense is None else flop_table(dense).fixed)
-
-
-def operator_flops(model: ir.Model) -> int:
-    """Count a model's operators by fvcore's rules, by which STA's tables are made (official code).
-
-    Convolutions and matrix products 1 for each multiply-accumulate, batched ones included; layer norm 5 for each
-    element; softmax, GELU, top-k, sums and gathers nothing. `Delay`, `FrameMean` and `SelectTokens` nothing.
-
-    Args:
-        model: gate level or lowered, every shape static (a model that reads whole clips).
-    """
-    total = 0
-    for node in model.graph:
-        if node.domain == "" and node.op_type == "LayerNormalization":
-            total += _LAYER_NORM * prod(_shape(node.outputs[0]))
-        else:
-            total += _macs(node)
-    return total
-
-
-_LAYER_NORM = 5
 
 
 def dense_nodes(model: ir.Model) -> set[ir.Node]:

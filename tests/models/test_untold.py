@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
 from models_reference import randomize_norms, resnet
+from random_gates import randomize_gates
 from sample_transformers import keys_of_width, small_swin
 
 import dvexport
@@ -19,7 +20,6 @@ from dvexport.export import build_model
 from dvexport.models import zoo
 from dvexport.models.checkpoints.checkpoint import save_checkpoint
 from dvexport.models.checkpoints.families import FAMILIES
-from dvexport.models.networks.policies import randomize_gates
 
 SMALL = {"width": 0.125, "classes": 6, "size": (64, 64), "frames": 4}
 ANSWERS = {"size": 64, "frames": 4}
