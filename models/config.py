@@ -13,7 +13,6 @@ from dvexport.errors import UsageError, unknown_name
 from dvexport.video.preprocess import Preprocess
 
 __all__ = [
-    "CONFIGS",
     "MobileNetConfig",
     "Preprocess",
     "ResNetConfig",
@@ -299,15 +298,6 @@ class VideoSwinConfig:
         """Return the tokens of a stage (0-based) in time, height and width."""
         height, width = (-(-side // patch) for side, patch in zip(self.size, self.patch[1:], strict=True))
         return self.frames // self.patch[0], -(-height // 2**stage), -(-width // 2**stage)
-
-
-CONFIGS: dict[str, type] = {
-    "resnet": ResNetConfig,
-    "mobilenet": MobileNetConfig,
-    "vit": ViTConfig,
-    "video_swin": VideoSwinConfig,
-}
-"""The options of each family."""
 
 
 def _check_common(classes: int, frames: int, size: tuple[int, ...], shift_div: int = 8, width: float = 1.0) -> None:

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from dvexport.errors import DvexportError, UsageError, unknown_name
 from dvexport.models.checkpoints.checkpoint import read_metadata
-from dvexport.models.config import CONFIGS, option_names, parse_settings
+from dvexport.models.checkpoints.families import FAMILIES
+from dvexport.models.config import option_names, parse_settings
 from dvexport.video.preprocess import Preprocess
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ __all__ = [
 
 DIRECTORY = "huggingface"
 """How bundles call a model that came from a directory; its checkpoint is the directory."""
+_DIRECTORY_FAMILY = "vit"
 
 
 @dataclass(frozen=True)
@@ -68,14 +70,6 @@ class ModelInfo:
     accuracy: float | None = None
     labels: list[str] = field(default_factory=list)
 
-
-_FAMILIES: dict[str, str] = {
-    "resnet": "dvexport.models.networks.resnet:ResNet",
-    "mobilenet": "dvexport.models.networks.mobilenet:MobileNetV2",
-    "vit": "dvexport.models.networks.vit:VisionTransformer",
-    "video_swin": "dvexport.models.networks.video_swin:VideoSwin",
-}
-"""The module of each family."""
 
 _ADAFUSE18 = {"channel_gates": True, "hidden": 512, "shared_policies": True, "shift_place": "block"}
 _ADAFUSE50 = {
@@ -172,7 +166,7 @@ def describe(name: str) -> ModelInfo:
     """Return what there is to say about a model; UsageError for an unknown name (needs no torch)."""
     if name in _ZOO:
         family, summary, defaults = _ZOO[name]
-        options = dataclasses.asdict(CONFIGS[family](**defaults))
+        options = dataclasses.asdict(FAMILIES[family].config(**defaults))
         return ModelInfo(name, summary, family, options, architecture=name)
     path = _shipped().get(name)
     if path is None:
@@ -182,7 +176,7 @@ def describe(name: str) -> ModelInfo:
     if architecture not in _ZOO:
         raise UsageError(f"'{name}' ships no known architecture", where=str(path), why=f"'{architecture}'")
     family = _ZOO[architecture][0]
-    config = CONFIGS[family]
+    config = FAMILIES[family].config
     options = dataclasses.asdict(config(**parse_settings(config, about.get("settings", {}))))
     summary = f"trained {architecture}, {options['classes']} classes"
     return ModelInfo(name, summary, family, options, path, architecture, about.get("accuracy"), about.get("labels", []))
@@ -194,8 +188,8 @@ def parsed_settings(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UsageError: an unknown name or option, or a value that does not fit.
     """
-    family = "vit" if name == DIRECTORY else describe(name).family
-    return parse_settings(CONFIGS[family], settings)
+    family = _DIRECTORY_FAMILY if name == DIRECTORY else describe(name).family
+    return parse_settings(FAMILIES[family].config, settings)
 
 
 def weight_bytes(name: str, settings: Mapping[str, Any]) -> int:
@@ -207,7 +201,7 @@ def weight_bytes(name: str, settings: Mapping[str, Any]) -> int:
     import torch
 
     info = describe(name)
-    parsed = parse_settings(CONFIGS[info.family], settings)
+    parsed = parse_settings(FAMILIES[info.family].config, settings)
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             model = _build(info, name, {**info.options, **parsed})
@@ -221,7 +215,7 @@ def weight_bytes(name: str, settings: Mapping[str, Any]) -> int:
 def options(name: str) -> list[str]:
     """Return the names of a model's options, none for a factory of the user's (needs no torch)."""
     if name == DIRECTORY:
-        return option_names(CONFIGS["vit"])
+        return option_names(FAMILIES[_DIRECTORY_FAMILY].config)
     return list(describe(name).options) if name in names() else []
 
 
@@ -313,7 +307,7 @@ def _from_zoo(
             f"'{info.name}' has weights of its own",
             hint=f"give --checkpoint to its architecture, {info.architecture}",
         )
-    parsed = parse_settings(CONFIGS[info.family], settings)
+    parsed = parse_settings(FAMILIES[info.family].config, settings)
     path = info.weights or checkpoint
     if path is not None:
         return _from_file(info, Path(path), parsed, assume_defaults)
@@ -321,10 +315,8 @@ def _from_zoo(
 
 
 def _build(info: ModelInfo, name: str, options: Mapping[str, Any]) -> VideoModel:
-    config_class = CONFIGS[info.family]
-    module, _, attribute = _FAMILIES[info.family].partition(":")
-    config = config_class(**parse_settings(config_class, options))
-    return getattr(importlib.import_module(module), attribute)(config, name)
+    family = FAMILIES[info.family]
+    return family.build(family.config(**parse_settings(family.config, options)), name)
 
 
 def _from_file(info: ModelInfo, path: Path, settings: Mapping[str, Any], assume_defaults: bool) -> VideoModel:

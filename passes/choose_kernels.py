@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from dvexport.graph.graph import DV, gate_name
+from dvexport.graph.graph import gate_name
 from dvexport.passes.choose_lowering import Choice
-from dvexport.passes.lowerings import KERNELS, choose
+from dvexport.passes.lowerings import KERNELS, choose, takes_lowering
 
 __all__ = ["ChooseKernels"]
 
@@ -18,7 +18,7 @@ _REASON = "work follows channels, tiles and inputs exactly; the algorithm is cho
 
 
 class ChooseKernels(ir.passes.InPlacePass):
-    """Mark every `GatedConv`, so that `split_paths` computes what is asked for and nothing else.
+    """Mark every node that takes a lowering, so that `split_paths` computes what is asked for and nothing else.
 
     Attributes:
         choices: one for each gate.
@@ -32,7 +32,7 @@ class ChooseKernels(ir.passes.InPlacePass):
         """Mark node by node."""
         gates = {}
         for node in model.graph:
-            if node.domain == DV and node.op_type == "GatedConv":
+            if takes_lowering(node):
                 choose(node, KERNELS)
                 gates[gate_name(node)] = Choice(gate_name(node), KERNELS, _REASON)
         self.choices = list(gates.values())

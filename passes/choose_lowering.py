@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from dvexport.errors import UsageError, unknown_name
-from dvexport.graph.graph import DV, gate_name
-from dvexport.graph.match import is_op
-from dvexport.passes.lowerings import LOWERINGS, MASKED, Abilities, CostTable, Shares, choose
+from dvexport.graph.graph import gate_name
+from dvexport.passes.lowerings import LOWERINGS, MASKED, Abilities, CostTable, Shares, choose, takes_lowering
 
 __all__ = ["Choice", "ChooseLowering"]
 
@@ -63,7 +62,7 @@ class ChooseLowering(ir.passes.InPlacePass):
         """Choose gate by gate."""
         gates: dict[str, list[ir.Node]] = {}
         for node in model.graph:
-            if is_op(node, "GatedConv", domain=DV):
+            if takes_lowering(node):
                 gates.setdefault(gate_name(node), []).append(node)
         self._check_overrides(gates)
         for gate, nodes in gates.items():

@@ -7,19 +7,18 @@ probes, so that their cost is still measured.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import onnx_ir as ir
 
 from dvexport.decisions import ACTION, KINDS, PROBE, TOKENS, Key, forced_name, probe_name
-from dvexport.dialect.gated_conv import GatedConv
-from dvexport.dialect.spec import decisions_at
-from dvexport.graph.graph import DV, Builder, depends_on_input, fresh_output, gate_name, static_shape
+from dvexport.dialect.spec import decisions_at, operator_of
+from dvexport.graph.graph import Builder, depends_on_input, fresh_output, gate_name, static_shape
+from dvexport.graph.match import is_op
+from dvexport.passes.lowerings import takes_lowering
 from dvexport.passes.propagate_inactive import PropagateInactive
 
 __all__ = ["ExposeProbes", "ForceDecisions", "decision_values", "forced_alone", "used_elsewhere"]
-
-_PROMISE = GatedConv.inputs.index("active_in?")
 
 
 def decision_values(model: ir.Model) -> dict[Key, ir.Value]:
@@ -36,7 +35,7 @@ def used_elsewhere(model: ir.Model) -> set[Key]:
     found = decision_values(model)
     return {
         key for key, value in found.items()
-        if value.is_graph_output() or any((node.domain, node.op_type) != (DV, "GatedConv") for node, _ in value.uses())
+        if value.is_graph_output() or any(not takes_lowering(node) for node, _ in value.uses())
     }  # fmt: skip
 
 
@@ -49,7 +48,7 @@ def forced_alone(model: ir.Model) -> bool:
     found = decision_values(model)
     if any(value is not found[gate, kind] for gate, kind, value in _decisions_read(model, found)):
         return False
-    return not any(depends_on_input(node.inputs[_PROMISE], but=found.values()) for node in _promising(model))
+    return not any(depends_on_input(promise, but=found.values()) for _, _, promise in _promises(model))
 
 
 class ExposeProbes(ir.passes.InPlacePass):
@@ -88,7 +87,7 @@ class ForceDecisions(ir.passes.InPlacePass):
             if kind == TOKENS.name:
                 _take(value, forced[gate, kind])
             for user, position in list(value.uses()):
-                if user.op_type == "Identity" and user.outputs[0].name in probes:
+                if is_op(user, "Identity") and user.outputs[0].name in probes:
                     continue
                 own = (gate_name(user), kind)
                 user.replace_input_with(position, forced.get(own, forced[gate, kind]))
@@ -103,7 +102,7 @@ def _decisions_read(model: ir.Model, found: Mapping[Key, ir.Value]) -> list[tupl
     """Return (gate, kind, value) of each decision of action or tiles, also where a gate's convolutions read copies."""
     read: dict[ir.Value, tuple[str, str, ir.Value]] = {}
     for node in model.graph:
-        if node.domain != DV or node.op_type != "GatedConv":
+        if not takes_lowering(node):
             continue
         for key, value in decisions_at(node).items():
             decision = found.get(key)
@@ -114,16 +113,19 @@ def _decisions_read(model: ir.Model, found: Mapping[Key, ir.Value]) -> list[tupl
 
 def _keep_promises(model: ir.Model, forced: Collection[ir.Value]) -> None:
     """Drop promises of zero channels that hold under the gates' own decisions only; those of forced ones take over."""
-    for node in _promising(model):
-        if depends_on_input(node.inputs[_PROMISE], but=forced):
-            node.replace_input_with(_PROMISE, None)
+    for node, place, promise in list(_promises(model)):
+        if depends_on_input(promise, but=forced):
+            node.replace_input_with(place, None)
     PropagateInactive()(model)
 
 
-def _promising(model: ir.Model) -> list[ir.Node]:
-    """Return the gated convolutions that are promised zero channels."""
-    gated = [node for node in model.graph if node.domain == DV and node.op_type == "GatedConv"]
-    return [node for node in gated if len(node.inputs) > _PROMISE and node.inputs[_PROMISE] is not None]
+def _promises(model: ir.Model) -> Iterator[tuple[ir.Node, int, ir.Value]]:
+    """Yield (node, position of the input, value) of every promise of zero channels."""
+    for node in model.graph:
+        operator = operator_of(node)
+        promise = operator.bind(node)[operator.promised] if operator is not None and operator.promised else None
+        if operator is not None and promise is not None:
+            yield node, operator.position(operator.promised), promise
 
 
 def _write(graph: ir.Graph, state: ir.Value, forced: ir.Value) -> None:

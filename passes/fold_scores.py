@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dvexport.graph.graph import Builder, array_of, replace_node
-from dvexport.graph.match import attributes_of
+from dvexport.graph.match import attributes_of, is_op, made_by
 
 __all__ = ["FoldScores"]
 
@@ -43,14 +43,14 @@ class _Match:
 
 
 def _match(node: ir.Node) -> _Match | None:
-    if node.op_type != "ArgMax" or node.domain:
+    if not is_op(node, "ArgMax"):
         return None
     scores = node.inputs[0]
-    reshape = None if scores is None else scores.producer()
-    if reshape is None or reshape.op_type != "Reshape" or scores is None or scores.shape is None:
+    reshape = made_by(scores, "Reshape")
+    if reshape is None or scores is None or scores.shape is None:
         return None
-    gemm = reshape.inputs[0].producer() if reshape.inputs[0] is not None else None
-    if gemm is None or gemm.op_type != "Gemm" or not _is_linear(gemm) or not _takes_first_over_last(node, scores):
+    gemm = made_by(reshape.inputs[0], "Gemm")
+    if gemm is None or not _is_linear(gemm) or not _takes_first_over_last(node, scores):
         return None
     _, channels, actions = scores.shape
     flat = array_of(gemm.inputs[1])

@@ -17,9 +17,10 @@ from itertools import pairwise
 import numpy as np
 import onnx_ir as ir
 
+from dvexport.decisions import ACTION
 from dvexport.dialect.spec import specification
-from dvexport.graph.graph import DV, Builder, array_of, gate_name
-from dvexport.passes.lowerings import lowering_of
+from dvexport.graph.graph import Builder, array_of, gate_name
+from dvexport.passes.lowerings import lowering_of, takes_lowering
 
 __all__ = [
     "ChannelStatistics",
@@ -118,54 +119,48 @@ class GroupChannels(ir.passes.InPlacePass):
         """Permute each gate's producer together with its consumers."""
         modified = False
         for node in list(model.graph):
-            if node.domain != DV or node.op_type != "GatedConv" or lowering_of(node) != "groups":
+            if not takes_lowering(node) or lowering_of(node) != "groups":
                 continue
             operator = specification(node)
             seen = self.statistics.get(gate_name(node))
             readers = _private_readers(node.outputs[0])
-            if seen is None or operator.bind(node)["action"] is None or readers is None:
+            if seen is None or ACTION.name not in operator.decided(node) or readers is None:
                 continue
             order, edges = group_order(seen.actions)
-            _permute(model, node, readers, order, edges)
+            _permute(node, readers, order, edges)
             modified = True
         return ir.passes.PassResult(model, modified)
 
 
 def _private_readers(value: ir.Value) -> list[ir.Node] | None:
-    """Return the gated convolutions that read a value, or None if anything else does (a residual sum, an output)."""
+    """Return the gated nodes that read a value, or None if anything else does (a residual sum, an output)."""
     uses = list(value.uses())
-    if value.is_graph_output() or any(user.domain != DV or user.op_type != "GatedConv" for user, _ in uses):
+    if value.is_graph_output() or any(not takes_lowering(user) for user, _ in uses):
         return None
     return [user for user, _ in uses]
 
 
-def _permute(model: ir.Model, node: ir.Node, readers: list[ir.Node], order: np.ndarray, edges: list[int]) -> None:
-    graph = node.graph
-    assert graph is not None
-    build = Builder(metadata=node.metadata_props)
-    for position, axis in ((1, 0), (2, 0)):
-        _permute_constant(build, node, position, axis, order)
-    _permute_decision(build, node, 3, order)
-    graph.insert_before(node, build.nodes)
+def _permute(node: ir.Node, readers: list[ir.Node], order: np.ndarray, edges: list[int]) -> None:
+    _reorder(node, specification(node).output_channels, order)
     node.metadata_props[_OUTPUTS] = json.dumps(edges)
     for reader in readers:
-        build = Builder(metadata=reader.metadata_props)
-        _permute_constant(build, reader, 1, 1, order)
-        _permute_decision(build, reader, 5, order)
-        graph.insert_before(reader, build.nodes)
+        _reorder(reader, specification(reader).input_channels, order)
         reader.metadata_props[_INPUTS] = json.dumps(edges)
 
 
-def _permute_constant(build: Builder, node: ir.Node, position: int, axis: int, order: np.ndarray) -> None:
-    value = node.inputs[position] if position < len(node.inputs) else None
-    array = array_of(value)
-    if array is not None:
-        node.replace_input_with(position, build.const(np.take(array, order, axis=axis)))
-
-
-def _permute_decision(build: Builder, node: ir.Node, position: int, order: np.ndarray) -> None:
-    value = node.inputs[position] if position < len(node.inputs) else None
-    if value is not None:
-        moved = build.op("Gather", value, build.const(order), axis=1)
-        moved.shape, moved.type = value.shape, value.type
-        node.replace_input_with(position, moved)
+def _reorder(node: ir.Node, axes: Mapping[str, int], order: np.ndarray) -> None:
+    """Reorder those inputs of a node that have a value for each channel, along their axis."""
+    operator, graph = specification(node), node.graph
+    assert graph is not None
+    build = Builder(metadata=node.metadata_props)
+    for name, axis in axes.items():
+        value, array = operator.bind(node)[name], array_of(operator.bind(node)[name])
+        if value is None:
+            continue
+        if array is not None:
+            moved = build.const(np.take(array, order, axis=axis))
+        else:
+            moved = build.op("Gather", value, build.const(order), axis=axis)
+            moved.shape, moved.type = value.shape, value.type
+        node.replace_input_with(operator.position(name), moved)
+    graph.insert_before(node, build.nodes)

@@ -9,7 +9,7 @@ of an `If`, which costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,10 @@ from dvexport.dialect.conv import activate, dense_conv
 from dvexport.dialect.masks import upsample
 from dvexport.dialect.spec import specification
 from dvexport.graph.graph import DV, Builder, branch, replace_node, static_shape
+from dvexport.graph.match import made_by
 from dvexport.passes.lowerings import convs_lowered_as
 
-__all__ = ["LowerChannels", "any_true", "settle", "unmerged"]
+__all__ = ["LowerChannels", "any_true", "lower_convs", "unmerged"]
 
 
 class LowerChannels(ir.passes.InPlacePass):
@@ -29,23 +30,32 @@ class LowerChannels(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Lower each node on its own."""
-        nodes = convs_lowered_as(model, "channels")
-        for node in nodes:
-            _lower(node)
-        return ir.passes.PassResult(model, bool(nodes))
+        return ir.passes.PassResult(model, lower_convs(model, "channels", _compute))
 
 
-def _lower(node: ir.Node) -> None:
-    operator = specification(node)
-    inputs, attributes = operator.bind(node), operator.attributes_of(node)
-    build = Builder(metadata=node.metadata_props)
+Compute = Callable[[Builder, Mapping[str, ir.Value | None], Mapping[str, Any], ir.Node], ir.Value]
+"""Writes what a `SparseConv` computes, from its inputs and attributes by name."""
+
+
+def lower_convs(model: ir.Model, lowering: str, compute: Compute) -> bool:
+    """Replace each `SparseConv` of gates with this lowering by what `compute` writes; return whether there was any."""
+    nodes = convs_lowered_as(model, lowering)
+    for node in nodes:
+        operator = specification(node)
+        inputs, build = operator.bind(node), Builder(metadata=node.metadata_props)
+        y = compute(build, inputs, operator.attributes_of(node), node)
+        replace_node(node, build, [_settle(build, y, inputs, node)])
+    return bool(nodes)
+
+
+def _compute(
+    build: Builder, inputs: Mapping[str, ir.Value | None], attributes: Mapping[str, Any], node: ir.Node
+) -> ir.Value:
     if inputs["rows"] is not None:
-        y = _chosen_rows(build, inputs, attributes, static_shape(node.outputs[0]))
-    elif inputs["active_in"] is not None:
-        y = _active_inputs(build, inputs, attributes, static_shape(node.outputs[0]))
-    else:
-        y = _plain(build, inputs, attributes)
-    replace_node(node, build, [settle(build, y, inputs, node)])
+        return _chosen_rows(build, inputs, attributes, static_shape(node.outputs[0]))
+    if inputs["active_in"] is not None:
+        return _active_inputs(build, inputs, attributes, static_shape(node.outputs[0]))
+    return _plain(build, inputs, attributes)
 
 
 def _chosen_rows(
@@ -109,7 +119,7 @@ def _finish(
     return activate(build, y, attributes["activation"])
 
 
-def settle(build: Builder, y: ir.Value, inputs: Mapping[str, ir.Value | None], node: ir.Node) -> ir.Value:
+def _settle(build: Builder, y: ir.Value, inputs: Mapping[str, ir.Value | None], node: ir.Node) -> ir.Value:
     """Keep `base` outside the active tiles."""
     tiles = inputs["tiles"]
     if tiles is None:
@@ -121,8 +131,8 @@ def settle(build: Builder, y: ir.Value, inputs: Mapping[str, ir.Value | None], n
 
 def unmerged(x: ir.Value) -> ir.Value:
     """See through a `Merge` that only zeroes channels: what reads active channels alone needs no zeros."""
-    node = x.producer()
-    if node is None or node.domain != DV or node.op_type != "Merge":
+    node = made_by(x, "Merge", domain=DV)
+    if node is None:
         return x
     operator = specification(node)
     inputs = operator.bind(node)

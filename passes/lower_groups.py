@@ -16,11 +16,9 @@ import onnx_ir as ir
 
 from dvexport.dialect.conv import activate, dense_conv
 from dvexport.dialect.masks import channel_mask
-from dvexport.dialect.spec import specification
-from dvexport.graph.graph import Builder, array_of, branch, replace_node, static_shape
+from dvexport.graph.graph import Builder, array_of, branch, static_shape
 from dvexport.passes.group_channels import input_groups, output_groups
-from dvexport.passes.lower_channels import any_true, settle
-from dvexport.passes.lowerings import convs_lowered_as
+from dvexport.passes.lower_channels import any_true, lower_convs
 
 __all__ = ["LowerGroups"]
 
@@ -30,21 +28,13 @@ class LowerGroups(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Lower each node on its own."""
-        nodes = convs_lowered_as(model, "groups")
-        for node in nodes:
-            _lower(node)
-        return ir.passes.PassResult(model, bool(nodes))
+        return ir.passes.PassResult(model, lower_convs(model, "groups", _compute))
 
 
-def _lower(node: ir.Node) -> None:
-    operator = specification(node)
-    inputs, attributes = operator.bind(node), operator.attributes_of(node)
-    build = Builder(metadata=node.metadata_props)
-    if inputs["rows"] is not None:
-        y = _output_groups(build, inputs, attributes, node)
-    else:
-        y = _input_groups(build, inputs, attributes, node)
-    replace_node(node, build, [settle(build, y, inputs, node)])
+def _compute(
+    build: Builder, inputs: Mapping[str, ir.Value | None], attributes: Mapping[str, Any], node: ir.Node
+) -> ir.Value:
+    return (_input_groups if inputs["rows"] is None else _output_groups)(build, inputs, attributes, node)
 
 
 def _output_groups(

@@ -13,7 +13,7 @@ from typing import ClassVar, Protocol
 import onnx_ir as ir
 
 from dvexport.dialect.conv import plane_size
-from dvexport.dialect.spec import specification
+from dvexport.dialect.spec import operator_of, specification
 from dvexport.graph.graph import DV, static_shape
 from dvexport.graph.match import is_op
 from dvexport.passes.tiles.winograd import WINOGRAD_STEPS, winograd_applies
@@ -32,6 +32,7 @@ __all__ = [
     "convs_lowered_as",
     "lowering_of",
     "names",
+    "takes_lowering",
 ]
 
 MASKED = "masked"
@@ -40,6 +41,8 @@ KERNELS = "kernels"
 """What `ChooseKernels` says of a gate: no lowering, the backend has kernels for it."""
 
 _KEY = "dv.lowering"
+_CONV = "SparseConv"
+"""What is computed of a gated convolution, the operator that costs are measured of."""
 _DEFAULT_RATE = 0.5
 
 
@@ -53,6 +56,12 @@ def choose(node: ir.Node, lowering: str) -> None:
     node.metadata_props[_KEY] = lowering
 
 
+def takes_lowering(node: ir.Node) -> bool:
+    """Tell whether a node's work is governed by a gate that is given a lowering."""
+    operator = operator_of(node)
+    return operator is not None and bool(operator.part)
+
+
 class CostPoint(Protocol):
     """A measured point: `size` is `ConvShape` and the percentage computed."""
 
@@ -64,7 +73,7 @@ class CostPoint(Protocol):
 
 def convs_lowered_as(model: ir.Model, lowering: str) -> list[ir.Node]:
     """Return the `SparseConv` nodes of gates whose choice is `lowering`."""
-    return [node for node in model.graph if is_op(node, "SparseConv", domain=DV) and lowering_of(node) == lowering]
+    return [node for node in model.graph if is_op(node, _CONV, domain=DV) and lowering_of(node) == lowering]
 
 
 @dataclass(frozen=True)
@@ -156,10 +165,12 @@ class Lowering:
 
     Attributes:
         name: as users, manifests and cost tables give it.
-        follows: the input of `GatedConv` that its work follows, nothing if it follows none.
+        parts: the operators that it lowers (`Operator.part`), empty for a lowering that serves every gate.
+        follows: the input of a gated operator that its work follows, nothing if it follows none.
         fallback: whether it may be chosen without measured costs.
     """
 
+    parts: ClassVar[tuple[str, ...]] = ()
     follows: ClassVar[str] = ""
     fallback: ClassVar[bool] = True
 
@@ -168,12 +179,21 @@ class Lowering:
 
     def why_not(self, nodes: list[ir.Node], abilities: Abilities) -> str | None:
         """Return why the gate of these nodes can't be lowered so, None if it can."""
+        for operator in map(specification, nodes):
+            if self.parts and operator.part not in self.parts:
+                return f"it has no way to compute a part of {operator.name}"
+        return self.obstacle(nodes, abilities)
+
+    def obstacle(self, nodes: list[ir.Node], abilities: Abilities) -> str | None:
+        """Return what is in the way with nodes that it lowers, None if nothing."""
         return None
 
     def expected(self, nodes: list[ir.Node], rates: Shares, costs: CostTable) -> float | None:
         """Return the expected milliseconds of a frame, None where nothing like it was measured."""
         total = 0.0
         for node in nodes:
+            if specification(node).part != _CONV:
+                return None
             for rate in self.rates(node, rates):
                 ms = costs.expected(self.kernel(node), _shape_of(node), rate)
                 if ms is None:
@@ -198,13 +218,14 @@ class Lowering:
 class _Tiles(Lowering):
     """Active tiles as matrix products, Winograd's where `step` is given and a convolution allows it."""
 
+    parts = (_CONV,)
     follows = "tiles"
 
     def __init__(self, name: str, step: int | None = None) -> None:
         super().__init__(name)
         self.step = step
 
-    def why_not(self, nodes: list[ir.Node], abilities: Abilities) -> str | None:
+    def obstacle(self, nodes: list[ir.Node], abilities: Abilities) -> str | None:
         if not abilities.dynamic_shapes:
             return _NO_DYNAMIC_SHAPES
         for node in nodes:
@@ -239,9 +260,10 @@ class _Tiles(Lowering):
 class _Channels(Lowering):
     """Chosen rows of the weight, gathered."""
 
+    parts = (_CONV,)
     follows = "action"
 
-    def why_not(self, nodes: list[ir.Node], abilities: Abilities) -> str | None:
+    def obstacle(self, nodes: list[ir.Node], abilities: Abilities) -> str | None:
         lacking = self.lacking(abilities)
         if lacking is not None:
             return lacking

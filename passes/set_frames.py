@@ -14,6 +14,7 @@ import onnx_ir as ir
 from dvexport.dialect.spec import operator_of
 from dvexport.errors import TraceError, UsageError
 from dvexport.graph.graph import FRAMES, array_of, source_of, whole_clip_of
+from dvexport.graph.match import is_op
 
 __all__ = ["SetClip", "SetStream"]
 
@@ -73,18 +74,18 @@ class SetStream(ir.passes.InPlacePass):
 
 def _refuse_mixing(node: ir.Node) -> None:
     """Refuse a node that changes or drops the frame axis."""
-    if operator_of(node) is not None or node.op_type in ("Shape", "Size"):
+    if operator_of(node) is not None or is_op(node, "Shape", "Size"):
         return
     reads_frames = any(v is not None and _frame_dims(v) for v in node.inputs)
     makes_frames = any(_frame_dims(v) for v in node.outputs)
-    if not reads_frames and (not makes_frames or node.op_type in _ALIKE):
+    if not reads_frames and (not makes_frames or is_op(node, *_ALIKE)):
         return
     mixes = not reads_frames or _works_along_frames(node)
     for value in node.outputs:
         dims = _frame_dims(value)
         if dims == [(0, FRAMES)] and not mixes:
             continue
-        starts = array_of(node.inputs[1]) if node.op_type == "Slice" else None
+        starts = array_of(node.inputs[1]) if is_op(node, "Slice") else None
         ahead = starts is not None and np.any(starts > 0)
         verb = "reads the frame ahead" if ahead else "mixes frames"
         raise TraceError(
@@ -105,14 +106,13 @@ def _works_along_frames(node: ir.Node) -> bool:
     if value is None or (0, FRAMES) not in _frame_dims(value):
         return False
     axes: list[int] = []
-    if node.op_type == "CumSum":
+    if is_op(node, "CumSum"):
         axes = [int(np.ravel(_known(node, 1))[0])]
-    elif node.op_type == "Slice" and len(node.inputs) > 4:  # a flip is a slice of step -1
+    elif is_op(node, "Slice") and len(node.inputs) > 4:  # a flip is a slice of step -1
         stepped = zip(np.ravel(_known(node, 3)), np.ravel(_known(node, 4)), strict=True)
         axes = [int(axis) for axis, step in stepped if step != 1]
-    elif node.op_type in _ALONG_AXIS:
-        given = node.attributes.get("axis")
-        axes = [_ALONG_AXIS[node.op_type] if given is None else given.as_int()]
+    elif is_op(node, *_ALONG_AXIS):
+        axes = [node.attributes.get_int("axis", _ALONG_AXIS[node.op_type])]
     assert value.shape is not None
     return any(axis % len(value.shape) == 0 for axis in axes)
 

@@ -17,7 +17,7 @@ import onnx_ir.passes.common as common
 
 from dvexport.dialect.masks import tile_index
 from dvexport.graph.graph import Builder, array_of, replace_node
-from dvexport.graph.match import attributes_of
+from dvexport.graph.match import attributes_of, is_op, made_by
 
 __all__ = ["SharePooling"]
 
@@ -29,7 +29,7 @@ class SharePooling(ir.passes.InPlacePass):
         """Rewrite every match; pooling may then have to move before its new readers."""
         modified = False
         for node in list(model.graph):
-            if node.op_type == "ReduceMean" and not node.domain and _over_plane(node):
+            if is_op(node, "ReduceMean") and _over_plane(node):
                 modified |= _rewrite(node)
         if modified:
             common.TopologicalSortPass()(model)
@@ -65,7 +65,7 @@ def _rewrite(node: ir.Node) -> bool:
 def _even_pool(x: ir.Value) -> ir.Value | None:
     """Return x pooled to a grid of even cells, if something computes it."""
     for node, _ in x.uses():
-        if node.domain or node.op_type != "AveragePool" or x.shape is None:
+        if not is_op(node, "AveragePool") or x.shape is None:
             continue
         kernel = list(node.attributes["kernel_shape"].as_ints())
         strides = list(node.attributes["strides"].as_ints()) if "strides" in node.attributes else [1, 1]
@@ -78,8 +78,8 @@ def _even_pool(x: ir.Value) -> ir.Value | None:
 
 def _masked(value: ir.Value) -> tuple[ir.Value, ir.Value] | None:
     """Match x * Unsqueeze(upsample(tiles), 1); return x and the float tile mask `[N, gh, gw]`."""
-    product = value.producer()
-    if product is None or product.op_type != "Mul" or len(value.uses()) != 1:
+    product = made_by(value, "Mul")
+    if product is None or len(value.uses()) != 1:
         return None
     for index in range(2):
         x, mask = product.inputs[1 - index], product.inputs[index]
@@ -92,16 +92,16 @@ def _masked(value: ir.Value) -> tuple[ir.Value, ir.Value] | None:
 
 def _upsampled(mask: ir.Value) -> ir.Value | None:
     """See through Unsqueeze and the two gathers of the nearest rule."""
-    unsqueeze = mask.producer()
-    if unsqueeze is None or unsqueeze.op_type != "Unsqueeze":
+    unsqueeze = made_by(mask, "Unsqueeze")
+    if unsqueeze is None:
         return None
     value = unsqueeze.inputs[0]
     for _ in range(2):
-        gather = value.producer() if value is not None else None
-        if gather is None or gather.op_type != "Gather" or gather.inputs[0] is None:
+        gather = made_by(value, "Gather")
+        if gather is None or gather.inputs[0] is None:
             return None
         source, index = gather.inputs[0], array_of(gather.inputs[1])
-        axis = gather.attributes["axis"].as_int() if "axis" in gather.attributes else 0
+        axis = gather.attributes.get_int("axis", 0)
         if index is None or source.shape is None or not isinstance(source.shape[axis], int):
             return None
         if not np.array_equal(index, tile_index(len(index), int(source.shape[axis]))):  # type: ignore[arg-type]

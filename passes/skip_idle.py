@@ -20,7 +20,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from dvexport.graph.graph import OPSET, Builder
-from dvexport.graph.match import attributes_of
+from dvexport.graph.match import attributes_of, is_op, made_by
 
 __all__ = ["SkipIdle"]
 
@@ -36,7 +36,7 @@ class SkipIdle(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Wrap the smallest region first: what a gate owes lies inside what the gate computes."""
-        lists = [node for node in model.graph if node.op_type == "NonZero" and not node.domain]
+        lists = [node for node in model.graph if is_op(node, "NonZero")]
         sizes = {node: len(_dependents(_Uses(model.graph), node)[0]) for node in lists}
         modified = False
         for node in sorted(lists, key=lambda node: sizes[node]):
@@ -139,7 +139,7 @@ def _dependents(uses: _Uses, entry: ir.Node) -> tuple[set[ir.Node], list[ir.Node
         node = waiting.pop()
         if node in dependent or node in scatters:
             continue
-        if node.op_type == "ScatterND" and not node.domain and _lists(node.inputs[1], entry.outputs[0]):
+        if is_op(node, "ScatterND") and _lists(node.inputs[1], entry.outputs[0]):
             scatters[node] = None
         else:
             dependent.add(node)
@@ -150,10 +150,10 @@ def _dependents(uses: _Uses, entry: ir.Node) -> tuple[set[ir.Node], list[ir.Node
 def _lists(indices: ir.Value | None, entries: ir.Value) -> bool:
     """Tell whether indices are empty when `entries` are: looked up by them, and viewed otherwise at most."""
     while indices is not None and indices is not entries:
-        node = indices.producer()
-        if node is None or node.op_type not in ("Gather", "Unsqueeze"):
+        node = made_by(indices, "Gather", "Unsqueeze")
+        if node is None:
             return False
-        indices = node.inputs[1 if node.op_type == "Gather" else 0]
+        indices = node.inputs[1 if is_op(node, "Gather") else 0]
     return indices is entries
 
 
@@ -170,7 +170,7 @@ def _kept_outside(uses: _Uses, entry: ir.Node, makers: list[ir.Node | None]) -> 
     kept = [entry]
     for maker in makers:
         if maker in uses.order:
-            kept += uses.producers(maker) if maker.op_type in _AGAIN else [maker]  # type: ignore[union-attr,arg-type,list-item]
+            kept += uses.producers(maker) if is_op(maker, *_AGAIN) else [maker]  # type: ignore[union-attr,arg-type,list-item]
     return uses.reach(kept, forward=False)
 
 

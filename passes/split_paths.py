@@ -23,17 +23,17 @@ import numpy as np
 import onnx_ir as ir
 
 from dvexport.decisions import Action
-from dvexport.dialect.spec import specification
+from dvexport.dialect.spec import OPERATORS, specification
 from dvexport.graph.graph import DV, Builder, gate_name, replace_node, static_shape
 from dvexport.graph.match import attributes_of
 from dvexport.graph.state import add_state, remove_state, state_input, states_of
-from dvexport.passes.lowerings import KERNELS, LOWERINGS, MASKED, lowering_of
+from dvexport.passes.lowerings import KERNELS, LOWERINGS, MASKED, lowering_of, takes_lowering
 
 __all__ = ["SplitPaths"]
 
 
 class SplitPaths(ir.passes.InPlacePass):
-    """Turn every `GatedConv` whose gate is not lowered to a mask into `SparseConv` and `Merge`.
+    """Turn every gated node whose gate is not lowered to a mask into its `part` (`SparseConv`) and `Merge`.
 
     Requires: frames fixed, a lowering chosen for every gate.
     """
@@ -42,7 +42,7 @@ class SplitPaths(ir.passes.InPlacePass):
         """Split node by node."""
         modified = False
         for node in list(model.graph):
-            if node.domain != DV or node.op_type != "GatedConv" or lowering_of(node) == MASKED:
+            if not takes_lowering(node) or lowering_of(node) == MASKED:
                 continue
             split = _Split.of(model, node)
             streams = any(state.name == f"{split.gate}.history" for state in states_of(model))
@@ -89,17 +89,17 @@ class _Split:
         tiles: ir.Value | None = None,
         base: ir.Value | None = None,
     ) -> ir.Value:
-        """Write a `SparseConv` with this node's weight.
+        """Write the operator's `part` with this node's weight.
 
-        `active_in` speaks of this frame's input only: what is owed reads the previous one's.
+        A promise of zero channels speaks of this frame's input only: what is owed reads the previous one's.
         """
-        inputs = self.inputs
-        active_in = inputs["active_in"] if x is inputs["X"] else None
-        attributes = attributes_of(self.node)
-        out = self.build.op(
-            "SparseConv", x, inputs["W"], inputs["B"], rows, tiles, active_in, None, base,
-            domain=DV, **attributes,
-        )  # fmt: skip
+        operator = specification(self.node)
+        part = OPERATORS[operator.part]
+        given = {**self.inputs, "X": x, "rows": rows, "tiles": tiles, "base": base}
+        if operator.promised and x is not self.inputs["X"]:
+            given[operator.promised] = None
+        inputs = [given.get(name.rstrip("?")) for name in part.inputs]
+        out = self.build.op(part.name, *inputs, domain=DV, **attributes_of(self.node))
         out.shape, out.type = self.node.outputs[0].shape, self.node.outputs[0].type
         return out
 

@@ -85,7 +85,7 @@ def _reads_at(node: ir.Node, value: ir.Value, pixels: ir.Value) -> bool:
 def _flat(value: ir.Value, shape: Iterable[int]) -> ir.Value | None:
     """Return what reshapes a value to a constant shape, if the graph has it."""
     for node, position in value.uses():
-        if node.op_type == "Reshape" and not node.domain and position == 0:
+        if is_op(node, "Reshape") and position == 0:
             asked = array_of(node.inputs[1])
             if asked is not None and tuple(asked) == tuple(shape):
                 return node.outputs[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from dvexport.dialect.spec import operator_of
+from dvexport.graph.match import is_op
 
 __all__ = ["is_nonnegative"]
 
@@ -14,9 +15,9 @@ def is_nonnegative(value: ir.Value, depth: int = 64) -> bool:
     node = value.producer()
     if node is None or depth == 0:
         return False
-    if node.domain == "" and node.op_type in ("Relu", "Sigmoid", "Abs"):
+    if is_op(node, "Relu", "Sigmoid", "Abs"):
         return True
-    if node.domain == "" and node.op_type in ("MaxPool", "AveragePool", "Identity"):
+    if is_op(node, "MaxPool", "AveragePool", "Identity"):
         return is_nonnegative(node.inputs[0], depth - 1)  # type: ignore[arg-type]
     operator = operator_of(node)
     if operator is None or operator.name != "SparseConv":

@@ -24,8 +24,9 @@ from dvexport.decisions import ACTION, PROBE
 from dvexport.dialect.gated_macs import Decisions, GatedMacs
 from dvexport.dialect.spec import operator_of
 from dvexport.graph.graph import gate_name
+from dvexport.graph.match import is_op
 
-__all__ = ["Decisions", "ExecutedFlops", "FlopTable", "GatedMacs", "dense_nodes", "flop_table", "operator_flops"]
+__all__ = ["Decisions", "ExecutedFlops", "FlopTable", "GatedMacs", "dense_nodes", "flop_table"]
 
 
 @dataclass(frozen=True)
@@ -112,27 +113,6 @@ def flop_table(model: ir.Model, dense: ir.Model | None = None) -> FlopTable:
     return FlopTable(fixed, decisions, gated, None if dense is None else flop_table(dense).fixed)
 
 
-def operator_flops(model: ir.Model) -> int:
-    """Count a model's operators by fvcore's rules, by which STA's tables are made (official code).
-
-    Convolutions and matrix products 1 for each multiply-accumulate, batched ones included; layer norm 5 for each
-    element; softmax, GELU, top-k, sums and gathers nothing. `Delay`, `FrameMean` and `SelectTokens` nothing.
-
-    Args:
-        model: gate level or lowered, every shape static (a model that reads whole clips).
-    """
-    total = 0
-    for node in model.graph:
-        if node.domain == "" and node.op_type == "LayerNormalization":
-            total += _LAYER_NORM * prod(_shape(node.outputs[0]))
-        else:
-            total += _macs(node)
-    return total
-
-
-_LAYER_NORM = 5
-
-
 def dense_nodes(model: ir.Model) -> set[ir.Node]:
     """Nodes the logits depend on when every gate computes everything."""
     found: set[ir.Node] = set()
@@ -161,11 +141,11 @@ def _actions(model: ir.Model) -> dict[ir.Value, str]:
 
 def _macs(node: ir.Node) -> int:
     """MACs of a standard node; anything but convolutions and matrix products counts nothing."""
-    if node.op_type == "Conv":
+    if is_op(node, "Conv"):
         return prod(_shape(node.inputs[1])[1:]) * prod(_shape(node.outputs[0]))
-    if node.op_type in ("Gemm", "MatMul"):
+    if is_op(node, "Gemm", "MatMul"):
         left = _shape(node.inputs[0])
-        depth = left[0 if "transA" in node.attributes and node.attributes["transA"].as_int() else -1]
+        depth = left[0 if node.attributes.get_int("transA", 0) else -1]
         return depth * prod(_shape(node.outputs[0]))
     return 0
 

@@ -14,7 +14,8 @@ from dvexport.dialect.conv import CONV_ATTRIBUTES, activate, conv_problems, conv
 from dvexport.dialect.gated_macs import GatedMacs
 from dvexport.dialect.merge import merge
 from dvexport.dialect.spec import Operator
-from dvexport.graph.graph import Builder, gate_name
+from dvexport.graph.graph import Builder, array_of, gate_name
+from dvexport.graph.match import is_op
 from dvexport.graph.state import add_state, remove_state, state_input, states_of
 
 __all__ = ["GatedConv"]
@@ -37,6 +38,11 @@ class GatedConv(Operator):
     attributes = CONV_ATTRIBUTES
     decisions: ClassVar[Mapping[str, str]] = {ACTION.name: "action", TILES.name: "tiles"}
     dense = ("X", "W", "B")
+    part = "SparseConv"
+    promised = "active_in"
+    ordinary = "Conv"
+    output_channels: ClassVar[Mapping[str, int]] = {"W": 0, "B": 0, "action": 1}
+    input_channels: ClassVar[Mapping[str, int]] = {"W": 1, "active_in": 1}
 
     def infer(self, node: ir.Node) -> None:
         """U is `[N, Cout, H', W']`."""
@@ -79,6 +85,12 @@ class GatedConv(Operator):
             tiled=inputs["tiles"] is not None,
         )
 
+    def adopts(self, node: ir.Node) -> bool:
+        """A convolution of one group, with explicit padding and a constant weight."""
+        explicit = node.attributes.get_string("auto_pad", "NOTSET") == "NOTSET"
+        ungrouped = node.attributes.get_int("group", 1) == 1
+        return is_op(node, self.ordinary) and ungrouped and explicit and array_of(node.inputs[1]) is not None
+
     def drop_gate(self, model: ir.Model, node: ir.Node) -> bool:
         """Keep X, W and B; policies become dead code."""
         if len(node.outputs) > 1:
@@ -96,7 +108,7 @@ class GatedConv(Operator):
         name = f"{gate_name(node)}.history"
         read = state_input(model, name, node.outputs[0])
         node.resize_inputs(len(self.inputs))
-        node.replace_input_with(self.inputs.index("init_history?"), read)
+        node.replace_input_with(self.position("init_history"), read)
         node.resize_outputs(len(self.outputs))
         add_state(model, name, read, node.outputs[self.outputs.index("last_history?")])
 
@@ -118,5 +130,5 @@ def _gate_behind(active_in: ir.Value | None, actions: Mapping[ir.Value, str]) ->
     if active_in is None or active_in in actions:
         return actions.get(active_in, "") if active_in is not None else ""
     node = active_in.producer()
-    inputs = node.inputs if node is not None and node.op_type in _COMPARISONS else ()
+    inputs = node.inputs if node is not None and is_op(node, *_COMPARISONS) else ()
     return next((gate for value in inputs if (gate := _gate_behind(value, actions))), "")

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from dvexport.dialect.spec import Operator
 from dvexport.graph.graph import DV, Builder, static_shape
+from dvexport.graph.match import made_by
 
 __all__ = ["FromRows", "ToRows", "rows_of", "rows_shape", "zero_row"]
 
@@ -28,10 +29,8 @@ def rows_shape(plane: Sequence[int]) -> tuple[int, int]:
 
 def rows_of(value: ir.Value) -> ir.Value | None:
     """Return the rows of a plane, if a `FromRows` made it."""
-    node = value.producer()
-    if node is not None and node.domain == DV and node.op_type == "FromRows":
-        return node.inputs[0]
-    return None
+    node = made_by(value, "FromRows", domain=DV)
+    return None if node is None else node.inputs[0]
 
 
 def zero_row(build: Builder, rows: ir.Value, channels: int) -> ir.Value:

@@ -38,7 +38,13 @@ class Operator:
     - `dense`: the inputs that the dense model needs, None for all;
     - `gated_macs`: what a node executes, as a function of decisions;
     - `drop_gate`: the node without its gate;
-    - `stream`: what the node keeps from one frame of a stream to the next.
+    - `stream`: what the node keeps from one frame of a stream to the next;
+    - `part`: the operator that recomputes a part of the output, by input names that both share; an operator
+      that has one is given a lowering, gate by gate;
+    - `promised`: the input that promises which channels of the first input are not zero;
+    - `ordinary`: the standard operator that this one is without decisions and promises (`adopts`);
+    - `output_channels`, `input_channels`: the inputs that have a value for each channel of the first output or of
+      the first input, and the axis of these.
     """
 
     name: ClassVar[str]
@@ -47,6 +53,11 @@ class Operator:
     attributes: ClassVar[Mapping[str, Any]] = {}
     decisions: ClassVar[Mapping[str, str]] = {}
     dense: ClassVar[tuple[str, ...] | None] = None
+    part: ClassVar[str] = ""
+    promised: ClassVar[str] = ""
+    ordinary: ClassVar[str] = ""
+    output_channels: ClassVar[Mapping[str, int]] = {}
+    input_channels: ClassVar[Mapping[str, int]] = {}
 
     def __init_subclass__(cls) -> None:
         OPERATORS[cls.name] = cls()
@@ -115,6 +126,17 @@ class Operator:
     def drop_gate(self, model: ir.Model, node: ir.Node) -> bool:
         """Make the node what it is in the dense model, in place; return whether anything changed."""
         return False
+
+    def adopts(self, node: ir.Node) -> bool:
+        """Tell whether a standard node, with its inputs in the same order, could be one of these."""
+        return False
+
+    def position(self, name: str) -> int:
+        """Return where an input stands; PassError if there is none of this name."""
+        for position, each in enumerate(self.inputs):
+            if each.rstrip("?") == name:
+                return position
+        raise PassError(f"{self.name} has no input '{name}'")
 
     def stream(self, model: ir.Model, node: ir.Node) -> None:
         """Turn what the node keeps across frames into states of the model, in place; one frame a step.

@@ -12,6 +12,8 @@ from math import prod
 
 import onnx_ir as ir
 
+from dvexport.graph.match import is_op
+
 __all__ = ["fold_constants"]
 
 _UNLIMITED = 1 << 40
@@ -33,7 +35,7 @@ def fold_constants(model: ir.Model) -> None:
 
 def _blows_up(node: ir.Node) -> bool:
     """Tell whether a node makes more of a table than the table is; its indices are often shared."""
-    if node.op_type != "Gather" or node.domain:
+    if not is_op(node, "Gather"):
         return False
     rows, shape = node.inputs[0], node.outputs[0].shape
     table = None if rows is None else ir.convenience.get_const_tensor(rows)

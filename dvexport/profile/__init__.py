@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dvexport.profile.run import profile, profile_frames
+    from dvexport.profile.run import profile
 
-__all__ = ["profile", "profile_frames"]
+__all__ = ["profile"]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -11,7 +9,7 @@ from rich.table import Table
 from dvexport.profile.advice import advise
 from dvexport.profile.result import GateStats, ProfileResult
 
-__all__ = ["gate_table", "headline", "number", "print_result", "result_table", "token_table"]
+__all__ = ["gate_table", "headline", "number", "print_result", "token_table"]
 
 PIPED_WIDTH = 160
 
@@ -100,10 +98,3 @@ def print_result(result: ProfileResult, console: Console | None = None) -> None:
     for advice in advise(result):
         where = f"{advice.gate}: " if advice.gate else ""
         console.print(escape(f"{advice.severity}: {where}{advice.text}"), highlight=False, soft_wrap=True)
-
-
-def result_table(result: ProfileResult) -> str:
-    """Return what `print_result` prints, as plain text."""
-    text = io.StringIO()
-    print_result(result, Console(file=text))
-    return text.getvalue()

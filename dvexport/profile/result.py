@@ -31,7 +31,6 @@ __all__ = [
     "StepStats",
     "StepTimes",
     "TokenStage",
-    "read_json",
     "write_json",
 ]
 
@@ -335,16 +334,3 @@ def write_json(result: ProfileResult, path: str | Path, advice: Iterable[Mapping
     text = json.dumps(result.to_dict() | {"advice": list(advice)}, indent=1) + "\n"
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def read_json(path: str | Path) -> ProfileResult:
-    """Read what `write_json` wrote.
-
-    Raises:
-        UsageError: the file cannot be read, or is not a profile.
-    """
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError("cannot read the profile", where=str(path), why=str(error)) from error
-    return ProfileResult.from_dict(data)

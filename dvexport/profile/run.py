@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from dvexport.bundle.archive import Bundle
     from dvexport.bundle.manifest import GateEntry, Manifest
 
-__all__ = ["profile", "profile_frames"]
+__all__ = ["profile"]
 
 DEFAULT_RUNS = 10
 _RECORDED_STEPS = 12
@@ -122,15 +122,6 @@ def profile(
         tokens_ms=nodes.gate_ms.get(TOKENS.name),
         whole_clip=gated.whole_clip,
     )
-
-
-def profile_frames(
-    bundle: Bundle,
-    clip: str | Path | None = None,
-    inputs: str | Path | Mapping[str, np.ndarray] | None = None,
-) -> np.ndarray:
-    """Return the frames that `profile` runs on as uint8 `[T, H, W, 3]`, for pictures; errors as `profile`."""
-    return load_clip(bundle, clip, inputs).images
 
 
 def _check_request(manifest: Manifest, device: str, rates: Mapping[str, float], runs: int) -> None:

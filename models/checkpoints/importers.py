@@ -16,27 +16,15 @@ from torch import Tensor, nn
 
 from dvexport.errors import CheckpointError, UsageError
 from dvexport.models.checkpoints.checkpoint import Checkpoint, read_checkpoint
-from dvexport.models.checkpoints.layouts import Layout, infer_mobilenet, infer_resnet, recognise
-from dvexport.models.checkpoints.transformer_layouts import (
-    infer_video_swin,
-    infer_vit,
-    recognise_transformer,
-    swin_name,
-    vit_name,
-)
-from dvexport.models.checkpoints.untold import ROLES, as_settings, questions, refusal
-from dvexport.models.config import CONFIGS, ViTConfig, parse_settings
+from dvexport.models.checkpoints.families import FAMILIES, layout_of
+from dvexport.models.checkpoints.layouts import Layout
+from dvexport.models.checkpoints.untold import as_settings, questions, refusal
+from dvexport.models.config import ViTConfig, parse_settings
 
 __all__ = ["ImportPlan", "ImportReport", "contradiction", "load_weights", "plan_import"]
 
 _FREE = ("frames", "size")
 """Asked of a foreign file; of one that tells them, the same weights may be run with others."""
-_IDENTITY = {
-    "resnet": ("depth", "channel_gates", "tile_gates"),
-    "vit": ("embed_dim", "depth"),
-    "video_swin": ("embed_dim", "depths"),
-}
-"""Options that make one zoo model another, by family."""
 
 
 @dataclass(frozen=True)
@@ -113,10 +101,10 @@ def plan_import(
     checkpoint = read_checkpoint(path)
     if checkpoint.metadata is not None:
         return _plan_own(checkpoint, name, family, settings)
-    layout = _recognise(checkpoint.state, str(path))
-    facts = _infer(layout, str(path))
+    layout = layout_of(checkpoint.state, str(path))
+    facts = FAMILIES[layout.family].infer(layout, str(path))
     # A transformer's size and the direction of a shift may be given by name; a ResNet's depth is its zoo name.
-    free = settings if family in _TRANSFORMERS else {k: v for k, v in settings.items() if k == "shift"}
+    free = settings if FAMILIES[family].transformer else {k: v for k, v in settings.items() if k == "shift"}
     mismatch = _mismatch(family, {**defaults, **free}, layout, facts)
     if mismatch:
         raise CheckpointError(
@@ -178,7 +166,7 @@ def _check_tokens(layout: Layout, options: Mapping[str, Any], where: str) -> Non
 
 
 def _other_model(family: str, facts: Mapping[str, Any]) -> str:
-    likely = likely_name(family, facts)
+    likely = FAMILIES[family].likely(facts)
     if likely:
         return f"use {likely}, the most likely model"
     return "--set shift=none" if family == "mobilenet" else "give its size with --set, see the options"
@@ -195,9 +183,9 @@ def _plan_own(checkpoint: Checkpoint, name: str, family: str, settings: Mapping[
             why=f"it was saved as {about.get('architecture')}",
             hint=f"use {about.get('architecture')}",
         )
-    known = parse_settings(CONFIGS[family], about.get("settings", {}))
+    known = parse_settings(FAMILIES[family].config, about.get("settings", {}))
     for option, value in settings.items():
-        free = option in _FREE or ROLES[family][option] in ("chosen", "training")
+        free = option in _FREE or FAMILIES[family].roles[option] in ("chosen", "training")
         if not free and known.get(option, value) != value:
             said = {option: known[option]}
             raise contradiction({option: value}, said, "checkpoint", str(checkpoint.path), "it was trained with")
@@ -205,44 +193,11 @@ def _plan_own(checkpoint: Checkpoint, name: str, family: str, settings: Mapping[
     return ImportPlan({**known, **settings}, checkpoint.state, report)
 
 
-_INFER = {
-    "resnet": infer_resnet,
-    "mobilenet": infer_mobilenet,
-    "vit": infer_vit,
-    "video_swin": infer_video_swin,
-}
-_TRANSFORMERS = ("vit", "video_swin")
-
-
-def _recognise(state: Mapping[str, Any], where: str) -> Layout:
-    return recognise_transformer(state, where) or recognise(state, where)
-
-
-def _infer(layout: Layout, where: str) -> dict[str, Any]:
-    return _INFER[layout.family](layout, where)
-
-
-def likely_name(family: str, facts: Mapping[str, Any]) -> str | None:
-    """Return the zoo name of the model that inferred options describe, None if there is none."""
-    if family in _TRANSFORMERS:
-        return vit_name(facts) if family == "vit" else swin_name(facts)
-    if family == "mobilenet":
-        by_shift = {"bidirectional": "tsm_mobilenetv2", "none": None, None: "tsm_online_mobilenetv2"}
-        return by_shift[facts.get("shift")]
-    suffix = f"resnet{facts['depth']}"
-    if facts["tile_gates"]:
-        return f"dstep_{suffix}"
-    if facts["channel_gates"]:
-        last_only = facts["depth"] == 50 and facts.get("enabled_stages") == (3,)
-        return f"adafuse_{suffix}_last" if last_only else f"adafuse_{suffix}"
-    return f"tsm_{suffix}" if facts.get("shift") == "bidirectional" else f"tsn_{suffix}"
-
-
 def _mismatch(family: str, defaults: Mapping[str, Any], layout: Layout, facts: Mapping[str, Any]) -> str:
     """Return in what the checkpoint is another model than the one with `defaults`, empty if in nothing."""
     if layout.family != family:
         return f"its layers are those of a {layout.family}"
-    differing = [o for o in _IDENTITY.get(family, ()) if o in facts and facts[o] != defaults[o]]
+    differing = [o for o in FAMILIES[family].identity if o in facts and facts[o] != defaults[o]]
     if "shift" in facts and _shifts(facts) != _shifts(defaults):
         differing.append("shift")
     return "its weights say " + _joined({o: facts[o] for o in differing}) if differing else ""
@@ -302,8 +257,9 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, where: str) -
 def _hint(state: Mapping[str, Tensor]) -> str | None:
     """Return which zoo model the keys belong to, None if they tell nothing."""
     try:
-        layout = _recognise(state, "")
-        likely = likely_name(layout.family, _infer(layout, ""))
+        layout = layout_of(state, "")
+        family = FAMILIES[layout.family]
+        likely = family.likely(family.infer(layout, ""))
         return f"the most likely model is {likely}" if likely else None
     except CheckpointError:
         return None

@@ -21,8 +21,10 @@ __all__ = [
     "guess_foreign",
     "infer_mobilenet",
     "infer_resnet",
+    "mobilenet_name",
     "recognise",
     "renamed",
+    "resnet_name",
     "shape_of",
 ]
 
@@ -103,30 +105,55 @@ def recognise(state: Mapping[str, Any], where: str) -> Layout:
     official = any(key.startswith("base_model.") for key in keys)
     keys = renamed(keys, lambda key: key.removeprefix("base_model."), where)
     _refuse_variants(keys, where)
-    mobile = any(key.startswith("features.") for key in keys)
-    if not mobile and not any(key.startswith("layer1.") for key in keys):
-        raise _unknown_layout(state, where)
-    if any(".policy_net." in key or ".downsample0." in key for key in keys):
-        tables, keys = _split_shared_tables(keys)
-        keys = renamed(keys, _rename, where)
-        _check_shared_tables(tables, keys, where)
-        return Layout("official AdaFuse / D-STEP", "resnet", keys, None, "block", bool(tables))
-    unmarked = renamed(keys, lambda key: key.replace(".net.", "."), where)
-    if not mobile:
-        _depth(unmarked, where)  # ResNet-101 is shifted in every second block
-    place = shift_place(keys, mobile, where)
-    keys = unmarked
-    if mobile:
-        keys = renamed(keys, lambda key: re.sub(r"^new_fc\.", "classifier.", key), where)
+    for marks, read in _LAYOUTS:
+        if all(any(re.search(mark, key) for key in keys) for mark in marks):
+            return read(keys, official, where)
+    raise _unknown_layout(state, where)
+
+
+def _gated(keys: dict[str, Any], official: bool, where: str) -> Layout:
+    tables, keys = _split_shared_tables(keys)
     keys = renamed(keys, _rename, where)
+    _check_shared_tables(tables, keys, where)
+    return Layout("official AdaFuse / D-STEP", "resnet", keys, None, "block", bool(tables))
+
+
+def _mobilenet(keys: dict[str, Any], official: bool, where: str) -> Layout:
+    place = shift_place(keys, True, where)
+    unmarked = renamed(keys, _without_mark, where)
+    unmarked = renamed(unmarked, lambda key: re.sub(r"^new_fc\.", "classifier.", key), where)
+    return _shifted("mobilenet", unmarked, place, official, where)
+
+
+def _resnet(keys: dict[str, Any], official: bool, where: str) -> Layout:
+    unmarked = renamed(keys, _without_mark, where)
+    _depth(unmarked, where)  # ResNet-101 is shifted in every second block
+    return _shifted("resnet", unmarked, shift_place(keys, False, where), official, where)
+
+
+def _without_mark(key: str) -> str:
+    """Return a key without what says that its block is shifted."""
+    return key.replace(".net.", ".")
+
+
+def _shifted(family: str, unmarked: Mapping[str, Any], place: str | None, official: bool, where: str) -> Layout:
     marked = official or place is not None
     return Layout(
         kind="official TSM / TSN" if marked else "plain",
-        family="mobilenet" if mobile else "resnet",
-        state=keys,
+        family=family,
+        state=renamed(unmarked, _rename, where),
         shifted=place is not None if marked else None,
         shift_place=place,
     )
+
+
+_POLICIES = r"\.policy_net\.|\.downsample0\."
+_LAYOUTS: tuple[tuple[tuple[str, ...], Callable[[dict[str, Any], bool, str], Layout]], ...] = (
+    ((r"^(features|layer1)\.", _POLICIES), _gated),
+    ((r"^features\.",), _mobilenet),
+    ((r"^layer1\.",), _resnet),
+)
+"""Layouts by the patterns that all have to stand among the keys; the first that fits is it."""
 
 
 def renamed(state: Mapping[str, Any], rename: Callable[[str], str], where: str) -> dict[str, Any]:
@@ -332,6 +359,17 @@ def _hidden_facts(hidden: Mapping[int, int], where: str) -> dict[str, int]:
     raise CheckpointError("the hidden sizes of the policy nets follow no rule", where=where, why=sizes)
 
 
+def resnet_name(facts: Mapping[str, Any]) -> str:
+    """Return the zoo name of the ResNet that inferred options describe."""
+    suffix = f"resnet{facts['depth']}"
+    if facts["tile_gates"]:
+        return f"dstep_{suffix}"
+    if facts["channel_gates"]:
+        last_only = facts["depth"] == 50 and facts.get("enabled_stages") == (3,)
+        return f"adafuse_{suffix}_last" if last_only else f"adafuse_{suffix}"
+    return f"tsm_{suffix}" if facts.get("shift") == "bidirectional" else f"tsn_{suffix}"
+
+
 _MOBILE_LAYERS = ("features.0.0.weight", "features.2.conv.6.weight", "classifier.weight")
 
 
@@ -352,6 +390,12 @@ def infer_mobilenet(layout: Layout, where: str) -> dict[str, Any]:
     shape_of(state, "features.0.0.weight", 4, where)
     check_colours(state, "features.0.0.weight", where)
     return facts | _shift_facts(layout)
+
+
+def mobilenet_name(facts: Mapping[str, Any]) -> str | None:
+    """Return the zoo name of the MobileNetV2 that inferred options describe, None if there is none."""
+    by_shift = {"bidirectional": "tsm_mobilenetv2", "none": None, None: "tsm_online_mobilenetv2"}
+    return by_shift[facts.get("shift")]
 
 
 def _mobile_widths(width: float) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """What nothing in a checkpoint tells: which options are asked for, and how.
 
-One rule for every option of every family (`ROLES`), so that no file is read as another model without a word:
+One rule for every option of every family (`Family.roles`), so that no file is read as another model without a word:
 
 - `inferred`: keys, shapes or tables of the weights tell it. A setting that says otherwise is refused.
 - `named`: the zoo has a name for each choice, so the name that was asked for tells it.
@@ -10,7 +10,7 @@ One rule for every option of every family (`ROLES`), so that no file is read as 
 - `chosen`: no property of the weights; what to make of them, such as how many tokens to prune.
 - `training`: without effect on what the weights compute.
 
-An option may be asked for with one layout and inferred with another: `ROLES` says what holds where nothing tells.
+An option may be asked for with one layout and inferred with another: the role says what holds where nothing tells.
 """
 
 from __future__ import annotations
@@ -21,40 +21,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dvexport.errors import UntoldError
+from dvexport.models.checkpoints.families import FAMILIES
 
-__all__ = ["ROLES", "Question", "as_settings", "questions", "refusal"]
-
-ROLES: dict[str, dict[str, str]] = {
-    "resnet": {
-        **dict.fromkeys(("depth", "width", "classes", "channel_gates", "tile_gates", "enabled_stages"), "inferred"),
-        **dict.fromkeys(("history", "skipping", "hidden", "hidden_quota", "gate_bn", "shared_policies"), "inferred"),
-        **dict.fromkeys(("shift", "shift_div", "shift_place", "gate_relu", "gate_pool", "frames", "size"), "asked"),
-        "semantics": "named",
-        "sampling": "chosen",
-        "tau": "training",
-        "dropout": "training",
-    },
-    "mobilenet": {
-        **dict.fromkeys(("width", "classes"), "inferred"),
-        **dict.fromkeys(("shift_div", "frames", "size"), "asked"),
-        "shift": "named",
-        "dropout": "training",
-    },
-    "vit": {
-        **dict.fromkeys(("depth", "embed_dim", "mlp_ratio", "patch", "tubelet", "classes", "mean_pooling"), "inferred"),
-        **dict.fromkeys(("heads", "frames", "size"), "asked"),
-        **dict.fromkeys(("norm_eps", "head_eps"), "fixed"),
-        **dict.fromkeys(("drop_path", "dropout"), "training"),
-        **{f"sta_{name}": "chosen" for name in ("r", "groups", "stages", "direction", "method", "seed")},
-    },
-    "video_swin": {
-        **dict.fromkeys(("embed_dim", "depths", "heads", "patch", "mlp_ratio", "classes"), "inferred"),
-        **dict.fromkeys(("window", "frames", "size"), "asked"),
-        **dict.fromkeys(("drop_path", "dropout"), "training"),
-        **{f"sta_{name}": "chosen" for name in ("r", "method", "seed")},
-    },
-}
-"""The role of every option, by family."""
+__all__ = ["Question", "as_settings", "questions", "refusal"]
 
 
 @dataclass(frozen=True)
@@ -122,7 +91,7 @@ _HEADS_384 = ("attention heads", (("6", "official ViT-S"), ("16", "ViT-S as conv
 def questions(
     family: str, options: Mapping[str, Any], told: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> list[Question]:
-    """Return the questions that an import has to ask, in the order of `ROLES`.
+    """Return the questions that an import has to ask, in the order of the family's roles.
 
     Args:
         family: of the model.
@@ -130,7 +99,7 @@ def questions(
         told: what the weights and the model's name tell.
         settings: what was given by name.
     """
-    asked = [option for option, role in ROLES[family].items() if role == "asked"]
+    asked = [option for option, role in FAMILIES[family].roles.items() if role == "asked"]
     open_ones = [o for o in asked if o not in told and o not in settings and _matters(family, o, options)]
     return [Question(option, *_text(family, option, options), options[option]) for option in open_ones]
 
@@ -145,7 +114,7 @@ def _matters(family: str, option: str, options: Mapping[str, Any]) -> bool:
 def _text(family: str, option: str, options: Mapping[str, Any]) -> tuple[str, tuple[tuple[str, str], ...]]:
     if option == "heads" and options["embed_dim"] == 384:
         return _HEADS_384
-    if option == "frames" and family in ("vit", "video_swin"):
+    if option == "frames" and FAMILIES[family].transformer:
         return _TRANSFORMER_FRAMES
     return _TEXTS[option]
 

@@ -11,8 +11,9 @@ import math
 
 from torch import Tensor, nn
 
-from dvexport.models.base import VideoModel, imagenet_preprocess
+from dvexport.models.base import VideoModel
 from dvexport.models.config import MobileNetConfig
+from dvexport.models.networks.classifier import classifier_of_clips
 from dvexport.models.networks.shift import temporal_shift
 
 __all__ = ["InvertedResidual", "MobileNetV2"]
@@ -71,13 +72,7 @@ class MobileNetV2(VideoModel):
     config: MobileNetConfig
 
     def __init__(self, config: MobileNetConfig, name: str = "mobilenetv2") -> None:
-        super().__init__(
-            name=name,
-            config=config,
-            preprocess=imagenet_preprocess(config.size, config.frames),
-            labels=[f"class {i}" for i in range(config.classes)],
-            causal=config.causal,
-        )
+        super().__init__(**classifier_of_clips(config, name))
         features: list[nn.Module] = [nn.Sequential(*_conv_bn(3, _STEM, 3, 2), nn.ReLU6())]
         inputs = _STEM
         for expand, channels, count, first_stride in _STAGES:

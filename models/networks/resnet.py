@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dvexport import gates
-from dvexport.models.base import VideoModel, imagenet_preprocess
+from dvexport.models.base import VideoModel
 from dvexport.models.config import ResNetConfig
+from dvexport.models.networks.classifier import classifier_of_clips
 from dvexport.models.networks.policies import BlockGates, ChannelPolicy, Decision, TileMask
 from dvexport.models.networks.shift import temporal_shift
 
@@ -183,13 +184,7 @@ class ResNet(VideoModel):
     config: ResNetConfig
 
     def __init__(self, config: ResNetConfig, name: str = "resnet") -> None:
-        super().__init__(
-            name=name,
-            config=config,
-            preprocess=imagenet_preprocess(config.size, config.frames),
-            labels=[f"class {i}" for i in range(config.classes)],
-            causal=config.causal,
-        )
+        super().__init__(**classifier_of_clips(config, name))
         stem = _scaled(64, config.width)
         self.conv1, self.bn1 = nn.Conv2d(3, stem, 7, 2, padding=3, bias=False), nn.BatchNorm2d(stem)
         self.maxpool = nn.MaxPool2d(3, 2, padding=1)

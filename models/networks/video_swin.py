@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 from dvexport import gates
 from dvexport.errors import UsageError
-from dvexport.models.base import VideoModel, imagenet_preprocess
+from dvexport.models.base import VideoModel
 from dvexport.models.config import VideoSwinConfig
+from dvexport.models.networks.classifier import classifier_of_clips
 from dvexport.models.networks.vit import DropPath, Mlp, drop_rates
 from dvexport.models.pruning import sta
 from dvexport.models.pruning.random_drop import drop_at_random, random_scores
@@ -337,14 +338,7 @@ class VideoSwin(VideoModel):
     """
 
     def __init__(self, config: VideoSwinConfig, name: str = "video_swin") -> None:
-        super().__init__(
-            name=name,
-            config=config,
-            preprocess=imagenet_preprocess(config.size, config.frames),
-            labels=[f"class {i}" for i in range(config.classes)],
-            causal=False,
-            whole_clip=True,
-        )
+        super().__init__(**classifier_of_clips(config, name, whole_clip=True))
         rates = drop_rates(config.drop_path, sum(config.depths))
         self.patch_embed = PatchEmbedding(config)
         self.layers = nn.ModuleList(

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dvexport.models.base import VideoModel, imagenet_preprocess
+from dvexport.models.base import VideoModel
 from dvexport.models.config import ViTConfig
+from dvexport.models.networks.classifier import classifier_of_clips
 from dvexport.models.pruning import sta
 
 __all__ = ["Attention", "Block", "Mlp", "TubeletEmbedding", "VisionTransformer", "drop_rates", "position_table"]
@@ -131,14 +132,7 @@ class VisionTransformer(VideoModel):
     """
 
     def __init__(self, config: ViTConfig, name: str = "vit") -> None:
-        super().__init__(
-            name=name,
-            config=config,
-            preprocess=imagenet_preprocess(config.size, config.frames),
-            labels=[f"class {i}" for i in range(config.classes)],
-            causal=False,
-            whole_clip=True,
-        )
+        super().__init__(**classifier_of_clips(config, name, whole_clip=True))
         rates = drop_rates(config.drop_path, config.depth)
         self.patch_embed = TubeletEmbedding(config)
         self.register_buffer("positions", position_table(config.tokens, config.embed_dim), persistent=False)

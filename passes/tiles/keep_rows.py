@@ -24,6 +24,7 @@ import onnx_ir.passes.common as common
 from dvexport.dialect.conv import plane_size
 from dvexport.dialect.rows import rows_of, rows_shape, zero_row
 from dvexport.graph.graph import DV, Builder, array_of, replace_node, static_shape
+from dvexport.graph.match import is_op
 from dvexport.graph.state import add_state, remove_state, state_input, states_of
 from dvexport.passes.tiles.pixel_tables import tile_pixels, windows
 from dvexport.passes.tiles.pool_rows import average_pool, conv_to_one_channel, rows_at_hand
@@ -53,7 +54,7 @@ class KeepRows(ir.passes.InPlacePass):
 
 
 def _layout_changes(model: ir.Model) -> int:
-    return sum(node.op_type in ("ToRows", "FromRows") for node in model.graph)
+    return sum(is_op(node, "ToRows", "FromRows", domain=DV) for node in model.graph)
 
 
 def _as_rows(build: Builder, value: ir.Value) -> ir.Value:
@@ -89,14 +90,12 @@ def _conv(build: Builder, node: ir.Node) -> ir.Value | None:
 def _pointwise(build: Builder, node: ir.Node) -> ir.Value | None:
     """A 1x1 convolution without padding, any stride."""
     x, weight = node.inputs[0], array_of(node.inputs[1])
-    group = node.attributes.get("group")
-    pads = node.attributes.get("pads")
-    plain = (group is None or group.as_int() == 1) and (pads is None or not any(pads.as_ints()))
+    plain = node.attributes.get_int("group", 1) == 1 and not any(node.attributes.get_ints("pads", (0,)))
     if weight is None or weight.shape[2:] != (1, 1) or not plain:
         return None
     assert x is not None
     frames, channels, height, width = static_shape(node.outputs[0])
-    strides = tuple(node.attributes["strides"].as_ints()) if "strides" in node.attributes else (1, 1)
+    strides = node.attributes.get_ints("strides", (1, 1))
     pixels = tile_pixels((height, width), (1, 1))
     reads = windows(pixels, plane_size(x), frames, (1, 1), (strides[0], strides[1])).reshape(-1)
     y = build.op("Gather", rows_of(x), build.const(reads), axis=0)
@@ -111,7 +110,7 @@ def _plane_mean(build: Builder, node: ir.Node) -> ir.Value | None:
     axes = array_of(node.inputs[1]) if len(node.inputs) > 1 else None
     if axes is None or sorted(int(a) % 4 for a in axes) != [2, 3]:
         return None
-    keep = "keepdims" not in node.attributes or node.attributes["keepdims"].as_int() == 1
+    keep = node.attributes.get_int("keepdims", 1) == 1
     return _mean(build, node, [1, 1] if keep else [])
 
 
@@ -169,7 +168,7 @@ def _keep_state(model: ir.Model, name: str) -> None:
     (state,) = (s for s in states_of(model) if s.name == name)
     read = next(v for v in model.graph.inputs if v.name == state.input)
     users: Sequence[ir.Node] = read.consumers()
-    if len(state.shape) != 4 or not users or any(u.op_type != "ToRows" for u in users):
+    if len(state.shape) != 4 or not users or not all(is_op(user, "ToRows", domain=DV) for user in users):
         return
     read, write = remove_state(model, name)
     rows = state_input(model, name, users[0].outputs[0])

@@ -26,6 +26,7 @@ from dvexport.decisions import Action
 from dvexport.dialect.masks import share_of
 from dvexport.dialect.spec import specification
 from dvexport.graph.graph import DV, Builder, replace_node, static_shape
+from dvexport.graph.match import is_op, made_by
 from dvexport.passes.lowerings import lowering_of, names
 from dvexport.passes.tiles.tile_products import Compact, Place, convolve, from_rows, to_rows
 
@@ -47,16 +48,16 @@ class LowerTiles(ir.passes.InPlacePass):
         modified = False
         for node in list(model.graph):
             choice = lowering_of(node)
-            if choice not in names("tiles") or node.domain != DV:
+            if choice not in names("tiles"):
                 continue
             output = node.outputs[0]
-            if node.op_type == "SparseConv" and _only_history(node):
+            if is_op(node, "SparseConv", domain=DV) and _only_history(node):
                 known.overlays[output] = _lower_history(node)
-            elif node.op_type == "SparseConv":
+            elif is_op(node, "SparseConv", domain=DV):
                 _lower_conv(node, choice, known)
-            elif node.op_type == "Merge" and _stays_compact(node):
+            elif is_op(node, "Merge", domain=DV) and _stays_compact(node):
                 known.compact[output] = _lower_merge(node, known)
-            elif node.op_type == "Merge":
+            elif is_op(node, "Merge", domain=DV):
                 _lower_merge_to_plane(node, known)
             else:
                 continue
@@ -100,8 +101,7 @@ def _only_history(node: ir.Node) -> bool:
     (user, position) = uses[0]
     inputs = _inputs(node)
     return (
-        user.op_type == "Merge"
-        and user.domain == DV
+        is_op(user, "Merge", domain=DV)
         and position == 1
         and inputs["base"] is not None
         and inputs["rows"] is None
@@ -118,8 +118,7 @@ def _stays_compact(merge: ir.Node) -> bool:
         not small
         and not merge.outputs[0].is_graph_output()
         and all(
-            user.op_type == "SparseConv"
-            and user.domain == DV
+            is_op(user, "SparseConv", domain=DV)
             and position == 0
             and lowering_of(user) in names("tiles")
             and _inputs(user)["tiles"] is tiles
@@ -132,8 +131,8 @@ def _implies(tiles: ir.Value | None, wanted: ir.Value | None) -> bool:
     """Tell whether a mask is `wanted`, or a conjunction with it."""
     if tiles is wanted:
         return True
-    node = tiles.producer() if tiles is not None else None
-    return node is not None and node.op_type == "And" and any(_implies(v, wanted) for v in node.inputs)
+    node = made_by(tiles, "And")
+    return node is not None and any(_implies(v, wanted) for v in node.inputs)
 
 
 def _inputs(node: ir.Node) -> Mapping[str, ir.Value | None]:

@@ -23,7 +23,7 @@ from dvexport.dialect.conv import plane_size
 from dvexport.dialect.rows import rows_of, rows_shape
 from dvexport.geometry import output_size
 from dvexport.graph.graph import DV, Builder, array_of, static_shape
-from dvexport.graph.match import attributes_of, made_by
+from dvexport.graph.match import attributes_of, is_op, made_by
 from dvexport.passes.tiles.pixel_tables import tile_pixels, windows
 
 __all__ = ["average_pool", "conv_to_one_channel", "rows_at_hand"]
@@ -31,7 +31,7 @@ __all__ = ["average_pool", "conv_to_one_channel", "rows_at_hand"]
 
 def rows_at_hand(value: ir.Value) -> ir.Value | None:
     """Return the rows of a plane: what it was made of, or what another node needs anyway."""
-    made_for = (node.outputs[0] for node, _ in value.uses() if node.domain == DV and node.op_type == "ToRows")
+    made_for = (node.outputs[0] for node, _ in value.uses() if is_op(node, "ToRows", domain=DV))
     return rows_of(value) or next(made_for, None)
 
 

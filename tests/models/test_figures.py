@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from fvcore_flops import operator_flops
 
-from dvexport.dialect.flops import operator_flops
 from dvexport.models import token_figures, zoo
 from dvexport.models.figures import figures, footprint, table
 from dvexport.models.token_figures import PUBLISHED, operators, vit_flops

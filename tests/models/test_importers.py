@@ -8,12 +8,12 @@ import official_layouts as official
 import pytest
 import torch
 from models_reference import randomize_norms
+from random_gates import randomize_gates
 from safetensors.torch import save_file
 
 from dvexport.errors import CheckpointError, UsageError
 from dvexport.models import zoo
 from dvexport.models.checkpoints.checkpoint import read_checkpoint
-from dvexport.models.networks.policies import randomize_gates
 
 SMALL = {"width": 0.125, "classes": 6, "size": (64, 64)}
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models_reference import randomize_norms, resnet
+from random_gates import randomize_gates
 
 from dvexport import gates
 from dvexport.errors import TraceError
 from dvexport.models import zoo
 from dvexport.models.config import ResNetConfig
-from dvexport.models.networks.policies import Decision, TileMask, executed_macs, pool_to_grid, randomize_gates
+from dvexport.models.networks.policies import Decision, TileMask, executed_macs, pool_to_grid
 from dvexport.models.networks.resnet import ResNet
 
 SMALL = {"width": 0.125, "classes": 5, "size": (64, 64), "dropout": 0.0}

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
 from models_reference import randomize_norms, resnet
+from random_gates import randomize_gates
 from sample_transformers import keys_of_width, small_swin
 
 import dvexport
@@ -18,9 +19,7 @@ from dvexport.errors import CheckpointError, UntoldError, UsageError
 from dvexport.export import build_model
 from dvexport.models import zoo
 from dvexport.models.checkpoints.checkpoint import save_checkpoint
-from dvexport.models.checkpoints.untold import ROLES
-from dvexport.models.config import CONFIGS
-from dvexport.models.networks.policies import randomize_gates
+from dvexport.models.checkpoints.families import FAMILIES
 
 SMALL = {"width": 0.125, "classes": 6, "size": (64, 64), "frames": 4}
 ANSWERS = {"size": 64, "frames": 4}
@@ -48,11 +47,11 @@ def clip(frames=4):
     return torch.randn(frames, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("family", ROLES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_option_has_a_role(family):
-    fields = {field.name for field in dataclasses.fields(CONFIGS[family])}
-    assert set(ROLES[family]) == fields
-    assert set(ROLES[family].values()) <= {"inferred", "named", "asked", "fixed", "chosen", "training"}
+    fields = {field.name for field in dataclasses.fields(FAMILIES[family].config)}
+    assert set(FAMILIES[family].roles) == fields
+    assert set(FAMILIES[family].roles.values()) <= {"inferred", "named", "asked", "fixed", "chosen", "training"}
 
 
 class Shifted(torch.nn.Module):

@@ -17,7 +17,6 @@ from dvexport.profile.result import (
     NodeTime,
     ProfileResult,
     StepTimes,
-    read_json,
     write_json,
 )
 from dvexport.targets.registry import backend_of
@@ -159,4 +158,4 @@ def test_advice_goes_into_json_by_kind(result: ProfileResult, tmp_path: Path) ->
         (one.kind.value, one.gate, one.lowering) for one in advice
     ]
     assert ("gate-costs-more", "layer4.1", "masked") in {(one["kind"], one["gate"], one["lowering"]) for one in found}
-    assert advise(read_json(tmp_path / "p.json")) == advice
+    assert advise(ProfileResult.from_dict(json.loads((tmp_path / "p.json").read_text()))) == advice

@@ -12,7 +12,7 @@ from bundles import FRAMES, SIZE, noise, small_bundle
 
 from dvexport.dialect.flops import FlopTable
 from dvexport.errors import ClipError, DeviceError, UsageError
-from dvexport.profile import profile, profile_frames
+from dvexport.profile import profile
 from dvexport.profile.clip import load_clip
 from dvexport.profile.environment import device_info
 from dvexport.profile.measure import interleaved, random_decisions, warm_up
@@ -145,7 +145,7 @@ def test_the_downsample_of_a_block_is_none_of_its_gate(bundle):
 
 def test_the_result_survives_json_and_makes_a_page(bundle, result):
     assert ProfileResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
-    frames = profile_frames(bundle)
+    frames = load_clip(bundle, None).images
     assert frames.shape == (FRAMES, SIZE, SIZE, 3)
     assert "layer4.1" in render_html(result, frames)
 
@@ -172,7 +172,7 @@ def test_a_video_is_profiled_frame_by_frame(bundle, tmp_path):
     steps = []
     result = profile(bundle, clip=path, runs=1, warmup_s=0.0, progress=steps.append)
     assert (result.clip.name, result.clip.frames, result.clip.fps) == ("c.mp4", 7, 7.0)
-    assert len(profile_frames(bundle, path)) == len(result.steps) == 7
+    assert len(load_clip(bundle, path).images) == len(result.steps) == 7
     assert steps[0] == "read the clip"
     with pytest.raises(ClipError):
         profile(bundle, clip=tmp_path / "missing.mp4")

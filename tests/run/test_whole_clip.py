@@ -12,13 +12,15 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from fvcore_flops import operator_flops
+from sample_profile import result_table
 from toy_transformer import Toy, ToyConfig, toy
 
 from dvexport import gates
 from dvexport.bundle.archive import Bundle
 from dvexport.bundle.levels import DENSE_LEVEL, GATE_LEVEL, read_level
 from dvexport.bundle.limits import Limits
-from dvexport.dialect.flops import flop_table, operator_flops
+from dvexport.dialect.flops import flop_table
 from dvexport.errors import CheckFailed, ClipError, TraceError, UsageError
 from dvexport.export import export
 from dvexport.graph.weights import WEIGHTS
@@ -27,7 +29,7 @@ from dvexport.passes.pipeline import Request
 from dvexport.profile import profile
 from dvexport.profile.clip import load_clip
 from dvexport.profile.report import render_html
-from dvexport.profile.report_text import headline, result_table
+from dvexport.profile.report_text import headline
 from dvexport.profile.result import ProfileResult
 from dvexport.run.compare import decision_rows
 from dvexport.run.golden import moving_texture, torch_steps

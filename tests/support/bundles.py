@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from random_gates import randomize_gates
 
 from dvexport.bundle.archive import Bundle
 from dvexport.export import export
 from dvexport.models import zoo
 from dvexport.models.base import VideoModel
-from dvexport.models.networks.policies import randomize_gates
 
 FRAMES, SIZE = 5, 64
 

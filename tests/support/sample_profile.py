@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
+import io
 
+import numpy as np
+from rich.console import Console
+
+from dvexport.profile.report_text import print_result
 from dvexport.profile.result import (
     ClipInfo,
     DeviceInfo,
@@ -113,3 +117,10 @@ def make_frames(side: int = 112) -> np.ndarray:
         centre = side * (1.5 + 4.5 * frame / FRAMES) / GRID
         frames[frame, np.hypot(rows - side * 0.55, columns - centre) < side * 0.13] = [235, 190, 90]
     return frames.clip(0, 255).astype(np.uint8)
+
+
+def result_table(result: ProfileResult) -> str:
+    """Return what `print_result` prints, as plain text."""
+    text = io.StringIO()
+    print_result(result, Console(file=text))
+    return text.getvalue()

@@ -7,10 +7,11 @@ import math
 
 import pytest
 import torch
+from random_gates import randomize_gates
 
 from dvexport import gates
 from dvexport.models import zoo
-from dvexport.models.networks.policies import ChannelPolicy, Decision, TileMask, executed_macs, randomize_gates
+from dvexport.models.networks.policies import ChannelPolicy, Decision, TileMask, executed_macs
 from dvexport.models.training import losses
 
 SKIP, REUSE, COMPUTE = 0, 1, 2

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dvexport.graph.graph import Builder, replace_node
+from dvexport.graph.match import is_op
 
 __all__ = ["ExpandGelu"]
 
@@ -28,7 +29,7 @@ class ExpandGelu(ir.passes.InPlacePass):
 
 def _is_exact(node: ir.Node) -> bool:
     approximate = node.attributes.get("approximate")
-    return node.op_type == "Gelu" and not node.domain and (not approximate or approximate.as_string() == "none")
+    return is_op(node, "Gelu") and (not approximate or approximate.as_string() == "none")
 
 
 def _expand(node: ir.Node) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dvexport.graph.graph import Builder, array_of, known_shape
+from dvexport.graph.match import is_op
 
 __all__ = ["FoldKeyBiases"]
 
@@ -27,7 +28,7 @@ class FoldKeyBiases(ir.passes.InPlacePass):
         """Fold bias after bias before every softmax."""
         folded = 0
         for node in list(model.graph):
-            if node.op_type != "Softmax" or node.domain:
+            if not is_op(node, "Softmax"):
                 continue
             while (found := _found(node)) is not None:
                 _fold(*found)
@@ -44,11 +45,11 @@ def _found(softmax: ir.Node) -> tuple[ir.Node, ir.Value, ir.Value, ir.Node] | No
         node = value.producer()
         if node is None or node.domain or len(value.uses()) != 1 or value.is_graph_output():
             return None
-        if node.op_type == "MatMul":
+        if is_op(node, "MatMul"):
             sums = [each for each in sums if _is_of_keys(each[2], value)]
             dynamic = all(each is not None and array_of(each) is None for each in node.inputs)
             return (*sums[0], node) if sums and dynamic else None
-        if node.op_type != "Add":
+        if not is_op(node, "Add"):
             return None
         left, right = node.inputs
         assert left is not None and right is not None

@@ -81,7 +81,7 @@ def _loop_around(softmax: ir.Node, order: Mapping[ir.Node, int]) -> bool:
 
 def _is_large(node: ir.Node) -> bool:
     """Tell whether a node is a softmax over the scores of windows that are worth a loop."""
-    if node.op_type != "Softmax" or node.domain:
+    if not is_op(node, "Softmax"):
         return False
     shape = known_shape(node.outputs[0])
     return len(shape) == _AXES and shape[0] > 1 and prod(shape) * _FLOAT_BYTES > _WORTH
@@ -153,11 +153,11 @@ def _each(node: ir.Node, made: _Axis, windows: int) -> dict[ir.Value, _Axis] | N
     if made != (0, 1) or rank != _AXES:
         return None
     inputs = [value for value in node.inputs if value is not None]
-    if node.op_type == "MatMul" and any(array_of(value) is not None for value in inputs):
+    if is_op(node, "MatMul") and any(array_of(value) is not None for value in inputs):
         return None  # a linear layer is better done for all windows at once
-    if node.op_type in ("Softmax", "Concat") and node.attributes.get_int("axis", -1) % rank == 0:
+    if is_op(node, "Softmax", "Concat") and node.attributes.get_int("axis", -1) % rank == 0:
         return None
-    if node.op_type == "Pad":
+    if is_op(node, "Pad"):
         pads = array_of(inputs[1])
         if pads is None or pads.size != 2 * rank or pads[0] or pads[rank]:
             return None
@@ -240,7 +240,7 @@ def _loop(region: _Region, last: ir.Value, nodes: Sequence[ir.Node], count: int)
     for value, axis in region.inside.items():
         value.shape = ir.Shape(_cut(value, axis, count))
     for each in nodes:
-        if each.op_type == "Reshape":
+        if is_op(each, "Reshape"):
             each.replace_input_with(1, build.ints(*known_shape(each.outputs[0])))
     graph.remove(nodes)
     body = ir.Graph(parts, [last], nodes=nodes, opset_imports={"": OPSET}, name=f"{last.name}.windows")

@@ -17,7 +17,7 @@ from dvexport.errors import UsageError
 from dvexport.targets.runtime import DEFAULT_THREADS, MOST_THREADS
 from dvexport.targets.tvm.artifact import NativeArtifact, build_artifact
 from dvexport.targets.tvm.build import link
-from dvexport.targets.tvm.calls.program import ALGORITHMS
+from dvexport.targets.tvm.calls.draft import ALGORITHMS
 from dvexport.targets.tvm.session import NativeSession
 
 SMALL = ("dstep", "uneven")
