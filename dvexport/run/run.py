@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dvexport.errors import ClipError
+from dvexport.errors import UsageError
 from dvexport.run.open import open_session
-from dvexport.run.session import Step
-from dvexport.video.clips import read_clip, stream_frames
+from dvexport.run.session import Session
+from dvexport.video.clips import read_views, stream_frames
+from dvexport.video.sources import is_camera
 
 if TYPE_CHECKING:
     from dvexport.bundle.archive import Bundle
+    from dvexport.video.preprocess import Preprocess
 
 __all__ = ["TOP", "FramePrediction", "RunResult", "label_of", "probabilities", "run"]
 
@@ -51,29 +53,64 @@ class RunResult:
         return {"top": top, "frames": [asdict(frame) for frame in self.frames]}
 
 
-def run(bundle: Bundle, clip: str | Path, threads: int = 1) -> RunResult:
-    """Classify the video at `clip`: in stream mode all frames at the model's rate, in clip mode T of them.
+def run(
+    bundle: Bundle,
+    clip: str | Path,
+    threads: int = 1,
+    limit: int | None = None,
+    seen: Callable[[FramePrediction], None] | None = None,
+) -> RunResult:
+    """Classify a video: in stream mode all frames at the model's rate, in clip mode T of them.
+
+    Where preprocessing takes several clips or crops, their probabilities are averaged, as VideoMAE's and
+    Video-Swin's tests do, and `frames` has the average alone.
+
+    Args:
+        clip: a video file, a folder of numbered images, or `camera:0`, which ends with `limit` or Ctrl-C.
+        limit: frames of a stream to read at most.
+        seen: called after each frame of a stream.
 
     Raises:
         ClipError: the video can't be read, or has too few frames.
-        UsageError, DeviceError: as `open_session`.
+        UsageError, DeviceError: as `open_session`; `limit` with a bundle that reads clips.
     """
     session = open_session(bundle, threads=threads)
     preprocess = bundle.manifest.preprocess
-    steps: list[Step] = []
-    times: list[float] = []
-    if session.mode == "clip":
-        sampled = read_clip(clip, preprocess)
-        steps, times = session.run_clip(sampled.frames), sampled.times
-        if session.whole_clip:
-            times = times[-1:]
-    else:
-        for frame in stream_frames(clip, preprocess):
-            steps.append(session.step(frame.tensor[None]))
-            times.append(frame.time)
-    if not steps:
-        raise ClipError("the video has no frames", where=str(clip))
-    return _result(steps, times, session.labels)
+    if session.mode != "clip":
+        return _stream(session, clip, preprocess, limit, seen)
+    if limit is not None:
+        raise UsageError("this bundle reads clips of a fixed length", hint="leave out --frames")
+    rows, times = [], []
+    for view in read_views(clip, preprocess):
+        rows.append(np.stack([probabilities(step.logits) for step in session.run_clip(view.frames)]))
+        times = view.times
+    if session.whole_clip or len(rows) > 1:
+        rows, times = [row[-1:] for row in rows], times[-1:]
+    mean = np.mean(rows, axis=0)
+    frames = [_best(time, row, session.labels) for time, row in zip(times, mean, strict=True)]
+    return RunResult(_top(mean[-1], session.labels), frames)
+
+
+def _stream(
+    session: Session,
+    clip: str | Path,
+    preprocess: Preprocess,
+    limit: int | None,
+    seen: Callable[[FramePrediction], None] | None,
+) -> RunResult:
+    frames: list[FramePrediction] = []
+    last = np.zeros(0)
+    try:
+        for frame in stream_frames(clip, preprocess, limit=limit):
+            last = probabilities(session.step(frame.tensor[None]).logits)
+            frames.append(_best(frame.time, last, session.labels))
+            if seen is not None:
+                seen(frames[-1])
+    except KeyboardInterrupt:
+        # A camera has no other end; a file that is interrupted has no result.
+        if not is_camera(clip) or not frames:
+            raise
+    return RunResult(_top(last, session.labels), frames)
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
@@ -87,12 +124,11 @@ def label_of(labels: Sequence[str], index: int) -> str:
     return labels[index] if index < len(labels) else f"class {index}"
 
 
-def _result(steps: Sequence[Step], times: Sequence[float], labels: Sequence[str]) -> RunResult:
-    last = probabilities(steps[-1].logits)
-    order = np.argsort(-last, kind="stable")[:TOP]
-    frames = []
-    for step, time in zip(steps, times, strict=True):
-        chances = probabilities(step.logits)
-        best = int(chances.argmax())
-        frames.append(FramePrediction(time, label_of(labels, best), float(chances[best])))
-    return RunResult([(label_of(labels, int(i)), float(last[i])) for i in order], frames)
+def _top(chances: np.ndarray, labels: Sequence[str]) -> list[tuple[str, float]]:
+    order = np.argsort(-chances, kind="stable")[:TOP]
+    return [(label_of(labels, int(i)), float(chances[i])) for i in order]
+
+
+def _best(time: float, chances: np.ndarray, labels: Sequence[str]) -> FramePrediction:
+    best = int(chances.argmax())
+    return FramePrediction(time, label_of(labels, best), float(chances[best]))
