@@ -6,17 +6,22 @@ No torch and no numpy here, so that reading a bundle's manifest stays cheap.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from dvexport.errors import UsageError
 from dvexport.video.limits import FRAME_RATE, MAX_CLIP_PIXELS, MAX_FRAMES, MAX_SIDE, MAX_STRIDE, MAX_VIEWS, MEAN, STD
 
-__all__ = ["COLOUR_ORDERS", "CROPS", "MAX_SIDE", "SAMPLINGS", "Preprocess"]
+__all__ = ["COLOUR_ORDERS", "CROPS", "MAX_SIDE", "RECIPES", "SAMPLINGS", "Preprocess"]
 
 COLOUR_ORDERS = ("RGB", "BGR")
 SAMPLINGS = ("uniform", "dense", "dense_to_ends")
 CROPS = (1, 3)
+RECIPES: dict[str, dict[str, Any]] = {
+    "videomae": {"sampling": "dense_to_ends", "stride": 4, "clips": 5, "crops": 3},
+    "video_swin": {"sampling": "dense", "stride": 2, "clips": 4, "crops": 3},
+}
+"""How the official code tests its models on Kinetics-400; the short side is resized to the crop's."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,10 @@ class Preprocess:
         for name in ("resize", "frames", "stride", "clips", "crops"):
             _require(_is(getattr(self, name), int), name, "needs a whole number")
         _require(self.frame_rate is None or _is(self.frame_rate, (int, float)), "frame_rate", "needs a number")
+
+    def with_recipe(self, name: str) -> Preprocess:
+        """Return the same with the sampling of one of `RECIPES`."""
+        return replace(self, resize=min(self.size), **RECIPES[name])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values; those of dense sampling only where they are used."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import av
 
@@ -34,6 +34,8 @@ _LISTS = {
 }
 _IMAGES = (".png", ".jpg", ".jpeg")
 _NUMBERED = re.compile(r"(.*?)(\d+)(\.\w+)", re.DOTALL)
+_ENDS = {"apng": b"IEND\xaeB`\x82", "png_pipe": b"IEND\xaeB`\x82", "gif": b";", "mjpeg": b"\xff\xd9"}
+"""Last bytes of formats that say of their length nothing else, by demuxer."""
 _SHORT = 1.0
 """Seconds that a video may end before its container does, as its sound may be longer."""
 
@@ -84,7 +86,7 @@ def _shown(source: str | Path) -> str:
 class _Reader:
     """What FFmpeg sees of an open file: no name, by which it would guess the format."""
 
-    def __init__(self, file: Any) -> None:
+    def __init__(self, file: BinaryIO) -> None:
         self.read: Callable[[int], bytes] = file.read
         self.seek: Callable[..., int] = file.seek
         self.tell: Callable[[], int] = file.tell
@@ -93,6 +95,7 @@ class _Reader:
 def _file(path: Path, warn: bool) -> Iterator[av.VideoFrame]:
     with _explained(path), path.open("rb") as file:
         start = file.read(8)
+        ending = _ending(file)
         file.seek(0)
         for magic, what in _LISTS.items():
             if start.startswith(magic):
@@ -102,15 +105,30 @@ def _file(path: Path, warn: bool) -> Iterator[av.VideoFrame]:
         with av.open(_Reader(file), options=_OPTIONS) as container:
             if not container.streams.video:
                 raise ClipError("the file has no video stream", where=_shown(path))
-            yield from _whole(container, path, warn)
+            cut = not ending.endswith(_ENDS.get(container.format.name, b""))
+            if container.format.name == "jpeg_pipe":
+                cut = _jpeg_is_cut(path)
+            yield from _whole(container, path, warn, "its end is missing" if cut else None)
 
 
-def _whole(container: Any, path: Path, warn: bool) -> Iterator[av.VideoFrame]:
+def _ending(file: BinaryIO) -> bytes:
+    """Return the last bytes of a file, without what writers fill up with."""
+    file.seek(max(0, file.seek(0, os.SEEK_END) - 64))
+    return file.read().rstrip(b"\0\r\n")
+
+
+def _jpeg_is_cut(path: Path) -> bool:
+    """Say whether the last scan of a JPEG has no end: cameras may write other things after it."""
+    with path.open("rb") as file:
+        data = file.read(4 * MAX_PIXELS)
+    return data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")
+
+
+def _whole(container: Any, path: Path, warn: bool, damage: str | None) -> Iterator[av.VideoFrame]:
     """Yield what can be decoded, and warn if that is less than the container promises."""
     stream = container.streams.video[0]
     _check_size(stream.codec_context.width, stream.codec_context.height, path)
     frames = packets = 0
-    damage: str | None = None
     last: float | None = None
     error: av.FFmpegError | None = None
     demuxed = container.demux(stream)

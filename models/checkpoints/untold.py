@@ -45,12 +45,14 @@ ROLES: dict[str, dict[str, str]] = {
         **dict.fromkeys(("heads", "frames", "size"), "asked"),
         **dict.fromkeys(("norm_eps", "head_eps"), "fixed"),
         **dict.fromkeys(("drop_path", "dropout"), "training"),
+        "views": "chosen",
         **{f"sta_{name}": "chosen" for name in ("r", "groups", "stages", "direction", "method", "seed")},
     },
     "video_swin": {
         **dict.fromkeys(("embed_dim", "depths", "heads", "patch", "mlp_ratio", "classes"), "inferred"),
         **dict.fromkeys(("window", "frames", "size"), "asked"),
         **dict.fromkeys(("drop_path", "dropout"), "training"),
+        "views": "chosen",
         **{f"sta_{name}": "chosen" for name in ("r", "method", "seed")},
     },
 }

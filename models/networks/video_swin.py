@@ -340,7 +340,9 @@ class VideoSwin(VideoModel):
         super().__init__(
             name=name,
             config=config,
-            preprocess=imagenet_preprocess(config.size, config.frames),
+            preprocess=imagenet_preprocess(
+                config.size, config.frames, "video_swin" if config.views == "kinetics" else None
+            ),
             labels=[f"class {i}" for i in range(config.classes)],
             causal=False,
             whole_clip=True,

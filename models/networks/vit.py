@@ -134,7 +134,9 @@ class VisionTransformer(VideoModel):
         super().__init__(
             name=name,
             config=config,
-            preprocess=imagenet_preprocess(config.size, config.frames),
+            preprocess=imagenet_preprocess(
+                config.size, config.frames, "videomae" if config.views == "kinetics" else None
+            ),
             labels=[f"class {i}" for i in range(config.classes)],
             causal=False,
             whole_clip=True,
