@@ -37,7 +37,7 @@ _NUMBERED = re.compile(r"(.*?)(\d+)(\.\w+)", re.DOTALL)
 _ENDS = {"apng": b"IEND\xaeB`\x82", "png_pipe": b"IEND\xaeB`\x82", "gif": b";", "mjpeg": b"\xff\xd9"}
 """Last bytes of formats that say of their length nothing else, by demuxer."""
 _SHORT = 1.0
-"""Seconds that a video may end before its container does, as its sound may be longer."""
+"""Seconds that a video may end before its container says, which rounds and counts pauses."""
 
 
 def is_camera(source: str | Path) -> bool:
@@ -131,7 +131,8 @@ def _whole(container: Any, path: Path, warn: bool, damage: str | None) -> Iterat
     frames = packets = 0
     last: float | None = None
     error: av.FFmpegError | None = None
-    demuxed = container.demux(stream)
+    # Sound may be longer than the pictures: the end of anything is what the container's length is held against.
+    demuxed = container.demux()
     while True:
         try:
             packet = next(demuxed, None)
@@ -140,6 +141,10 @@ def _whole(container: Any, path: Path, warn: bool, damage: str | None) -> Iterat
             break
         if packet is None:
             break
+        if packet.pts is not None and packet.time_base is not None:
+            last = max(last or 0.0, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        if packet.stream.index != stream.index:
+            continue
         packets += packet.size > 0
         try:
             decoded = packet.decode()
@@ -149,7 +154,7 @@ def _whole(container: Any, path: Path, warn: bool, damage: str | None) -> Iterat
         for frame in decoded:
             if packet.is_corrupt or frame.is_corrupt:
                 damage = "a frame is incomplete"
-            frames, last = frames + 1, frame.time
+            frames += 1
             yield frame
     if frames == 0 and error is not None:
         raise error

@@ -93,6 +93,24 @@ def test_what_is_cut_off_gives_its_frames_and_one_warning(kind, codec, pixels, o
     assert caplog.records[0].levelno == logging.WARNING
 
 
+@pytest.mark.parametrize("name", ["v.mp4", "v.mkv"])
+def test_sound_may_be_longer_than_the_pictures(name, tmp_path, caplog):
+    with av.open(str(tmp_path / name), "w") as container:
+        pictures = container.add_stream("libx264", rate=10)
+        pictures.width, pictures.height, pictures.pix_fmt = 64, 48, "yuv420p"
+        sound = container.add_stream("aac", rate=8000)
+        for image in NOISE[:20]:
+            container.mux(pictures.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
+        container.mux(pictures.encode())
+        for second in range(6):
+            samples = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
+            samples.sample_rate, samples.pts = 8000, second * 8000
+            container.mux(sound.encode(samples))
+        container.mux(sound.encode())
+    assert sum(1 for _ in stream_frames(tmp_path / name, SMALL)) == 20
+    assert caplog.messages == []
+
+
 def test_an_mp4_without_its_index_holds_nothing_to_read(tmp_path):
     path = make(tmp_path / "v", "mp4", "libx264")
     path.write_bytes(path.read_bytes()[:-2000])

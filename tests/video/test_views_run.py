@@ -2,9 +2,9 @@
 
 from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
 from dvexport.bundle.archive import Bundle
 from dvexport.cli import main
@@ -116,26 +116,50 @@ def test_weights_that_ship_keep_their_input_and_take_a_recipe():
 
 
 @pytest.fixture
-def command(monkeypatch):
+def command(monkeypatch, capsys):
     manifest = SimpleNamespace(preprocess=Preprocess(size=(32, 32), resize=32, mean=(0, 0, 0), std=(1, 1, 1)))
     monkeypatch.setattr(Bundle, "open", lambda *_, **__: SimpleNamespace(manifest=manifest))
     monkeypatch.setattr(run_module, "open_session", lambda *_, **__: Session("stream"))
-    return lambda *words: CliRunner().invoke(main, ["run", "b.dvx", *words])
+
+    def call(*words):
+        with pytest.raises(SystemExit) as left:
+            main(["run", "b.dvx", *words])
+        return left.value.code, *capsys.readouterr()
+
+    return call
 
 
 @pytest.mark.parametrize("clip", ["/dev/zero", "camera:98", "nowhere.mp4", "."])
 def test_the_command_line_ends_with_one_error(clip, command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = command("--clip", clip)
-    assert result.exit_code == 2, result.output
-    assert isinstance(result.exception, SystemExit)
+    code, out, err = command("--clip", clip)
+    assert code == 2
+    assert out == ""
+    assert err.count("where:") == 1
+    assert "Traceback" not in err
 
 
 def test_a_camera_is_shown_frame_by_frame(command, monkeypatch, tmp_path):
     write_clip(tmp_path / "v.mp4", np.full((8, 32, 32, 3), 250, np.uint8), 10)
     monkeypatch.setattr(clips, "decode", camera(tmp_path / "v.mp4", interrupted=False))
-    result = command("--clip", "camera:0", "--frames", "3")
-    assert result.exit_code == 0, result.output
-    assert result.output.count(" s ") == 3
-    assert "0.20 s" in result.output
-    assert command("--clip", "camera:0", "--frames", "0").exit_code == 2
+    code, out, _ = command("--clip", "camera:0", "--frames", "3")
+    assert code == 0
+    assert out.count(" s ") == 3
+    assert "0.20 s" in out
+    assert command("--clip", "camera:0", "--frames", "0")[0] == 2
+
+
+def test_the_command_line_warns_in_one_line(command, tmp_path):
+    path = tmp_path / "v.avi"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuvj420p"
+        for _ in range(20):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((32, 32, 3), 250, np.uint8), "rgb24")))
+        container.mux(stream.encode())
+    path.write_bytes(path.read_bytes()[:9000])
+    code, out, err = command("--clip", str(path))
+    assert code == 0
+    assert "bright" in out
+    assert err.startswith("warning: the video is cut off or damaged")
+    assert err.count("\n") == 1
