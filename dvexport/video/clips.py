@@ -105,7 +105,7 @@ def _positions(path: str | Path, preprocess: Preprocess) -> list[list[int]]:
     """Return the frames of each clip; the video is decoded, since what containers say of it is not to be trusted."""
     if is_camera(path):
         raise ClipError("a camera has no length to take a clip from", where=str(path),
-                        hint="export with --mode stream, or record a video")  # fmt: skip
+                        hint="record a video; a camera needs a bundle of stream mode")  # fmt: skip
     times = [time for _, time in _timed(decode(path))]
     if preprocess.sampling == "uniform" and len(times) < preprocess.frames:
         raise ClipError(
