@@ -14,15 +14,20 @@ from dvexport.video.preprocess import Preprocess
 __all__ = ["VideoModel", "imagenet_preprocess"]
 
 
-def imagenet_preprocess(size: tuple[int, int], frames: int) -> Preprocess:
-    """Return the preprocessing of the official checkpoints: RGB, ImageNet's mean, 224 out of 256."""
-    return Preprocess(
+def imagenet_preprocess(size: tuple[int, int], frames: int, recipe: str | None = None) -> Preprocess:
+    """Return the preprocessing of the official checkpoints: RGB, ImageNet's mean, 224 out of 256.
+
+    Args:
+        recipe: one of `RECIPES`, to sample a video as the official test does.
+    """
+    preprocess = Preprocess(
         size=size,
         resize=min(size) * 256 // 224,
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),
         frames=frames,
     )
+    return preprocess.with_recipe(recipe) if recipe else preprocess
 
 
 class VideoModel(nn.Module):

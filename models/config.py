@@ -183,6 +183,8 @@ class ViTConfig:
         mean_pooling: classify the mean of the tokens, not the first token.
         drop_path: rate of stochastic depth in the last block, in training; earlier blocks have less.
         dropout: before the classifier, in training.
+        views: how frames are taken from a video: `one`, one clip over all of it, or `kinetics`, the clips and
+            crops of the official test on Kinetics-400, averaged.
         sta_r, sta_groups, sta_stages, sta_direction, sta_method, sta_seed: see `StaSettings`.
     """
 
@@ -200,6 +202,7 @@ class ViTConfig:
     mean_pooling: bool = True
     drop_path: float = 0.0
     dropout: float = 0.0
+    views: Literal["one", "kinetics"] = "one"
     sta_r: int = 0
     sta_groups: tuple[int, ...] = (8, 4, 2)
     sta_stages: tuple[int, ...] = ()
@@ -256,6 +259,8 @@ class VideoSwinConfig:
         size: height and width of the input.
         drop_path: rate of stochastic depth in the last block, in training; earlier blocks have less.
         dropout: before the classifier, in training.
+        views: how frames are taken from a video: `one`, one clip over all of it, or `kinetics`, the clips and
+            crops of the official test on Kinetics-400, averaged.
         sta_r: tokens that each frame drops before stage 2, see `dvexport.models.networks.video_swin`; 0 drops none.
         sta_method, sta_seed: see `StaSettings`.
     """
@@ -271,6 +276,7 @@ class VideoSwinConfig:
     size: tuple[int, int] = (224, 224)
     drop_path: float = 0.0
     dropout: float = 0.0
+    views: Literal["one", "kinetics"] = "one"
     sta_r: int = 0
     sta_method: Literal["sta", "random"] = "sta"
     sta_seed: int = 0

@@ -341,6 +341,9 @@ def _trained_input(trained: Mapping[str, Any], built: Preprocess, settings: Mapp
         preprocess = dataclasses.replace(preprocess, size=built.size, resize=built.resize)
     if "frames" in settings:
         preprocess = dataclasses.replace(preprocess, frames=built.frames)
+    if settings.get("views", "one") != "one":
+        names = ("resize", "sampling", "stride", "clips", "crops")
+        preprocess = dataclasses.replace(preprocess, **{name: getattr(built, name) for name in names})
     return preprocess
 
 

@@ -17,7 +17,9 @@ LOCAL = "local"
 
 @click.command()
 @bundle_argument
-@path_option("--clip", help="Video to profile on.  [default: the bundle's golden frames]")
+@path_option(
+    "--clip", help="Video to profile on, or a folder of numbered images.  [default: the bundle's golden frames]"
+)
 @inputs_option
 @click.option("--device", default=LOCAL, show_default=True, help="Where to run; this release: local.")
 @threads_option

@@ -19,7 +19,7 @@ __all__ = ["verify"]
 
 @click.command()
 @bundle_argument
-@path_option("--clip", help="Compare on this video too.")
+@path_option("--clip", help="Compare on this video too, or on a folder of numbered images.")
 @inputs_option
 @path_option("--checkpoint", help="Rebuild the model from these weights and compare with PyTorch.")
 @click.option("--model", help="What it was made from, if not of the zoo: package.module:factory or a directory.")

@@ -1,4 +1,4 @@
-"""Video in and out: any file PyAV opens, sampled and normalised as a model's training did.
+"""Video in and out: files, folders of images and cameras, sampled and normalised as a model's training did.
 
 Frames become RGB at their own size and are scaled then, by swscale's bilinear filter, whose support
 grows with the reduction: within one grey level of Pillow's, which the official TSN family of models
@@ -8,8 +8,7 @@ for, so a clip gives the same numbers on every machine.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
@@ -21,9 +20,12 @@ from av.video.reformatter import Interpolation
 
 from dvexport.errors import ClipError, UsageError
 from dvexport.files import atomic_write
+from dvexport.video.limits import FRAME_RATE, MAX_PIXELS
 from dvexport.video.preprocess import Preprocess
+from dvexport.video.sampling import clip_positions, sample_positions
+from dvexport.video.sources import decode, is_camera
 
-__all__ = ["Clip", "Frame", "read_clip", "sample_positions", "stream_frames", "write_clip"]
+__all__ = ["Clip", "Frame", "read_clip", "read_views", "sample_positions", "stream_frames", "write_clip"]
 
 _BILINEAR = (
     Interpolation.BILINEAR
@@ -75,32 +77,60 @@ class Clip:
         )
 
 
-def sample_positions(total: int, frames: int) -> list[int]:
-    """Return the index of the centre frame of each of `frames` equal segments of `total` frames.
-
-    The deterministic test-time sampling of TSN: floor((i + 1/2) * total / frames).
-    """
-    return [(2 * i + 1) * total // (2 * frames) for i in range(frames)]
-
-
 def read_clip(path: str | Path, preprocess: Preprocess) -> Clip:
     """Read `preprocess.frames` frames of the video at `path`, for clip mode.
 
-    The video is decoded twice, since what containers say of their length is not to be trusted.
+    Where preprocessing has several clips and crops, it is the centre crop of the middle clip.
 
     Raises:
-        ClipError: the file is missing, no video, damaged, or has too few frames.
+        ClipError: the file is missing, no video, without frames, of a size that no clip has, has too few
+            frames for uniform sampling, or is a camera, which has no length.
     """
-    total = sum(1 for _ in _decode(path))
-    if total < preprocess.frames:
+    positions = _positions(path, preprocess)
+    middle = positions[len(positions) // 2]
+    return _read(path, preprocess, [middle], [Fraction(1, 2)])[0]
+
+
+def read_views(path: str | Path, preprocess: Preprocess) -> list[Clip]:
+    """Read all clips and crops that `preprocess` has of the video at `path`: the crops of the first clip first.
+
+    Raises:
+        ClipError: as `read_clip`.
+    """
+    shares = [Fraction(1, 2)] if preprocess.crops == 1 else [Fraction(i, 2) for i in range(3)]
+    return _read(path, preprocess, _positions(path, preprocess), shares)
+
+
+def _positions(path: str | Path, preprocess: Preprocess) -> list[list[int]]:
+    """Return the frames of each clip; the video is decoded, since what containers say of it is not to be trusted."""
+    if is_camera(path):
+        raise ClipError("a camera has no length to take a clip from", where=str(path),
+                        hint="record a video; a camera needs a bundle of stream mode")  # fmt: skip
+    times = [time for _, time in _timed(decode(path))]
+    if preprocess.sampling == "uniform" and len(times) < preprocess.frames:
         raise ClipError(
-            f"the video has {total} frames, the model needs {preprocess.frames}",
+            f"the video has {len(times)} frames, the model needs {preprocess.frames}",
             where=str(path),
             hint="give a longer video, or export with --set frames=N (its accuracy may change)",
         )
-    wanted = set(sample_positions(total, preprocess.frames))
-    times = _timed(_decode(path))
-    return Clip.of([_prepared(f, t, preprocess) for i, (f, t) in enumerate(times) if i in wanted])
+    return clip_positions(times, preprocess)
+
+
+def _read(
+    path: str | Path, preprocess: Preprocess, positions: Sequence[Sequence[int]], shares: Sequence[Fraction]
+) -> list[Clip]:
+    """Decode a second time and keep what some clip needs: a frame in two clips is prepared once."""
+    wanted = {index for clip in positions for index in clip}
+    last = max(wanted)
+    kept: dict[int, list[Frame]] = {}
+    for index, (frame, time) in enumerate(_timed(decode(path, warn=False))):
+        if index in wanted:
+            kept[index] = _prepared(frame, time, preprocess, shares)
+        if index == last:
+            break
+    if len(kept) < len(wanted):
+        raise ClipError("the video changed while it was read", where=str(path))
+    return [Clip.of([kept[index][crop] for index in clip]) for clip in positions for crop in range(len(shares))]
 
 
 def stream_frames(
@@ -117,14 +147,17 @@ def stream_frames(
         limit: stop after so many frames.
 
     Raises:
-        ClipError: the file is missing, no video or damaged.
+        ClipError: the file is missing, no video, or without frames; a camera can't be opened.
+        UsageError: `frame_rate` is out of its range.
     """
     rate = frame_rate if frame_rate is not None else preprocess.frame_rate
-    timed = _timed(_decode(path))
+    timed = _timed(decode(path))
     if rate is not None:
+        if not FRAME_RATE[0] <= rate <= FRAME_RATE[1]:
+            raise UsageError(f"a frame rate must be from {FRAME_RATE[0]} to {FRAME_RATE[1]}, not {rate}")
         timed = _at_rate(timed, Fraction(rate).limit_denominator(1001))
     for frame, time in islice(timed, limit):
-        yield _prepared(frame, time, preprocess)
+        yield _prepared(frame, time, preprocess, [Fraction(1, 2)])[0]
 
 
 def write_clip(path: str | Path, frames: np.ndarray, fps: float) -> None:
@@ -154,31 +187,6 @@ def write_clip(path: str | Path, frames: np.ndarray, fps: float) -> None:
         container.mux(stream.encode())
 
 
-def _decode(path: str | Path) -> Iterator[av.VideoFrame]:
-    """Yield the decoded frames of the first video stream, at least one."""
-    # Checked first, so that nothing is taken for a URL that FFmpeg would fetch.
-    if not Path(path).is_file():
-        raise ClipError("there is no such video", where=str(path))
-    empty = True
-    with _explained(path), av.open(f"file:{path}") as container:
-        if not container.streams.video:
-            raise ClipError("the file has no video stream", where=str(path))
-        for frame in container.decode(container.streams.video[0]):
-            empty = False
-            yield frame
-    if empty:
-        raise ClipError("the video has no frames", where=str(path))
-
-
-@contextmanager
-def _explained(path: str | Path) -> Iterator[None]:
-    try:
-        yield
-    except (av.FFmpegError, OSError, UnicodeError) as error:
-        why = getattr(error, "strerror", None) or str(error)
-        raise ClipError("the video can't be read", where=str(path), why=why) from error
-
-
 def _timed(frames: Iterator[av.VideoFrame]) -> Iterator[tuple[av.VideoFrame, Fraction]]:
     """Add the time since the first frame in seconds; frames without one are a 25th of a second apart."""
     start: Fraction | None = None
@@ -203,25 +211,41 @@ def _at_rate(
             yield frame, time
 
 
-def _prepared(frame: av.VideoFrame, time: Fraction, preprocess: Preprocess) -> Frame:
-    image = _cropped(frame, preprocess)
+def _prepared(frame: av.VideoFrame, time: Fraction, preprocess: Preprocess, shares: Sequence[Fraction]) -> list[Frame]:
+    """Return a frame for each of `shares`: the place of the crop on the long side, 0 to 1."""
+    upright = _upright(frame, preprocess)
+    return [_normalised(_crop(upright, share, preprocess.size), time, preprocess) for share in shares]
+
+
+def _normalised(image: np.ndarray, time: Fraction, preprocess: Preprocess) -> Frame:
     channels = image if preprocess.colour_order == "RGB" else image[..., ::-1]
     mean, std = (np.asarray(values, np.float32) for values in (preprocess.mean, preprocess.std))
     tensor = (channels.astype(np.float32) / np.float32(255) - mean) / std
     return Frame(np.ascontiguousarray(tensor.transpose(2, 0, 1)), image, float(time))
 
 
-def _cropped(frame: av.VideoFrame, preprocess: Preprocess) -> np.ndarray:
-    """Scale the short side to `preprocess.resize`, turn upright, and cut out the centre."""
+def _upright(frame: av.VideoFrame, preprocess: Preprocess) -> np.ndarray:
+    """Scale the short side to `preprocess.resize`, but to cover the crop at least, and turn upright."""
     height, width = preprocess.size
     turns = round((getattr(frame, "rotation", 0) or 0) / 90) % 4
     sideways = turns % 2 == 1
     source = (frame.width, frame.height) if sideways else (frame.height, frame.width)
     scale = max(preprocess.resize / min(source), height / source[0], width / source[1])
     upright = (max(height, round(source[0] * scale)), max(width, round(source[1] * scale)))
+    if upright[0] * upright[1] > MAX_PIXELS:
+        why = f"{source[1]} x {source[0]} to {upright[1]} x {upright[0]} is more than {MAX_PIXELS} pixels"
+        raise ClipError(
+            "the frames become too large when they are scaled", where=f"resize={preprocess.resize}", why=why
+        )
     scaled = upright[::-1] if sideways else upright
     rgb = frame.reformat(format="rgb24", interpolation=_BILINEAR, threads=1)
     rgb = rgb.reformat(width=scaled[1], height=scaled[0], interpolation=_BILINEAR, threads=1)
-    image = np.rot90(rgb.to_ndarray(), turns)
-    top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
-    return np.ascontiguousarray(image[top : top + height, left : left + width])
+    return np.rot90(rgb.to_ndarray(), turns)
+
+
+def _crop(image: np.ndarray, share: Fraction, size: tuple[int, int]) -> np.ndarray:
+    """Cut out `size`, at `share` of what is left of the long side and in the middle of the short one."""
+    extra = (image.shape[0] - size[0], image.shape[1] - size[1])
+    places = (share, Fraction(1, 2)) if image.shape[0] > image.shape[1] else (Fraction(1, 2), share)
+    top, left = (int(room * place) for room, place in zip(extra, places, strict=True))
+    return np.ascontiguousarray(image[top : top + size[0], left : left + size[1]])

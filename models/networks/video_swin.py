@@ -338,7 +338,7 @@ class VideoSwin(VideoModel):
     """
 
     def __init__(self, config: VideoSwinConfig, name: str = "video_swin") -> None:
-        super().__init__(**classifier_of_clips(config, name, whole_clip=True))
+        super().__init__(**classifier_of_clips(config, name, whole_clip=True, views="video_swin"))
         rates = drop_rates(config.drop_path, sum(config.depths))
         self.patch_embed = PatchEmbedding(config)
         self.layers = nn.ModuleList(

@@ -132,7 +132,7 @@ class VisionTransformer(VideoModel):
     """
 
     def __init__(self, config: ViTConfig, name: str = "vit") -> None:
-        super().__init__(**classifier_of_clips(config, name, whole_clip=True))
+        super().__init__(**classifier_of_clips(config, name, whole_clip=True, views="videomae"))
         rates = drop_rates(config.drop_path, config.depth)
         self.patch_embed = TubeletEmbedding(config)
         self.register_buffer("positions", position_table(config.tokens, config.embed_dim), persistent=False)

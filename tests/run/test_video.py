@@ -112,7 +112,7 @@ def test_a_phone_video_is_turned_upright(tmp_path, video, monkeypatch):
 
     from dvexport.video import clips as video_module
 
-    monkeypatch.setattr(video_module, "_decode", lambda _path: iter([_with_time(Turned())]))
+    monkeypatch.setattr(video_module, "decode", lambda _path, **_: iter([_with_time(Turned())]))
     image = read_clip("any", half).images[0].astype(int)
     # A turn of 90 degrees to the left takes the left side to the bottom.
     assert image[40:].min() > 190
@@ -158,7 +158,9 @@ def test_videos_that_cannot_be_read(video, tmp_path):
     for name in ("text.mp4", "empty.mp4", "cut.mp4"):
         with pytest.raises(ClipError, match="can't be read"):
             read_clip(tmp_path / name, SMALL)
-    for name in ("missing.mp4", "."):
+    with pytest.raises(ClipError, match="no numbered images"):
+        read_clip(tmp_path, SMALL)
+    for name in ("missing.mp4", "nul\0.mp4", "x" * 300):
         with pytest.raises(ClipError, match="no such video"):
             next(stream_frames(tmp_path / name, SMALL))
     with pytest.raises(ClipError, match="no such video"):
@@ -166,7 +168,7 @@ def test_videos_that_cannot_be_read(video, tmp_path):
 
 
 def test_a_file_with_sound_only(tmp_path):
-    path = tmp_path / "sound.wav"
+    path = tmp_path / "sound.mkv"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("pcm_s16le", rate=8000)
         sound = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
