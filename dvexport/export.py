@@ -33,12 +33,13 @@ from dvexport.dialect.flops import flop_table
 from dvexport.errors import CheckpointError, TraceError, UsageError, unknown_name
 from dvexport.files import writable_output
 from dvexport.graph.graph import DV, gate_name, static_shape, whole_clip_of
+from dvexport.graph.match import is_op
 from dvexport.graph.onnx_file import model_apart, model_bytes
 from dvexport.graph.state import states_of
 from dvexport.graph.weights import WEIGHTS, share_weights
 from dvexport.modes import MODES
 from dvexport.passes.expose_probes import decision_values
-from dvexport.passes.lowerings import Abilities, CostTable
+from dvexport.passes.lowerings import Abilities, CostTable, takes_lowering
 from dvexport.passes.pipeline import Lowered, Request
 from dvexport.run.calibrate import gate_rates, gate_statistics
 from dvexport.run.compare import compare, first_difference
@@ -386,8 +387,8 @@ def _gates(traced: ir.Model, lowered: Lowered) -> list[GateEntry]:
     decided = decision_values(traced)
     widths: dict[str, int] = {}
     for node in traced.graph:
-        if node.domain == DV and node.op_type == "GatedConv":
-            widths.setdefault(gate_name(node), static_shape(node.inputs[1])[0])  # type: ignore[arg-type]
+        if takes_lowering(node):
+            widths.setdefault(gate_name(node), int(node.outputs[0].shape[1]))  # type: ignore[index,arg-type]
     entries = []
     for choice in lowered.choices:
         names = [
@@ -410,9 +411,7 @@ def _gates(traced: ir.Model, lowered: Lowered) -> list[GateEntry]:
                 expected_ms={name: round(ms, 4) for name, ms in choice.expected_ms.items()},
             )
         )
-    return entries + [
-        _token_gate(node) for node in traced.graph if node.domain == DV and node.op_type == "SelectTokens"
-    ]
+    return entries + [_token_gate(node) for node in traced.graph if is_op(node, "SelectTokens", domain=DV)]
 
 
 def _tokens(net: Any) -> TokenEntry | None:
