@@ -9,8 +9,10 @@ import onnx_ir as ir
 from dvexport.bundle.manifest import GateEntry, InputEntry, OutputEntry, TokenEntry
 from dvexport.decisions import ACTION, TILES, TOKENS
 from dvexport.graph.graph import DV, gate_name, static_shape, whole_clip_of
+from dvexport.graph.match import is_op
 from dvexport.graph.state import states_of
 from dvexport.passes.expose_probes import decision_values
+from dvexport.passes.lowerings import takes_lowering
 from dvexport.passes.pipeline import Lowered
 from dvexport.ports import Output, input_shapes, outputs_of
 from dvexport.tokens import TellsTokens
@@ -58,8 +60,8 @@ def gate_entries(traced: ir.Model, lowered: Lowered) -> list[GateEntry]:
     decided = decision_values(traced)
     widths: dict[str, int] = {}
     for node in traced.graph:
-        if node.domain == DV and node.op_type == "GatedConv":
-            widths.setdefault(gate_name(node), static_shape(node.inputs[1])[0])  # type: ignore[arg-type]
+        if takes_lowering(node):
+            widths.setdefault(gate_name(node), int(node.outputs[0].shape[1]))  # type: ignore[index,arg-type]
     entries = []
     for choice in lowered.choices:
         names = [
@@ -82,9 +84,7 @@ def gate_entries(traced: ir.Model, lowered: Lowered) -> list[GateEntry]:
                 expected_ms={name: round(ms, 4) for name, ms in choice.expected_ms.items()},
             )
         )
-    return entries + [
-        _token_gate(node) for node in traced.graph if node.domain == DV and node.op_type == "SelectTokens"
-    ]
+    return entries + [_token_gate(node) for node in traced.graph if is_op(node, "SelectTokens", domain=DV)]
 
 
 def token_entry(net: Any) -> TokenEntry | None:

@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from dvexport.dialect.facts import averages_planes
 from dvexport.dialect.masks import tile_index
 from dvexport.graph.graph import Builder, array_of, replace_node
 from dvexport.graph.match import attributes_of, is_op, made_by
@@ -29,16 +30,11 @@ class SharePooling(ir.passes.InPlacePass):
         """Rewrite every match; pooling may then have to move before its new readers."""
         modified = False
         for node in list(model.graph):
-            if is_op(node, "ReduceMean") and _over_plane(node):
+            if averages_planes(node):
                 modified |= _rewrite(node)
         if modified:
             common.TopologicalSortPass()(model)
         return ir.passes.PassResult(model, modified)
-
-
-def _over_plane(node: ir.Node) -> bool:
-    axes = array_of(node.inputs[1]) if len(node.inputs) > 1 else None
-    return axes is not None and sorted(int(axis) % 4 for axis in axes) == [2, 3]
 
 
 def _rewrite(node: ir.Node) -> bool:

@@ -5,9 +5,16 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from dvexport.dialect.spec import operator_of
+from dvexport.graph.graph import array_of
 from dvexport.graph.match import is_op
 
-__all__ = ["is_nonnegative"]
+__all__ = ["averages_planes", "is_nonnegative"]
+
+
+def averages_planes(node: ir.Node) -> bool:
+    """Tell whether a node is a `ReduceMean` over height and width, the last axes of `[N, C, H, W]`."""
+    axes = array_of(node.inputs[1]) if is_op(node, "ReduceMean") and len(node.inputs) > 1 else None
+    return axes is not None and sorted(int(axis) % 4 for axis in axes) == [2, 3]
 
 
 def is_nonnegative(value: ir.Value, depth: int = 64) -> bool:

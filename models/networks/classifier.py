@@ -16,8 +16,8 @@ def classifier_of_clips(config: Any, name: str, whole_clip: bool = False, views:
         config: options of the network, with `size`, `frames`, `classes` and `causal`.
         name: how the zoo calls it.
         whole_clip: it reads a clip as one.
-        views: the recipe of `dvexport.video.preprocess.RECIPES` by which its official test samples a video, taken if the
-            options ask for `views="kinetics"`.
+        views: the recipe of `dvexport.video.preprocess.RECIPES` by which its official test samples a video. It is
+            taken if the options ask for `views="kinetics"`.
     """
     recipe = views if getattr(config, "views", None) == "kinetics" else None
     return {

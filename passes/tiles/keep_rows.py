@@ -22,6 +22,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from dvexport.dialect.conv import plane_size
+from dvexport.dialect.facts import averages_planes
 from dvexport.dialect.rows import rows_of, rows_shape, zero_row
 from dvexport.graph.graph import DV, Builder, array_of, replace_node, static_shape
 from dvexport.graph.match import is_op
@@ -107,8 +108,7 @@ def _pointwise(build: Builder, node: ir.Node) -> ir.Value | None:
 
 def _plane_mean(build: Builder, node: ir.Node) -> ir.Value | None:
     """ReduceMean over height and width."""
-    axes = array_of(node.inputs[1]) if len(node.inputs) > 1 else None
-    if axes is None or sorted(int(a) % 4 for a in axes) != [2, 3]:
+    if not averages_planes(node):
         return None
     keep = node.attributes.get_int("keepdims", 1) == 1
     return _mean(build, node, [1, 1] if keep else [])

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import ClassVar
 
 import av
 import numpy as np
@@ -12,7 +13,9 @@ from dvexport.bundle.archive import Bundle
 from dvexport.cli import main
 from dvexport.errors import UsageError
 from dvexport.models import zoo
+from dvexport.ports import Output
 from dvexport.run import run as run_module
+from dvexport.run.session import Step
 from dvexport.video import clips
 from dvexport.video.clips import write_clip
 from dvexport.video.preprocess import Preprocess
@@ -23,17 +26,22 @@ RECIPE = {"size": (32, 32), "resize": 32, "frames": 2, "sampling": "dense", "cli
 class Session:
     """Logits (4 * grey level, 0): the brighter the frames, the surer it is of class 0."""
 
-    labels = ("bright", "dark")
+    inputs: ClassVar = {"frames": None}
 
     def __init__(self, mode, whole_clip=False):
         self.mode, self.whole_clip = mode, whole_clip
 
-    def step(self, frame):
-        return SimpleNamespace(logits=np.array([float(frame.mean()) * 4, 0.0]))
+    def step(self, feeds):
+        return Step({"logits": np.array([float(feeds["frames"].mean()) * 4, 0.0])}, {})
 
-    def run_clip(self, frames):
-        steps = [self.step(frame) for frame in frames]
+    def run_clip(self, feeds):
+        steps = [self.step({"frames": frame}) for frame in feeds["frames"]]
         return steps[-1:] if self.whole_clip else steps
+
+
+def described(preprocess):
+    """A manifest of a classifier, as far as `run` reads it."""
+    return SimpleNamespace(preprocess=preprocess, declared_outputs=[Output("logits", "logits", ("bright", "dark"))])
 
 
 @pytest.fixture
@@ -41,10 +49,10 @@ def opened(monkeypatch, tmp_path):
     levels = np.broadcast_to(np.arange(20, dtype=np.uint8)[:, None, None, None] * 10, (20, 32, 48, 3))
     write_clip(tmp_path / "v.mp4", levels, 10)
 
-    def run(mode, whole_clip=False, clip=None, limit=None, seen=None, **preprocess):
+    def run(mode, whole_clip=False, clip=None, limit=None, tell=None, **preprocess):
         monkeypatch.setattr(run_module, "open_session", lambda *_, **__: Session(mode, whole_clip))
-        manifest = SimpleNamespace(preprocess=Preprocess(mean=(0, 0, 0), std=(1, 1, 1), **preprocess))
-        return run_module.run(SimpleNamespace(manifest=manifest), clip or tmp_path / "v.mp4", limit=limit, seen=seen)
+        manifest = described(Preprocess(mean=(0, 0, 0), std=(1, 1, 1), **preprocess))
+        return run_module.run(SimpleNamespace(manifest=manifest), clip or tmp_path / "v.mp4", limit=limit, tell=tell)
 
     return run
 
@@ -91,7 +99,7 @@ def camera(path, interrupted):
 def test_a_camera_ends_with_control_c_and_keeps_what_it_saw(opened, monkeypatch, tmp_path):
     monkeypatch.setattr(clips, "decode", camera(tmp_path / "v.mp4", interrupted=True))
     seen = []
-    result = opened("stream", clip="camera:0", seen=seen.append, **RECIPE)
+    result = opened("stream", clip="camera:0", tell=seen.append, **RECIPE)
     assert len(result.frames) == 20
     assert seen == result.frames
     assert result.top[0][1] == pytest.approx(sure_of_bright(190), abs=5e-3)
@@ -119,7 +127,7 @@ def test_weights_that_ship_keep_their_input_and_take_a_recipe():
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    manifest = SimpleNamespace(preprocess=Preprocess(size=(32, 32), resize=32, mean=(0, 0, 0), std=(1, 1, 1)))
+    manifest = described(Preprocess(size=(32, 32), resize=32, mean=(0, 0, 0), std=(1, 1, 1)))
     monkeypatch.setattr(Bundle, "open", lambda *_, **__: SimpleNamespace(manifest=manifest))
     monkeypatch.setattr(run_module, "open_session", lambda *_, **__: Session("stream"))
 

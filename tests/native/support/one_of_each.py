@@ -11,7 +11,7 @@ ONE_OF_EACH = {
     "direct": ("test_direct.py", "test_window"),
     "winograd": ("test_winograd.py", "test_dense"),
     "planes": ("test_planes.py", "test_merge"),
-    "elementwise": ("test_planes.py", "test_elementwise"),
+    "elementwise": ("test_planes.py", "test_add"),
     "pooling": ("test_pooling.py", "test_windows"),
     "attention": ("test_attention.py", "test_attention"),
     "window attention": ("test_window_attention.py", "test_biases"),
