@@ -7,11 +7,10 @@ from collections.abc import Collection
 import numpy as np
 import onnx_ir as ir
 
-from dvexport.dialect.facts import is_nonnegative
+from dvexport.dialect.facts import averages_planes, is_nonnegative
 from dvexport.graph.graph import array_of
 from dvexport.targets.tvm.kernels.plane import MOST_STEP
 from dvexport.targets.tvm.units.kinds import Family, Image, Purpose, Role
-from dvexport.targets.tvm.units.planes import IMAGE_RANK
 from dvexport.targets.tvm.units.unit import Unit
 
 __all__ = ["FAMILY"]
@@ -43,10 +42,7 @@ def _avg_pool(node: ir.Node, images: Collection[ir.Value]) -> Unit | None:
 
 @FAMILY.kind("mean", ops=("ReduceMean",), role=Role.DECIDE)
 def _mean(node: ir.Node, images: Collection[ir.Value]) -> Unit | None:
-    axes = array_of(node.inputs[1]) if len(node.inputs) > 1 else None
-    if node.inputs[0] not in images or axes is None or sorted(int(a) % IMAGE_RANK for a in axes) != [2, 3]:
-        return None
-    return Unit("mean", [node])
+    return Unit("mean", [node]) if node.inputs[0] in images and averages_planes(node) else None
 
 
 @FAMILY.kind(
