@@ -30,6 +30,11 @@ _LARGEST_HEADER = 100 * 2**20
 """The limit of the safetensors format."""
 _WRAPPERS = ("state_dict", "model_state", "model", "module")
 """Keys under which training code puts the weights, in the order they are tried."""
+_VARIANCE = "running_var"
+"""What the key of a batch norm's variance ends with."""
+_CHUNK = 1 << 20
+_EXPANDED, _SMALL = 1024, 1 << 20
+"""Times that a tensor may repeat its bytes, above a size in bytes: a few bytes can stand for any shape."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,7 @@ def _load_pickle(path: Path) -> Any:
     """Load with torch's restricted unpickler, which knows tensors and plain containers only."""
     import torch
 
+    _check_zip(path)
     try:
         with _numpy_scalars_allowed(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch warns of in a damaged file is an error here
@@ -132,6 +138,32 @@ def _load_pickle(path: Path) -> Any:
     except Exception as error:
         # Damaged bytes make an unpickler raise anything: struct.error, KeyError, UnicodeDecodeError...
         raise _damaged(path, _first_line(str(error)) or type(error).__name__) from None
+
+
+def _check_zip(path: Path) -> None:
+    """Compare a zip's members with their checksums, which torch's own reader does not do.
+
+    `torch.serialization.set_crc32_options(False)` writes files in which no checksum is right: those are let through.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [info for info in archive.infolist() if info.file_size]
+            damaged = [info.filename for info in members if not _is_whole(archive, info)]
+    except Exception:
+        return  # no zip, or its list is damaged: torch tells
+    if damaged and len(damaged) < len(members):
+        raise _damaged(path, f"{damaged[0]} in it does not match its checksum")
+
+
+def _is_whole(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bool:
+    try:
+        with archive.open(info) as member:
+            while member.read(_CHUNK):
+                pass
+    except Exception:
+        # Damaged bytes make a parser raise anything: BadZipFile, zlib.error, UnicodeDecodeError...
+        return False
+    return True
 
 
 def _holds_pickle(path: Path) -> bool:
@@ -225,8 +257,18 @@ def _checked(path: Path, state: dict[str, Any]) -> dict[str, Any]:
                 where=f"{path}: {key}",
                 why=f"a {type(value).__name__} stands where a tensor should",
             )
+        why = _unusable(value)
+        if why is not None:
+            raise CheckpointError("the checkpoint holds a tensor that is no weight", where=f"{path}: {key}", why=why)
         if value.is_floating_point():
             value = value.float()
+            if key.endswith(_VARIANCE) and value.numel() and value.min() < 0:
+                raise CheckpointError(
+                    "the checkpoint has a variance below zero",
+                    where=f"{path}: {key}",
+                    why=f"the least of {value.numel()} is {float(value.min()):.3g}, and batch norm takes its root",
+                    hint="the file is damaged: take an earlier checkpoint",
+                )
             if not torch.isfinite(value).all():
                 bad = int((~torch.isfinite(value)).sum())
                 raise CheckpointError(
@@ -237,6 +279,23 @@ def _checked(path: Path, state: dict[str, Any]) -> dict[str, Any]:
                 )
         checked[key] = value
     return checked
+
+
+def _unusable(value: Any) -> str | None:
+    """Return why a tensor can't be a weight of ours; None if it can."""
+    import torch
+
+    if value.is_meta:
+        return "it is on the meta device, so it has a shape and no numbers"
+    if value.layout is not torch.strided or value.is_quantized:
+        return f"it is {'quantized' if value.is_quantized else 'sparse'}; weights are plain arrays"
+    if value.is_complex():
+        return f"its numbers are complex ({value.dtype})"
+    if value.is_floating_point() and value.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return f"its type is {value.dtype}; weights have 16, 32 or 64 bits"
+    if value.numel() * value.element_size() > max(_EXPANDED * value.untyped_storage().nbytes(), _SMALL):
+        return f"it repeats {value.untyped_storage().nbytes()} bytes to a shape of {list(value.shape)}"
+    return None
 
 
 def save_checkpoint(path: str | Path, model: Any, *, architecture: str, accuracy: float | None = None) -> None:
