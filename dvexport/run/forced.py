@@ -38,7 +38,7 @@ class ForcedRun:
 
     Attributes:
         frames: int64 `[T]`: which of the golden frames are fed.
-        decisions: of each frame.
+        decisions: each frame's decisions.
         outputs: by name, frames first, what the reference gives; None before it ran.
     """
 
@@ -100,8 +100,8 @@ class _Gate:
 
     Attributes:
         gate: its index; gates of odd index compute without tiles where others skip with all tiles.
-        number: of the decision, for its own draws.
-        shape: of one frame's decision.
+        number: the decision's number, which seeds draws of its own.
+        shape: the shape of one frame's decision.
     """
 
     gate: int

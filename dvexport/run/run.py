@@ -57,7 +57,7 @@ class RunResult:
         frames: the best class after every frame, with its time in seconds; only after the last one where the model
             reads the clip as one. Empty for a model that is no classifier.
         outputs: every output by name, frames first.
-        times: of the frames, in seconds; one where the model reads the clip as one.
+        times: the time of each frame, in seconds; a single one where the model reads the clip as one.
         declared: what the outputs mean.
         images: the frames that the model saw, uint8 `[T, H, W, 3]` RGB, where they were asked for.
     """

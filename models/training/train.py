@@ -48,7 +48,7 @@ from dvexport.video.preprocess import Preprocess
 __all__ = ["Trained", "train"]
 
 _SECONDS_BETWEEN_LINES = 30
-_HINTS = "hints:"  # of a state's keys that are no part of the model
+_HINTS = "hints:"  # begins a state's keys that are no part of the model
 
 
 @dataclass(frozen=True)

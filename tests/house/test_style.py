@@ -107,7 +107,7 @@ def test_a_module_of_tests_says_what_it_shows_and_is_short(path):
 
 
 def test_no_folder_is_a_crowd():
-    """Of so many files side by side some belong together; of passes each is a file."""
+    """Among so many files side by side some belong together; each pass is a file."""
     folders = Counter(path.parent for path in [*_modules(), *TESTS])
     assert {name: count for name, count in folders.items() if count > MOST_FILES and name.name != "passes"} == {}
     assert len(folders) > 30

@@ -44,7 +44,7 @@ class Values:
         units: the model's units, in the order in which they will be written.
 
     Attributes:
-        inputs: of the model, states left out.
+        inputs: the model's inputs, states left out.
         states: what is kept from one step to the next.
     """
 

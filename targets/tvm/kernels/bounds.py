@@ -172,13 +172,13 @@ class Buffer:
     """What a kernel does with a buffer.
 
     Attributes:
-        elements: that it reads or writes, from the first on, at most.
+        elements: how many it reads or writes at most, from the first on.
         written: whether it writes it.
         over: names of the buffers that it may be, if it is written; it must not overlap others.
         reads: the kind of list that it is read as; NONE: its content decides no address.
         pieces: items of a vector of a list of `RUNS`.
         scattered: it may start at any element; else it starts on 64 bytes.
-        dtype: of an element; `contract_of` knows it.
+        dtype: the type of an element; `contract_of` knows it.
     """
 
     elements: Size
@@ -316,7 +316,7 @@ def _of_entries(expr: Size, args: list[int], facts: Facts) -> int:
 
 
 def c_text(expr: Size, numbers: Mapping[str, int]) -> str:
-    """Return an expression as C text for `runtime/bounds.c`; `numbers`: of the buffers, by name."""
+    """Return an expression as C text for `runtime/bounds.c`; `numbers`: those of the buffers, by name."""
     if expr.op == "const":
         return f"{expr.value}u"
     if expr.op == "parts":

@@ -374,7 +374,7 @@ def touched_lines(words: int, machine: Machine, dtype: DType = F32) -> Kernel:
     Args:
         words: `table_words` of the grid.
         machine: what to generate code for.
-        dtype: of the plane.
+        dtype: the element type of the plane.
     """
     del machine
     types, step = {"tiles": U8, "table": S64, "shape": S32, "lines": S32}, dtype.line

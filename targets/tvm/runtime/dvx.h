@@ -32,7 +32,7 @@ extern "C" {
 #define DVX_API __attribute__((visibility("default")))
 #define DVX_ERROR_SIZE 256
 #define DVX_MAX_RANK 6
-#define DVX_MAX_THREADS 32 /* of any plan; each has its own limit, which is at most this */
+#define DVX_MAX_THREADS 32 /* the most of any plan; each plan has a limit of its own up to this */
 
 /* An open network. */
 typedef struct dvx dvx;
@@ -50,7 +50,7 @@ typedef struct {
                          out for (dvx_info.max_threads), which need not be as many as there are cores */
     const int *cores; /* thread i of the pool runs on cores[i], where the system lets it; the calling thread (0)
                          is never moved: pin it to cores[0] yourself. NULL: anywhere */
-    int core_count;   /* of `cores`: at least `threads`, at most 1024 */
+    int core_count;   /* entries of `cores`: at least `threads`, at most 1024 */
     int profile;      /* not 0: time every call, for dvx_call; about 50 ns a call */
 } dvx_options;
 

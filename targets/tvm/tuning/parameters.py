@@ -32,7 +32,7 @@ _FULL = 0.75
 """A register block may leave so much less sums than the largest one: with fewer, loading takes longer than adding."""
 
 _SHARES = ((1.0, 1.0, 1.0), (0.5, 0.5, 1.0), (1.0, 1.0, 0.5))
-"""Of output channels, input channels and cells."""
+"""Shares of output channels, input channels and cells."""
 
 
 def choose_parameters(

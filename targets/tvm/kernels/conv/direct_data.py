@@ -161,7 +161,7 @@ def direct_shape(
         channels: input and output channels.
         packed, block, columns, dtype: as in the kernel's `DirectConv`.
         machine: as in the kernel.
-        vectors: of pixels, at most, that it may be asked for; None: any number.
+        vectors: the most vectors of pixels that a call computes; None: any number.
     """
     window.check(x, y)
     shape = np.zeros(Shape.FIRST_TAP + window.size, np.int32)

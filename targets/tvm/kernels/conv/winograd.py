@@ -57,8 +57,8 @@ class WinogradConv:
         relu: negative outputs become zero.
         block: output channels of the register block, for a block of one tile vector, of two, and so on. Its length
             is the most vectors of a block.
-        ahead: weights are asked for ahead: for layers whose few vectors read them but once.
-        dtype: of pixels, weights and sums.
+        ahead: weights are prefetched: for layers whose few vectors read each weight only once.
+        dtype: the type of pixels, weights and sums.
     """
 
     m: int
@@ -126,7 +126,7 @@ def part_floats(spec: WinogradConv, cin: int, vectors: int, machine: Machine) ->
     Args:
         spec: the kernel.
         cin: input channels.
-        vectors: of tiles, at most, that it may be asked for.
+        vectors: the most vectors of tiles that a call computes.
         machine: what it runs on.
     """
     lanes, block = machine.lanes, spec.block[: max(vectors, 1)]
@@ -241,16 +241,17 @@ class _Writer:
                     T.buffer_store(frame.scratch, sums[i][j][whole], [tx.Ramp(place, 1, lanes)])
 
     def _inputs(self, weights: list[Any], shift: Any) -> Iterator[Any]:
-        """Loop over the listed inputs; with `ahead`, ask for every row's weights before they are needed.
+        """Loop over the listed inputs; with `ahead`, prefetch the weights of every row.
 
-        A large layer's come from memory in as many streams as there are rows, and the processor's own guess of what
-        is next starts anew at every point. Of a list, as many are asked for at once as share a cache line on average.
+        A large layer's weights come from memory in as many streams as there are rows, and the processor's own
+        prefetching starts anew at every point. Listed inputs are prefetched in groups that share a cache line on
+        average.
         """
         if not self.spec.ahead:
             with T.serial(0, self.col_count) as c:
                 yield c
             return
-        inputs = self.frame.shape[int(Shape.U_POINT)]  # of the layer: as many weights has a row for each point
+        inputs = self.frame.shape[int(Shape.U_POINT)]  # all of the layer: a row has so many weights for each point
         group = T.bind(tx.max(tx.truncdiv(self.col_count * self.dtype.line, inputs), 1))
         with T.serial(0, _blocks(self.col_count, group)) as turn:
             first = T.bind(turn * group)

@@ -91,7 +91,7 @@ class Bias:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one attention: `depth` is of queries and keys, `width` of values."""
+    """The sizes of one attention: `depth` is that of queries and keys, `width` that of values."""
 
     batches: int
     heads: int
@@ -106,10 +106,10 @@ class Attention:
     """A family.
 
     Attributes:
-        vectors: of values in a panel.
+        vectors: how many vectors of values a panel has.
         biases: how many are added to the scaled scores: 0, 1 or 2.
         softmax: False: Y is the scaled scores themselves, and there is no V.
-        dtype: of all tensors and sums.
+        dtype: the type of all tensors and sums.
     """
 
     vectors: int
@@ -166,7 +166,7 @@ def _pitch(sizes: Sizes, spec: Attention, machine: Machine) -> int:
 
 
 def _tiles(spec: Attention, machine: Machine) -> int:
-    """Floats of the tiles of sums: of one group of queries for scores, of all groups of a block for the outputs."""
+    """Floats of the tiles of sums: one group of queries for scores, all groups of a block for the outputs."""
     rows, vectors = register_block(machine)
     groups = -(-_QUERIES // rows)
     return rows * max(vectors, groups * spec.vectors) * machine.lanes
@@ -215,7 +215,7 @@ def _biases_read(spec: Attention) -> tuple[dict[str, Size], list[Size]]:
 def state(
     frame: Frame, spec: Attention, machine: Machine, biases: dict[str, Size], shape: Size | int, needs: Needs = ()
 ) -> None:
-    """State what attention touches; `biases`: floats of each; `shape`: its entries; `needs`: of the biases."""
+    """State what attention touches; `biases`: floats of each; `shape`: its entries; `needs`: what the biases need."""
     names = ("batches", "heads", "queries", "keys", "depth", "width", "slice", "numbers", "pitch")
     places = {name: index for index, name in enumerate(names)} | {"Q": int(_Shape.Q), "K": int(_Shape.K)}
     places |= {"Y": int(_Shape.Y)} | ({"V": int(_Shape.V)} if spec.softmax else {})

@@ -31,7 +31,7 @@ class WindowBias:
     """Where a bias `[parts, heads, queries, keys]` lies; a row's keys are neighbours.
 
     Attributes:
-        parts: of each batch, which part it reads.
+        parts: which part each batch reads.
         part, head, row: strides in floats, 0 for what is the same.
     """
 
