@@ -1,7 +1,7 @@
 """The native artifact: one library and one file of weights, and a plan for every variant of the model.
 
-The variants call the same kernels on the same weights, so the dense one, and the one whose decisions are
-forced, cost a plan of some kilobytes each and travel along: a device can measure what its gates save.
+The variants call the same kernels on the same weights. The dense one, and the one whose decisions are forced, cost a
+plan of some kilobytes each and are shipped too, so that a device can measure what its gates save.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """What a kernel touches of its buffers: sums and products of constants that the reader of a plan can compute.
 
-A kernel finds its extents in the int32 constants `shape`, and what to compute in lists that other kernels write. So it
-states, for every buffer, how many elements it reads or writes at most, in terms of entries of its constants, of what is
-known of its lists, and of the number of threads; and what else must hold, such as divisors that are not zero and
-products that fit 32 bits. The statement is part of the library (`link.py` writes it as C text). The reader of a plan
-compares it with every call (`runtime/bounds.c`), and so does who writes one (`plan_check.py`).
+A kernel finds its extents in the int32 constants `shape`, and what to compute in lists that other kernels write. So
+every kernel states how many elements of each buffer it reads or writes at most. The terms are entries of its constants,
+facts known of its lists, and the number of threads. The kernel also states what else must hold, such as divisors that
+are not zero and products that fit 32 bits. The statement is part of the library (`link.py` writes it as C text). The
+reader of a plan compares the statement with every call (`runtime/bounds.c`), and so does the writer (`plan_check.py`).
 
 Sizes are not negative; a difference ends at zero. A sum or product beyond 64 bits is no size, nor is a negative entry.
 """

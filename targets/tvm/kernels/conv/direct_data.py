@@ -1,8 +1,8 @@
 """What a direct convolution reads beside tensors: its sizes, its weights' layout and its lists of pixels.
 
-A *run* is a few neighbouring output pixels of one row; a run list names the pixels to compute: `[0]` the number of
-vectors, `[1]` the capacity in runs, from 16 on the offsets of the runs in a Y plane, and `capacity` entries further
-those of their windows' first pixels in an X plane. A vector is `lanes / run` successive runs.
+A *run* is a few neighbouring output pixels of one row; a run list names the pixels to compute. Entry `[0]` is the
+number of vectors, `[1]` the capacity in runs. From 16 on lie the offsets of the runs in a Y plane, and `capacity`
+entries further those of their windows' first pixels in an X plane. A vector is `lanes / run` successive runs.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     Y[o] = relu?(sum over i in cols of X[i] * W[o, i] + B[o] (+ R[o]))    for o in rows, at the pixels of `tiles`
 
 and nothing else is written, so an output channel, an input channel and a tile that is not listed cost nothing.
-Lanes are tiles. A block of tile vectors is transformed for all listed inputs and stays in the second level cache;
-then each group of output channels is (m + 2)^2 matrix products of a register block each, and transformed back.
+Lanes are tiles. A block of tile vectors is transformed for all listed inputs and stays in the second level cache.
+Then each group of output channels is (m + 2)^2 matrix products of a register block each, and transformed back.
 
 A kernel serves every layer: sizes are in `shape` (see `winograd_lists.Shape`). Output tiles may overshoot the
 right and bottom edge of the image into the padding of the plane; what they write there are zeros, chosen by `inside`.
@@ -91,8 +91,8 @@ def spec_for(
 ) -> WinogradConv | None:
     """Return the kernel with the least multiplications for a layer, or nothing if tiles don't fit its gate's cells.
 
-    Lanes that have no tile are counted: at 14 x 14, F(4, 3) is one vector of 16 lanes and F(2, 3) four, so
-    the former is faster, but only the latter saves anything when half of the tiles are skipped.
+    Lanes that have no tile are counted. At 14 x 14, F(4, 3) is one vector of 16 lanes and F(2, 3) four. So the former
+    is faster, but only the latter saves anything when half of the tiles are skipped.
 
     Args:
         plane_in, plane_out: the layout of a channel of X and of Y.

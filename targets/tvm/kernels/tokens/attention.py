@@ -1,9 +1,9 @@
 """Attention: softmax(scale * Q K^T (+ biases)) V of every head, a block of queries at a time.
 
 Q, K and V are read where they lie, by strides, so that neither splitting heads nor transposing moves anything. For
-each head keys and values are packed into panels once; for each block of queries all scores are computed
-into scratch, where softmax makes weights of them, and the weights are multiplied with the values. All of
-it stays in a core's second level cache. Threads share (head, block of queries) pairs.
+each head keys and values are packed into panels once. For each block of queries all scores are computed into scratch,
+where softmax turns them into weights; the weights are multiplied with the values. All of these stay in a core's second
+level cache. Threads share (head, block of queries) pairs.
 
 Without softmax the same loops are a product of two activations, A B^T (`Attention.softmax`).
 """
