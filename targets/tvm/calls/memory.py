@@ -202,7 +202,7 @@ def place_buffers(uses: Sequence[Iterable[Buffer]], kept: Iterable[Buffer] = ())
 
 
 def lower_bound(uses: Sequence[Iterable[Buffer]], kept: Iterable[Buffer] = ()) -> int:
-    """Return the bytes of the arena that are alive at the fullest call: no placement needs less."""
+    """Return the live bytes of the arena at the peak: no placement needs less."""
     lives = {buffer: life for buffer, life in _lives(uses).items() if buffer.space is Space.ARENA}
     for buffer in kept:
         first, _ = lives.get(buffer, (len(uses), 0))

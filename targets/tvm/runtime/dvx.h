@@ -91,9 +91,9 @@ typedef struct {
  * Files are read, not mapped, and checked as they were read: whatever happens to them afterwards changes nothing.
  * `plan` in memory may be freed afterwards. `weights` in memory must stay as they are until dvx_close. Weights that
  * start on 64 bytes are used in place, so several networks can share them. Processes that map one file can share them
- * too, if nobody truncates or writes the file meanwhile. On failure *net is NULL and `error` (DVX_ERROR_SIZE bytes) says why: a
- * file that can't be read, is truncated, damaged or made for another build of this library; more threads than the plan is
- * laid out for; a processor that lacks an instruction set; no memory. */
+ * too, if nobody truncates or writes the file meanwhile. On failure *net is NULL and `error` (DVX_ERROR_SIZE bytes)
+ * says why: a file that can't be read, is truncated, damaged or made for another build of this library;
+ * more threads than the plan is laid out for; a processor that lacks an instruction set; no memory. */
 DVX_API int dvx_open(dvx_blob plan, dvx_blob weights, const dvx_options *options, dvx **net, char *error);
 
 /* Stop the threads and free everything; NULL is allowed. */
