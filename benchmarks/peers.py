@@ -65,7 +65,7 @@ def peer_rows(network: str, threads: list[int], rounds: int, python: str = sys.e
     Args:
         network: `tsn_resnet18` or `tsn_resnet50`.
         threads: thread counts, one after another.
-        rounds: of each.
+        rounds: how many rounds for each number of threads.
         python: the interpreter that has the packages of other runtimes than `OURS`.
     """
     with tempfile.TemporaryDirectory(prefix="dvexport-bench-") as name:

@@ -46,10 +46,10 @@ class Point:
         method: `sta` or `random`.
         r: tokens dropped in each group.
         tokens: that are left in the end.
-        gmacs: of the artifact, for a clip.
+        gmacs: what the artifact executes for a clip.
         accuracy: in 0..1 before export; of random drop, the mean over its seeds.
         changed: predictions that export changed.
-        time: of a clip.
+        time: how long a clip takes.
         speedup: over r = 0.
     """
 
@@ -115,9 +115,9 @@ def measure(
         model: a video transformer of the zoo that was trained on the motion data.
         drops: values of r; 0 is always measured.
         checkpoint: weights of an architecture.
-        clips: of the validation set; all by default.
-        rounds: of the interleaved timing.
-        threads: of the artifacts.
+        clips: how many of the validation set to use; all by default.
+        rounds: how many the interleaved timing has.
+        threads: how many each artifact runs with.
         seeds: over how many choices of tokens the accuracy of random drop is averaged.
         backend: `onnx` or `tvm`.
 

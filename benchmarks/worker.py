@@ -36,13 +36,13 @@ class Worker:
     Args:
         adapter: a name of `ADAPTERS`.
         folder: the network's, with `input.npy` and `want.npy`, the logits that it must give.
-        threads: of the runtime.
+        threads: how many the runtime starts.
         python: the interpreter that has the runtime's packages.
 
     Attributes:
         state: `READY`, or else `MISSING` or `FAILED`.
         why: what is missing or failed.
-        version: of the runtime.
+        version: the runtime's version.
         error: largest difference to the logits wanted, over the largest of these.
     """
 
@@ -114,7 +114,7 @@ def _serve(name: str, folder: Path, threads: int) -> None:
     try:
         adapter.prepare(folder, threads)
         error = _difference(adapter.run(frame), np.load(folder / "want.npy"))
-    except Exception as problem:  # of any runtime
+    except Exception as problem:  # any runtime may raise its own
         answer(state=FAILED, why=f"{type(problem).__name__}: {problem}".splitlines()[0])
         raise
     answer(state=READY, version=version(ADAPTERS[name]), error=error)

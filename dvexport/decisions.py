@@ -67,7 +67,7 @@ class Kind(ABC):
         """Return a random decision for one frame.
 
         Args:
-            shape: of the decision.
+            shape: the decision's shape.
             rate: share of what is decided over that is computed, 0 to 1.
             among: how many there are to choose from; 0: as many as `shape` has.
         """

@@ -94,9 +94,9 @@ def export(
         calibrate: a video; the rates of its decisions decide the lowerings. By default the shipped
             clip of the model's labels, if there is one; otherwise half of everything is assumed.
         inputs: an .npz file, or arrays by name: the inputs beside the video to calibrate on, one row a frame.
-        example: of a module that is no `VideoModel`: a tensor, several in the order of its forward, or by name; frames
-            first. Shapes are read off it.
-        told: of such a module: `preprocess`, `outputs`, `labels`, `causal`, `whole_clip`, as
+        example: inputs for a module that is no `VideoModel`: a tensor, several in the order of its forward, or by
+            name; frames first. Shapes are read off the example.
+        told: what describes such a module: `preprocess`, `outputs`, `labels`, `causal`, `whole_clip`, as
             `models.described.Description` says.
         description: all of that as one object, in the place of `example` and `told`.
         progress: called with the name of each step as it begins.

@@ -127,7 +127,7 @@ def _pads(
     """Return ONNX's pads: top, left, bottom, right."""
     if padding == "valid":
         return [0, 0, 0, 0]
-    if padding == "same":  # of an odd total the larger half lies below and to the right, as in torch
+    if padding == "same":  # where the total is odd, the larger half lies below and to the right, as in torch
         if strides != [1, 1]:
             raise refused(gate, f"conv has padding='same' and a stride of {strides}", "torch defines no such padding")
         total = [dilation * (size - 1) for dilation, size in zip(dilations, kernel, strict=True)]

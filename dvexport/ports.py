@@ -34,7 +34,7 @@ class Output:
     """An output of a model.
 
     Attributes:
-        name: of the output.
+        name: the output's name.
         kind: what it holds for each of N frames: `logits` `[N, classes]`; `map` `[N, channels, H, W]`, a score of each
             class at each place, or one channel whose sign tells; `boxes` `[N, K, 4]`, left, top, right and bottom in
             pixels of the model's frames; `scores` `[N, K, classes]` of boxes; `array`: anything else.

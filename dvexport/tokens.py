@@ -62,7 +62,7 @@ def survivors(
     Args:
         grid: first tokens in time, height and width.
         stages: for each stage the gates of its groups, in the order of time; groups are of equal size.
-        decisions: of one clip, kind `tokens`.
+        decisions: the decisions of one clip, kind `tokens`.
         grids: for each stage None, or the grid of the tokens it begins with, where they were merged before it.
 
     Raises:

@@ -48,7 +48,7 @@ def trace(model: Any, inputs: tuple[int, int] | Mapping[str, tuple[int, ...]]) -
     shapes = dict(inputs) if isinstance(inputs, Mapping) else {VIDEO: (3, *inputs)}
     outputs = [output.name for output in outputs_of(model)]
     example = tuple(torch.zeros(frames or _EXAMPLE_FRAMES, *shape) for shape in shapes.values())
-    module = getattr(model, "unwrapped", model)  # of a `models.described.Described`
+    module = getattr(model, "unwrapped", model)  # the module of a `models.described.Described`
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(

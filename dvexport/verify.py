@@ -176,7 +176,7 @@ def _forced(
     references = references_of(gate_level, frames, net) | {"golden data": lambda run: stored[id(run)]}
     try:
         found = check_forced(session, runs, frames, references, bundle.manifest.limits)
-    except UsageError as error:  # of the bundle's own decisions
+    except UsageError as error:  # raised by the bundle's own decisions
         raise BundleError("the golden data is damaged", where=str(bundle.path), why=str(error)) from error
     return [row for rows in found.rows.values() for row in rows], found.decisions, found.note(references)
 

@@ -153,7 +153,7 @@ class StaSettings:
         stages: blocks after which tokens are pruned, 0-based; empty: 0, a third and two thirds of all.
         direction: `forward` or `reverse` in time, for each pruning.
         method: `sta`, or `random` for the same number of tokens dropped at random, the baseline.
-        seed: of the random choice.
+        seed: the seed of the random choice.
     """
 
     r: int = 0

@@ -19,7 +19,7 @@ __all__ = ["Described", "Description", "Example", "described", "shapes_of"]
 
 Example = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
-_FRAMES = 3  # of the example that names and shapes are read off: a size of 1 could be any axis
+_FRAMES = 3  # frames of the example that names and shapes are read off: a size of 1 could be any axis
 _OTHERS = (torch.int64, torch.int32, torch.bool)
 
 
@@ -86,7 +86,7 @@ class Description:
         preprocess: how the video's frames are made.
         outputs: what forward gives and what it means, in order; a tuple needs all, a dict or NamedTuple has its own
             names, and what is not declared there is an `array`.
-        labels: of the one output that has classes.
+        labels: the class names of the one output that has classes.
         causal: False if a frame's result depends on later frames.
         whole_clip: forward reads exactly `preprocess.frames` frames as one clip and gives one row.
         fallback: a model that describes itself is no error, and needs none of this.

@@ -56,7 +56,7 @@ class TokenFigure:
     """A cell of the tables.
 
     Attributes:
-        label: of the model.
+        label: how the table names the model.
         r: tokens that a group drops.
         value: GFLOPs of the graph.
         reference: what it must be, to as many digits.

@@ -1,8 +1,8 @@
 """Choose how each gate is lowered, from what the target can do and a measured cost table.
 
-A gate's expected cost under a lowering is the sum over its convolutions of the time measured
-on the target for the nearest shape, scaled by multiply-accumulates and interpolated at the gate's
-expected rate (share of tiles or of channels computed). The cheapest legal lowering wins; masking everything
+A gate's expected cost under a lowering is a sum over its convolutions. Each adds the time measured on the target for
+the nearest shape, scaled by multiply-accumulates. Times are interpolated at the gate's expected rate (share of tiles or
+of channels computed). The cheapest legal lowering wins; masking everything
 is always legal, so a gate that would cost more than it saves falls back to it.
 """
 

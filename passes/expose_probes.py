@@ -75,7 +75,7 @@ class ForceDecisions(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Redirect every use of a decision but its own probe.
 
-        Of gates that share a decision each follows its own input; what else reads it follows the first gate's.
+        Gates that share a decision each follow an input of their own; other readers follow the first gate's input.
         """
         probes = {v.name for v in model.graph.outputs if (v.name or "").startswith(PROBE)}
         found = {key: v for key, v in decision_values(model).items() if key[1] in self.kinds}

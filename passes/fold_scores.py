@@ -4,9 +4,9 @@ A policy scores K actions for each channel by one linear layer and takes the lar
 
     argmax(s_0, s_1, s_2) = argmax(0, s_1 - s_0, s_2 - s_0)
 
-and the difference of two linear forms is a linear form, so its weights are subtracted at export. A third (K = 3) or a
-half (K = 2) of the layer's weights need not be read, and what is left of the maximum are comparisons. Of equal scores
-the first action wins, as in ArgMax. Scores round differently, by as much as in any other order of summation.
+and the difference of two linear forms is a linear form, so the weights are subtracted at export. A third (K = 3) or a
+half (K = 2) of the layer's weights need not be read, and comparisons replace the maximum. The first action wins among
+equal scores, as in ArgMax. Scores round differently, by as much as in any other order of summation.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 Permuting the output channels of a gated convolution, its bias, its decisions and the input channels of the
 convolutions that read it, all alike, leaves the network's function as it is. From decisions seen in calibration,
-channels are sorted by how often and with which others they are active; those always computed come
-first and those never computed last, each in groups of their own, so that a conditional over a group
-(`lower_groups`) follows the decisions closely.
+channels are sorted by how often and with which others they are active. Those always computed come first and those
+never computed last, each in groups of their own. So a conditional over a group (`lower_groups`) follows the decisions
+closely.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from dvexport.graph.weights import split_weights
 
 __all__ = ["check_same_numbers"]
 
-_TOLERANCE = 1e-4  # of the largest output: batch norms are folded in another order
+_TOLERANCE = 1e-4  # relative to the largest output: batch norms are folded in another order
 _FLIPS = 1e-3
 """Share of whole numbers and truth values that may differ: comparisons whose sides are equal but for rounding."""
 

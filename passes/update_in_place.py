@@ -31,7 +31,7 @@ _LARGE = 1 << 16
 class UpdateInPlace(ir.passes.InPlacePass):
     """Mark every large state whose next value is a scatter into it and that is read at most once beside.
 
-    Requires: everything lowered. Ensures: of a marked state, whatever reads it comes before what writes it.
+    Requires: everything lowered. Ensures: every reader of a marked state comes before its writer.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:

@@ -117,7 +117,7 @@ class Target(Table):
         conditional: `lazy` where only the branch taken of an `If` runs, `eager` where both do.
         dynamic_shapes: whether sizes may be known only at run time.
         peak_gflops_per_core: float32, a multiply-accumulate counts two.
-        bandwidth_gb_per_s: of main memory, all cores, 1e9 bytes.
+        bandwidth_gb_per_s: what main memory gives all cores together, in 1e9 bytes per second.
         costs: measured points; empty: choose by the figures above.
         costs_source: on what and when the costs were measured.
         runtimes: what can execute there, by backend: the backend's own table, or the values where it is planned.

@@ -81,7 +81,7 @@ class Variant(Protocol):
         """Return what a recording of this variant says of its nodes and gates.
 
         Args:
-            recording: of the same steps twice, as `Runtime.end_profile` returned it; the first time is a warm-up.
+            recording: the same steps twice, as `Runtime.end_profile` returned them; the first time is a warm-up.
             gates: names of the gates.
             dense: the dense variant of the same bundle.
         """

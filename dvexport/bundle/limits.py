@@ -3,9 +3,9 @@
 Lowerings compute the same sums in another order, and Winograd's F(4, 3) loses about 1e-5 of the largest value per
 convolution; over some twenty of them that stays below 1e-4. The limit of an output leaves a factor of ten above it,
 and still is far below what moves a probability by a per cent. A decision is a comparison, so one that hangs on the
-last bit may fall either way: one in ten thousand is allowed, none at all below that many decisions. Tokens are put in
-order by scores that lie close together, some of them closer than two programs round: where both sides follow the same
-tokens, so that no swap reaches what is decided later, some of the places may hold another token.
+last bit may fall either way: one in ten thousand is allowed, none at all below that many decisions. Tokens are
+ordered by scores that lie close together, some closer than two programs round. Where both sides follow the same tokens,
+no swap reaches later decisions, so some of the places may hold another token.
 """
 
 from __future__ import annotations

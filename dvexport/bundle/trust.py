@@ -1,9 +1,9 @@
 """Whether native code of a bundle may be loaded here: it is a program, and does what whoever made it wants.
 
-Code that this user exported on this machine runs. A list of the user's remembers it: a folder outside every bundle,
-so that bundles stay the same byte for byte, with an empty file for each digest of a native artifact (library, plans,
-weights and all else under `native/`). All other code needs `Bundle.open(path, trust=True)`, `--trust` on the
-command line.
+Code that this user exported on this machine runs. A list of the user's remembers this code. The list is a folder
+outside every bundle, so that bundles stay the same byte for byte. It holds an empty file for each digest of a native
+artifact (library, plans, weights and all else under `native/`). All other code needs `Bundle.open(path, trust=True)`,
+`--trust` on the command line.
 
 The list is believed only where nobody else can have written it. One that can't be written costs nothing but that
 flag.

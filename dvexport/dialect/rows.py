@@ -1,8 +1,8 @@
 """`dv.ToRows` and `dv.FromRows`: between planes and pixel rows.
 
-Pixel rows hold a plane `[N, C, H, W]` as `[N*H*W + 1, C]`: a pixel's channels are contiguous, so
-gathering or scattering pixels copies whole rows, and the last row is zero, so that an index table can
-name it wherever a window leaves the plane.
+Pixel rows hold a plane `[N, C, H, W]` as `[N*H*W + 1, C]`. A pixel's channels are contiguous, so gathering or
+scattering pixels copies whole rows. The last row is zero, and index tables name that row wherever a window leaves the
+plane.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ class Operator:
             for name, default in self.attributes.items()
             if default is None and name not in node.attributes
         ]
-        for name in ("gate", "name"):  # of the gate, of a state: keys of bundles
+        for name in ("gate", "name"):  # names of gates and states: keys of bundles
             if name in self.attributes and name in node.attributes:
                 problem = name_problem(node.attributes[name].value)
                 found += [f"has {name} {problem}"] if problem else []

@@ -26,7 +26,7 @@ class Measured:
     Attributes:
         samples_ms: times of all steps in the order measured; a step of clip mode is the whole clip.
         frame_ms: `[runs, T]`, the time of each frame (in clip mode its share).
-        steps: of the first run.
+        steps: the results of the first run.
     """
 
     samples_ms: list[float]
@@ -99,10 +99,10 @@ def random_decisions(
     """Return decisions for every frame, drawn anew for each gate and frame.
 
     Args:
-        shapes: of one frame's decisions.
-        rates: by what is decided over (`decisions.OVER`), 0 to 1; 1 where left out. Of a gate's n channels exactly
-            round(rate * n) are computed and the others skipped; likewise its tiles. As many tokens are drawn as the
-            gate keeps.
+        shapes: the shapes of one frame's decisions.
+        rates: by what is decided over (`decisions.OVER`), 0 to 1; 1 where left out. Exactly
+            round(rate * n) of a gate's n channels are computed and the others skipped; likewise for tiles. As many
+            tokens are drawn as the gate keeps.
         seed: the same decisions for the same seed.
         tokens: by gate, how many tokens it chooses from.
     """

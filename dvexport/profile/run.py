@@ -65,7 +65,7 @@ def profile(
     Args:
         clip: a video; by default the bundle's golden frames.
         device: `local`.
-        threads: of the runtime.
+        threads: how many the runtime starts.
         force: rates of `channels` and `tiles`, 0 to 1, of random decisions to measure with instead of the
             model's own; a kind left out is computed everywhere. `tokens` takes 1 alone, for as many at random as
             the model keeps. Empty or None: the model decides.

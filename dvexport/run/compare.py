@@ -1,9 +1,9 @@
 """Compare two runs of one clip: outputs by their error, decisions by how many differ.
 
-The error of an output is its largest difference over its spread: from its least to its greatest value in the clip that
-is wanted, so that logits, maps and boxes in pixels need no case of their own. A spread of less than a hundredth of the
-greatest magnitude counts as that much, since float32 rounds by the magnitude. Of an output of whole numbers or truth
-values, the error is the share that differs. What is allowed say `dvexport.bundle.limits`.
+The error of an output is the largest difference over the spread. The spread is the distance from the least to the
+greatest value of the reference over the clip, so logits, maps and boxes in pixels need no case of their own. A spread
+below a hundredth of the greatest magnitude counts as that hundredth, since float32 rounds by the magnitude. For whole
+numbers and truth values, the error is the share that differs. `dvexport.bundle.limits` has the limits.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 _LEAST_SPREAD = 1e-2
-"""Of the greatest magnitude."""
+"""The least spread of an output, as a share of the greatest magnitude."""
 
 
 class Row(NamedTuple):
@@ -118,7 +118,7 @@ def first_difference(got: Sequence[Step], want: Sequence[Step]) -> Difference | 
 
 def _differences(got: Sequence[Step], want: Sequence[Step]):
     """Yield (frame, gate, kind, differing, total) for every decision that both sides show."""
-    for frame, (mine, theirs) in enumerate(zip(got, want, strict=False)):  # of other lengths: failed by their outputs
+    for frame, (mine, theirs) in enumerate(zip(got, want, strict=False)):  # runs of other lengths fail by their outputs
         for (gate, kind), value in mine.decisions.items():
             other = theirs.decisions.get((gate, kind))
             if other is not None:

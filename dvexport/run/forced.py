@@ -1,9 +1,9 @@
 """Steps with forced decisions: they exercise every gate, whatever a clip makes it decide.
 
-A gate that is idle on a clip proves nothing of its lowering. So the artifact's forced variant, which has the lowerings
-and kernels of the one that ships, runs frames of the golden clip under decisions that are drawn for this: everything,
-nothing, reuse of what was skipped, tiles that become active, and mixtures, which differ from gate to gate so that
-errors don't cancel. What PyTorch gives under the same decisions travels with the golden data.
+A gate that is idle on a clip proves nothing of its lowering. So the artifact's forced variant runs frames of the golden
+clip under drawn decisions; this variant has the lowerings and kernels of the one that ships. The decisions are
+everything, nothing, reuse of what was skipped, tiles that become active, and mixtures. Mixtures differ from gate to
+gate so that errors don't cancel. The golden data holds what PyTorch gives under the same decisions.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ForcedRun:
 
     Attributes:
         frames: int64 `[T]`: which of the golden frames are fed.
-        decisions: of each frame.
+        decisions: each frame's decisions.
         outputs: by name, frames first, what the reference gives; None before it ran.
     """
 
@@ -100,8 +100,8 @@ class _Gate:
 
     Attributes:
         gate: its index; gates of odd index compute without tiles where others skip with all tiles.
-        number: of the decision, for its own draws.
-        shape: of one frame's decision.
+        number: the decision's number, which seeds draws of its own.
+        shape: the shape of one frame's decision.
     """
 
     gate: int

@@ -26,7 +26,8 @@ def open_session(bundle: Bundle, *, threads: int = 1, variant: str = "gated") ->
     """Open a bundle for running on this machine, at the first frame of a stream.
 
     Args:
-        threads: of the runtime: 1 to what a native plan is laid out for, or to what ONNX Runtime takes here.
+        threads: how many the runtime starts: 1 to what a native plan is laid out for, or to what ONNX Runtime takes
+            here.
         variant: `gated` (what ships), `dense` or `forced`.
 
     Raises:

@@ -58,7 +58,7 @@ class Oracle:
 
         Args:
             frames: as `run_clip`.
-            decisions: of each frame, every one that is an input.
+            decisions: for each frame, every decision that is an input.
         """
         feeds = by_name(frames, self._video)
         for key in self._forced:

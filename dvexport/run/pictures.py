@@ -55,7 +55,7 @@ def draw_boxes(
         image: uint8 `[H, W, 3]`.
         boxes: `[K, 4]`, left, top, right and bottom in pixels of the frame.
         scores: `[K, classes]`; without them every box is drawn.
-        labels: of the classes.
+        labels: the names of the classes.
     """
     drawn = Image.fromarray(image)
     pen = ImageDraw.Draw(drawn)
@@ -104,7 +104,7 @@ def _written(result: RunResult, output: Output, folder: Path) -> list[Path]:
     paths = []
     scores = next((one for one in result.declared if one.kind == "scores"), None)
     for i, value in enumerate(result.outputs[output.name]):
-        image = result.images[i - len(result.outputs[output.name])]  # of a clip read as one: its last frame
+        image = result.images[i - len(result.outputs[output.name])]  # for a clip read as one: the last frame
         if output.kind == "map":
             picture = draw_map(image, value)
         else:

@@ -59,7 +59,7 @@ class RunResult:
             reads the clip as one. Empty for a model that is no classifier.
         outputs: every output by name, frames first; those of several clips or crops one after another. A camera
             without a limit leaves those of its last frame.
-        times: of the frames, in seconds; one where the model reads the clip as one.
+        times: the time of each frame, in seconds; a single one where the model reads the clip as one.
         declared: what the outputs mean.
         images: the frames that the model saw, uint8 `[T, H, W, 3]` RGB, where they were asked for.
     """

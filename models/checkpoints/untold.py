@@ -94,7 +94,7 @@ def questions(
     """Return the questions that an import has to ask, in the order of the family's roles.
 
     Args:
-        family: of the model.
+        family: the family that the model belongs to.
         options: every option, at its default where nothing tells it.
         told: what the weights and the model's name tell.
         settings: what was given by name.

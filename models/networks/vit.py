@@ -2,9 +2,9 @@
 
 A token is a tubelet of 2 frames by 16 x 16 pixels; 16 frames at 224 x 224 give 8 x 14 x 14 = 1568.
 Names of layers and weights are those of the official code (VideoMAE 14ef8d8, `modeling_finetune.py`).
-Where it is written differently, it computes the same: a tubelet's frames lie one after another in
-`[T, 3, H, W]`, so that embedding them is a 2-D convolution over 2 x 3 channels, and queries, keys and
-values are cut from one product with 4 axes at most, as backends like them.
+Where this code is written differently, the results are the same. A tubelet's frames lie one after another in
+`[T, 3, H, W]`, so embedding them is a 2-D convolution over 2 x 3 channels. Queries, keys and values are cut from one
+product with 4 axes at most, which suits backends.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def executed_fraction(decisions: Sequence[Decision]) -> Tensor:
     A channel that the next frame reuses counts as computed here (eq. 2's lookahead).
 
     Args:
-        decisions: of every gated block, from a forward pass under `frames_per_clip`.
+        decisions: what every gated block decided in a forward pass under `frames_per_clip`.
     """
     executed = torch.stack([executed_macs(decision).mean() for decision in decisions]).sum()
     return executed / sum(sum(decision.macs) for decision in decisions)

@@ -131,7 +131,7 @@ class MotionDataset:
         split: `train`, `validation` or `test`.
         size: height and width in pixels; another size shows the same scenes.
         frames: T, of a motion that lasts the whole clip; another T samples the same paths.
-        seed: of the whole data set.
+        seed: the seed of the whole data set.
 
     Attributes:
         drift: share of the camera's motion over the background that is shown; 1, but in the beginning of
@@ -309,7 +309,7 @@ def write_sample_clips(
     Args:
         folder: created when missing.
         indices: the clip of each class; by default the first of the split.
-        size, frames, rate: of the video; the scenes are those of the data set at its own size.
+        size, frames, rate: what the video has; the scenes are those of the data set at its own size.
 
     Raises:
         UsageError: an index whose clip is of another class, or a folder that can't be written.

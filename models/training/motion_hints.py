@@ -67,7 +67,7 @@ def object_motion(data: MotionDataset, indices: Tensor, grid: tuple[int, int, in
 
     Args:
         data: where the clips are from.
-        indices: of the clips.
+        indices: the indices of the clips.
         grid: tokens in time, height and width.
         mirrored: for all mirror images, in the order of `motion.mirror_images`: `[8 B, ...]`.
     """

@@ -37,7 +37,7 @@ class DataOptions:
         size: height and width of the frames.
         frames: frames in a clip.
         frame_rate: frames per second that a stream of the trained model expects.
-        seed: of the data set.
+        seed: the seed of the data set.
         clips_per_epoch: new clips in each epoch.
         validation_clips: how many of the validation split are scored after each epoch.
         mirrored: train on each clip's eight mirror images in time, height and width, with the classes
@@ -63,8 +63,8 @@ class OptimiserOptions:
         epochs: length of the training.
         batch: clips in a step.
         learning_rate: at its highest.
-        warmup_epochs: of the learning rate.
-        weight_decay: of weights with two or more axes.
+        warmup_epochs: how long the learning rate warms up.
+        weight_decay: the decay of weights with two or more axes.
         clip_norm: the gradient's norm is cut to this.
         decay_epochs: the learning rate stays at its highest until so many epochs before the end; 0 to decay
             from the beginning. Until then an epoch does not depend on how many there are.
@@ -87,11 +87,11 @@ class GateOptions:
 
     Attributes:
         target: D, the share of the gated blocks' cost that may be executed.
-        warmup_epochs: K, without sparsity loss.
-        alpha, beta: of lambda(e) = alpha exp(beta e).
+        warmup_epochs: K, the epochs without sparsity loss.
+        alpha, beta: the constants of lambda(e) = alpha exp(beta e).
         gamma: weight of the bound loss.
-        density: of the tile masks at first.
-        floor, ceiling: the bounds on it in the end.
+        density: the density of the tile masks at first.
+        floor, ceiling: the bounds on the density in the end.
         relax_epochs: how long the bounds take to relax; 0 for relaxed ones from the beginning.
         spread: standard deviation of the policies' first biases, which gives channels different
             roles to begin with (the official zeros make every action equally likely).
@@ -118,7 +118,7 @@ class TransformerOptions:
 
     Attributes:
         embedding_clips: the embedding begins whitened by this many clips; 0 for a random one.
-        gain: of the first linear weights in the blocks.
+        gain: a factor on the first linear weights in the blocks.
         hints: weight of the loss on what tokens tell of the object.
         still_epochs: the camera stands still for so long, and starts to move within as many more.
     """
@@ -136,10 +136,10 @@ class Recipe:
     Attributes:
         name: names the weights that come out.
         model: name in the zoo.
-        seed: of weights, gates and dropout.
+        seed: the seed of weights, gates and dropout.
         start_from: weights to begin with in place of random ones: a safetensors file, or the name of
             a training whose weights lie in the output folder, or of a model that ships.
-        settings: of the model; classes, frames and size follow from the data.
+        settings: the model's options; classes, frames and size follow from the data.
         data, optimiser: see there.
         gates: None for a model without gates.
         transformer: None for a model that is none, or to train one without help.

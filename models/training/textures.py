@@ -29,7 +29,7 @@ class Draws:
     """Named uniform draws of a batch of keys: `draws("speed", 2, low=-1, high=1)` gives `[B, 2]`.
 
     Args:
-        seed: of the whole data set.
+        seed: the seed of the whole data set.
         keys: int64 `[B]`, one per image or clip.
     """
 
@@ -64,7 +64,7 @@ def noise(draws: Draws, stream: str, *, channels: int, side: int, octaves: tuple
 
     Args:
         draws, stream: where the randomness comes from.
-        channels, side: of the result.
+        channels, side: the sizes of the result.
         octaves: cells per side of each lattice; amplitude falls as (cells of the first / cells)^0.7.
     """
     total = torch.zeros(len(draws.keys), channels, side, side, device=draws.keys.device)

@@ -1,7 +1,7 @@
 """Training of the zoo's models by recipe: resumable, the same on every run on the same device.
 
 An epoch is a function of the state before it, the recipe and its number: it seeds its own random
-draws and reads clips that no other epoch reads. A training that is killed goes on from the last
+draws and reads clips that no other epoch reads. A training that is killed resumes from the last
 finished epoch and ends with the weights it would have had. A recipe may start from the weights of
 another training.
 """
@@ -48,7 +48,7 @@ from dvexport.video.preprocess import Preprocess
 __all__ = ["Trained", "train"]
 
 _SECONDS_BETWEEN_LINES = 30
-_HINTS = "hints:"  # of a state's keys that are no part of the model
+_HINTS = "hints:"  # begins a state's keys that are no part of the model
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The native artifact: one library and one file of weights, and a plan for every variant of the model.
 
-The variants call the same kernels on the same weights, so the dense one, and the one whose decisions are
-forced, cost a plan of some kilobytes each and travel along: a device can measure what its gates save.
+The variants call the same kernels on the same weights. The dense one, and the one whose decisions are forced, cost a
+plan of some kilobytes each and are shipped too, so that a device can measure what its gates save.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class NativeVariant:
     """A plan with the library and the weights that it is for.
 
     Attributes:
-        frames: of one run; a plan that takes one frame is stepped through them.
+        frames: how many one run takes; a plan that takes one frame is stepped through them.
     """
 
     library: bytes
@@ -111,7 +111,7 @@ def build_artifact(
         models: lowered for kernels, by name: `gated`, `dense`, `forced`.
         machine: what to compile for.
         tell: called with the name of each step as it begins.
-        algorithms: of convolutions, to choose from at run time.
+        algorithms: the algorithms of convolutions to choose from at run time.
         threads: the most that may share a step; 1 to `MOST_THREADS`.
 
     Raises:

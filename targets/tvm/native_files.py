@@ -21,5 +21,5 @@ NATIVE_WEIGHTS = f"{CODE}{WEIGHTS}"
 
 
 def plan_file(variant: str) -> str:
-    """Return the file of a variant's plan: of `gated`, `dense` or `forced`."""
+    """Return the file of the plan of a variant: `gated`, `dense` or `forced`."""
     return f"{CODE}{variant}.plan"

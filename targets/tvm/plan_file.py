@@ -12,10 +12,10 @@ both sides check it. All numbers are little-endian, every table starts at a mult
 
 A *place* is u64 (space << 56 | offset) and u64 bytes; all ones: none. The three places of a call are
 int32 lists whose first element is a count: output channels, input channels, vectors of pixels. A call without output
-channels or without pixels is skipped; without input channels it still writes the bias. Of several alternatives the one
-with the least cost is called, nanoseconds on one thread, a missing count being 1: the first eight coefficients times
-(1, a, b, c, ab, ac, bc, abc), and a times the lesser of the ninth times b and of the tenth.
-One with an `only` other than 0 fits exactly so many vectors; the first fits any.
+channels or without pixels is skipped; without input channels it still writes the bias. A call does the
+alternative of least cost. A cost is in nanoseconds on one thread; a missing count is 1. It is the first eight
+coefficients times (1, a, b, c, ab, ac, bc, abc), plus a times the lesser of the tenth and of b times the ninth.
+An alternative with an `only` other than 0 fits exactly so many vectors; the first fits any.
 """
 
 from __future__ import annotations

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import io
 import re
 import subprocess
+import tokenize
 from collections import Counter
 from pathlib import Path
 
@@ -107,7 +109,7 @@ def test_a_module_of_tests_says_what_it_shows_and_is_short(path):
 
 
 def test_no_folder_is_a_crowd():
-    """Of so many files side by side some belong together; of passes each is a file."""
+    """Among so many files side by side some belong together; each pass is a file."""
     folders = Counter(path.parent for path in [*_modules(), *TESTS])
     assert {name: count for name, count in folders.items() if count > MOST_FILES and name.name != "passes"} == {}
     assert len(folders) > 30
@@ -119,6 +121,53 @@ def test_what_tests_share_is_in_no_test_module():
     wrong = [f"{_name(path)} imports {name}" for path in paths for name in _imports(path) if name.startswith("test_")]
     assert paths
     assert not wrong, "\n".join(wrong)
+
+
+# A sentence begins a text or follows a full stop or a blank line, after what marks an item, a heading or a cell.
+_BARE_OF = re.compile(r"(?:\A|[.!?][)`*]* |\n *\n|\n *(?:[-*#|>]+|\d+\.) )\s*(?:[-*#|>]+ +)?Of\s")
+
+
+@pytest.mark.parametrize(
+    ("text", "bare"),
+    [
+        ("Of the largest output.", True),
+        ("It is read. Of equal scores one wins.", True),
+        ("- Of two", True),
+        ("One.\n\nOf two", True),
+        ("Half of it. The best of Of", False),
+        ("Often", False),
+    ],
+)
+def test_a_sentence_that_begins_with_of_is_recognised(text, bare):
+    assert bool(_BARE_OF.search(text)) == bare
+
+
+def test_no_sentence_begins_with_a_bare_of():
+    """A subject comes first: in docstrings, comments and documents."""
+    documents = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+    texts = [(path, _unwrapped(path.read_text(encoding="utf-8"))) for path in documents]
+    texts += [(path, text) for path in [*_modules(), *TESTS] for text in _prose(path)]
+    wrong = [f"{_name(path)}: {found[0]!r}" for path, text in texts if (found := _BARE_OF.search(text))]
+    assert len(texts) > 1000
+    assert not wrong, "\n".join(wrong)
+
+
+def _prose(path: Path) -> list[str]:
+    """Return the comments of a module, and its strings that stand alone: its docstrings."""
+    source = path.read_text(encoding="utf-8")
+    found = [
+        node.value.value
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    ]
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    found += [token.string.lstrip("#: ") for token in tokens if token.type == tokenize.COMMENT]
+    return [_unwrapped(text) for text in found]
+
+
+def _unwrapped(text: str) -> str:
+    """Join the lines of a paragraph, so that a full stop at the end of a line is followed by a space."""
+    return re.sub(r"(?<=[.!?])\n *(?=\w)", " ", text)
 
 
 def _imports(path: Path) -> list[str]:

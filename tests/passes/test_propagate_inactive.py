@@ -50,7 +50,7 @@ def test_a_gated_reader_is_promised():
 @pytest.mark.parametrize(
     "body",
     [
-        f"{GATED} v = Sigmoid(u) y = Conv(v, R)",  # of zero is one half
+        f"{GATED} v = Sigmoid(u) y = Conv(v, R)",  # sigmoid(0) is one half
         f"{GATED} v = Add(u, u) y = Conv(v, R)",
         'u = dv.GatedConv<gate="g", pads=[1,1,1,1]>(x, W) y = Conv(u, R)',
         f'{GATED} y = Conv<auto_pad="SAME_UPPER">(u, R)',

@@ -89,7 +89,7 @@ def test_values_that_are_flat_already_are_not_reshaped_again():
     fresh = "rows = Constant<value_ints=[-1,3]>() vector = Reshape(new, rows)"
     model, marked = stream(f"{LISTED} {fresh} {READ} {SCATTERED} seen = Add(old, vector)")
     assert marked
-    assert ops(model).count("Reshape") == 3  # of the list, the values and the index
+    assert ops(model).count("Reshape") == 3  # one each for the list, the values and the index
     assert_same(model)
 
 

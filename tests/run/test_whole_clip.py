@@ -43,7 +43,7 @@ from dvexport.verify import verify
 from dvexport.video.clips import write_clip
 
 CONFIG = ToyConfig()
-TOKENS = 12  # of each of the two groups: 3 x 4 patches
+TOKENS = 12  # in each of the two groups: 3 x 4 patches
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Covering sets: few combinations of values that show every pair of values which the full product has.
 
-A defect that needs two values at once is found as by the product; one that needs three may be missed, so values whose
+A defect that needs two values at once is found as by the product. One that needs three may be missed, so values whose
 meeting is the point of a test (a kernel's size and its algorithm, say) are one column.
 """
 

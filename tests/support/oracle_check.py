@@ -1,7 +1,7 @@
 """Small gated models whose decisions can be forced, and the comparison of their lowerings with eager PyTorch.
 
-Every model is a stem and three gated residual blocks; the output of a frame is its last plane, pixel by pixel,
-beside a linear read-out of the plane's mean, so that an error of one pixel is not averaged away.
+Every model is a stem and three gated residual blocks. The output of a frame is its last plane, pixel by pixel, beside a
+linear read-out of the plane's mean. So an error of one pixel is not averaged away.
 """
 
 from __future__ import annotations

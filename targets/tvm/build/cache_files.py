@@ -71,7 +71,7 @@ def entry_name(kind: str, key: str) -> str:
 def read_entry(path: Path) -> bytes | None:
     """Return the content of an entry; None unless it is a file of the user's, and as it was written."""
     try:
-        # Of a pipe or a device by that name nothing is read, and nobody waits for it.
+        # A pipe or a device by that name is neither read nor waited for.
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(handle, "rb") as stream:
             info = os.fstat(handle)

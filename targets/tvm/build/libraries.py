@@ -49,7 +49,7 @@ def with_libraries(key: str, folder: Path, link: Callable[[], None]) -> None:
         key: 64 hexadecimal digits that stand for the compiler, its target and its options.
 
     Raises:
-        DeviceError: of the link.
+        DeviceError: whatever `link` raises.
     """
     kept, shared = usable_folder(), folder / _SHARED
     if kept is None:

@@ -75,8 +75,9 @@ class Option:
         layer: the convolution.
         spec: what the kernel is generated for.
         runs: what it computes, cell by cell: runs of pixels, or Winograd's tiles as runs of one lane.
-        vectors: of the direct kernel over tiles, or over the image where there are none: costs count in these.
-        tiles: how its vectors follow from those; of a Winograd kernel.
+        vectors: how many the direct kernel has over tiles, or over the image where there are none: costs count in
+            these.
+        tiles: for a Winograd kernel, how its vectors follow from those.
         cost: its cost model.
         only: vectors of active tiles that it is for; 0: any number.
     """

@@ -1,10 +1,10 @@
 """What a kernel is expected to cost, as a function of what a gate decides.
 
 A cost model has ten coefficients, nanoseconds on one thread. Eight are over (1, a, b, c, ab, ac, bc, abc): output
-channels, input channels and vectors of pixels (`plan_file.py`). Two are what is waited for weights, a min(b line,
-stream): of few input channels each cache line comes alone, of many all come in a row. They are made of a few rates of
-the machine: what a kernel does is known exactly (`DirectConv`, `WinogradConv`), how long a unit of it takes is measured
-(`tuning/measure.py`).
+channels, input channels and vectors of pixels (`plan_file.py`). Two are the wait for weights, a min(b line,
+stream): with few input channels each cache line is fetched alone, with many they stream. The coefficients are made of a
+few rates of the machine. What a kernel does is known exactly (`DirectConv`, `WinogradConv`); how long a unit of that
+work takes is measured (`tuning/measure.py`).
 """
 
 from __future__ import annotations
@@ -83,11 +83,11 @@ class TileVectors:
 def tile_vectors(tiles: Sequence[int], vectors: int, lanes: int) -> TileVectors:
     """Return how the vectors of Winograd's tiles follow from those of the direct kernel.
 
-    Vectors are whole: of any number of cells, each as likely as another, the line is taken that is closest.
+    Vectors are whole, so the line is a fit over all numbers of active cells, each as likely as another.
 
     Args:
-        tiles: of every cell of the grid; of the image where there is no grid.
-        vectors: of the direct kernel, for all cells.
+        tiles: how many each cell of the grid has, or the image where there is no grid.
+        vectors: how many the direct kernel has for all cells.
         lanes: tiles of a vector.
     """
     total = sum(tiles)

@@ -78,8 +78,8 @@ def lines_suffice(tiles: ir.Value, plane: Plane, window: Window, size: tuple[int
 
     Args:
         tiles: bool `[frames, gh, gw]`.
-        plane: of the convolution's input.
-        window: of the convolution.
+        plane: the layout of the convolution's input.
+        window: the convolution's window.
         size: height and width of its output, in pixels.
     """
     axes = zip(_grid(tiles), plane.shape, size, range(plane.rank), strict=True)

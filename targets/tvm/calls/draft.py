@@ -33,7 +33,7 @@ class Draft:
         units: its units, in the order in which they will be written.
         machine: what kernels are generated for.
         constants: the weights file, shared by the variants of a model.
-        algorithms: of convolutions, to choose from at run time; `direct` is always there.
+        algorithms: the algorithms of convolutions to choose from at run time; `direct` is always there.
         threads: the most that may share a step: scratch memory is laid out for as many.
 
     Attributes:

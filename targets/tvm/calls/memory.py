@@ -43,11 +43,11 @@ class Buffer:
         name: for messages.
         size: bytes.
         space: where it lies.
-        before: of a buffer in `Space.AFTER`, the one that holds the same state of the step before.
-        layout: of the planes it holds, if their padding is zero whenever it is used.
-        fragile: its padding has to be zero before it is first used: kernels write no more than the images.
-        covered: of a fragile one, they write the padding between rows too.
-        dtype: of its elements, where one type is all it holds.
+        before: for a buffer in `Space.AFTER`, the one that holds the same state of the step before.
+        layout: how its planes lie, if their padding is zero at every use.
+        fragile: its padding has to be zero before the first use: kernels write no more than the images.
+        covered: kernels write the padding between rows too; for a fragile buffer.
+        dtype: the type of its elements, where all have the same.
     """
 
     name: str
@@ -202,7 +202,7 @@ def place_buffers(uses: Sequence[Iterable[Buffer]], kept: Iterable[Buffer] = ())
 
 
 def lower_bound(uses: Sequence[Iterable[Buffer]], kept: Iterable[Buffer] = ()) -> int:
-    """Return the bytes of the arena that are alive at the fullest call: no placement needs less."""
+    """Return the live bytes of the arena at the peak: no placement needs less."""
     lives = {buffer: life for buffer, life in _lives(uses).items() if buffer.space is Space.ARENA}
     for buffer in kept:
         first, _ = lives.get(buffer, (len(uses), 0))

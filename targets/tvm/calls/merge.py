@@ -30,7 +30,7 @@ def _merge(draft: Draft, unit: Unit) -> None:
     v = inputs["V"]
     assert v is not None
     if inputs["tiles"] is None and inputs["H"] is v and _reads_listed(unit.output):
-        draft.share(unit.output, draft.planes(v))  # whoever reads it leaves out what was skipped
+        draft.share(unit.output, draft.planes(v))  # its readers leave out what was skipped
         return
     source, target = draft.planes(v), draft.new_planes(unit.output, partial=True)
     if not _reads_listed(unit.output):

@@ -1,8 +1,8 @@
 """What lies where while a step is written: the forms of every value, the homes of states, and who shares memory.
 
-Images are held as planes (`kernels/plane.py`), everything else flat. States are placed first: a state that is only
-overwritten in parts (the computed output that a gate keeps) stays where it is; one that is rewritten whole has two
-halves that change places after every step.
+Images are held as planes (`kernels/plane.py`), everything else flat. States are placed first. A state
+that is only overwritten in parts (the computed output that a gate keeps) stays where it is. A state that is rewritten
+whole has two halves, which change places after every step.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Values:
         units: the model's units, in the order in which they will be written.
 
     Attributes:
-        inputs: of the model, states left out.
+        inputs: the model's inputs, states left out.
         states: what is kept from one step to the next.
     """
 

@@ -35,7 +35,7 @@ def write_draft(
         machine: what to generate kernels for.
         constants: the weights file; what several variants of a model share is stored once.
         gates: names of the model's gates, for profiles.
-        algorithms: of convolutions; see `Draft`.
+        algorithms: the algorithms of convolutions; see `Draft`.
         threads: the most that may share a step.
 
     Raises:

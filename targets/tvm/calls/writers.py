@@ -24,7 +24,7 @@ class Writers(dict[str, Callable[[Draft, Unit], None]]):
         """Register a function as the writer of a kind.
 
         Args:
-            kind: of `units/catalogue.py`.
+            kind: one that `units/catalogue.py` has.
             of: the class of its units.
         """
 

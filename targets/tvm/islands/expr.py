@@ -228,7 +228,7 @@ def _chosen_side(expr: Expr) -> Expr | None:
 
 
 _COMPARISONS: dict[str, Callable[[int, int], bool | None]] = {
-    # of the bounds of left - right
+    # each reads the bounds of left - right
     "LT": lambda low, high: True if high < 0 else False if low >= 0 else None,
     "LE": lambda low, high: True if high <= 0 else False if low > 0 else None,
     "GT": lambda low, high: True if low > 0 else False if high <= 0 else None,

@@ -26,7 +26,7 @@ from dvexport.targets.tvm.machine.machine import Machine
 __all__ = ["write_nest"]
 
 _MOST_ROWS, _MOST_VECTORS = 8, 4
-"""Of a block of results that are accumulated together."""
+"""The most rows and vectors in a block of results that are accumulated together."""
 _SMALLEST_VECTOR = 4
 _ENOUGH_SHARES = 16
 """Outer loops are joined until there are so many iterations to share between threads."""

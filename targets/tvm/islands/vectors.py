@@ -52,8 +52,8 @@ class Vectors:
 
     Attributes:
         buffers: TIR buffer by tensor.
-        positions: TIR index by axis; of the first lane for the axis `along`.
-        extents: of all axes.
+        positions: TIR index by axis; that of the first lane for the axis `along`.
+        extents: the extents of all axes.
         along: the axis that lanes run along.
         width: number of lanes.
         cells: the accumulators, of `width` elements each.

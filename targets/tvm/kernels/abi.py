@@ -34,7 +34,7 @@ _C_ABI = 1
 """`tvm::CallingConv::kCPackedFunc`: any but the default keeps `MakePackedAPI` away."""
 
 _AHEAD = 512
-"""Bytes of a row of weights that are asked for before they are needed: of 128 to 4096, what measured best."""
+"""Bytes of a row of weights that are prefetched: the value from 128 to 4096 that measured best."""
 
 _UNBOUNDED = 1 << 40
 """Declared elements of a buffer: its real size is the plan's business."""
@@ -140,7 +140,7 @@ def prefetch(buffer: Any, at: Any, *, write: bool = False, near: bool = True) ->
         write: it will be written: no other core shall have it.
         near: bring it to the first level cache; otherwise to the second.
     """
-    arguments = [tx.IntImm(S32.tvm, value) for value in (int(write), 3 if near else 2, 1)]  # of `llvm.prefetch`
+    arguments = [tx.IntImm(S32.tvm, value) for value in (int(write), 3 if near else 2, 1)]  # for `llvm.prefetch`
     T.evaluate(tx.call_intrin("void", "tirx.prefetch", tx.address_of(buffer[at]), *arguments))
 
 

@@ -1,10 +1,10 @@
 """What a kernel touches of its buffers: sums and products of constants that the reader of a plan can compute.
 
-A kernel finds its extents in the int32 constants `shape`, and what to compute in lists that other kernels write. So it
-states, for every buffer, how many elements it reads or writes at most, in terms of entries of its constants, of what is
-known of its lists, and of the number of threads; and what else must hold, such as divisors that are not zero and
-products that fit 32 bits. The statement is part of the library (`link.py` writes it as C text). The reader of a plan
-compares it with every call (`runtime/bounds.c`), and so does who writes one (`plan_check.py`).
+A kernel finds its extents in the int32 constants `shape`, and what to compute in lists that other kernels write. So
+every kernel states how many elements of each buffer it reads or writes at most. The terms are entries of its constants,
+facts known of its lists, and the number of threads. The kernel also states what else must hold, such as divisors that
+are not zero and products that fit 32 bits. The statement is part of the library (`link.py` writes it as C text). The
+reader of a plan compares the statement with every call (`runtime/bounds.c`), and so does the writer (`plan_check.py`).
 
 Sizes are not negative; a difference ends at zero. A sum or product beyond 64 bits is no size, nor is a negative entry.
 """
@@ -172,13 +172,13 @@ class Buffer:
     """What a kernel does with a buffer.
 
     Attributes:
-        elements: that it reads or writes, from the first on, at most.
+        elements: how many it reads or writes at most, from the first on.
         written: whether it writes it.
         over: names of the buffers that it may be, if it is written; it must not overlap others.
         reads: the kind of list that it is read as; NONE: its content decides no address.
         pieces: items of a vector of a list of `RUNS`.
         scattered: it may start at any element; else it starts on 64 bytes.
-        dtype: of an element; `contract_of` knows it.
+        dtype: the type of an element; `contract_of` knows it.
     """
 
     elements: Size
@@ -316,7 +316,7 @@ def _of_entries(expr: Size, args: list[int], facts: Facts) -> int:
 
 
 def c_text(expr: Size, numbers: Mapping[str, int]) -> str:
-    """Return an expression as C text for `runtime/bounds.c`; `numbers`: of the buffers, by name."""
+    """Return an expression as C text for `runtime/bounds.c`; `numbers`: those of the buffers, by name."""
     if expr.op == "const":
         return f"{expr.value}u"
     if expr.op == "parts":

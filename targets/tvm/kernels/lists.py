@@ -1,7 +1,8 @@
 """Kernels that turn decisions into lists: channels, runs of pixels, touched lines, and the mask of a merge.
 
-They run for every gate at every step, so they are branch-free where a branch would be guessed wrong: every candidate
-is written at the end of the list, and the end moves on if it is active. None is split over threads.
+The kernels run for every gate at every step, so they are branch-free where a branch would be mispredicted. Every
+candidate is written at the end of the list, and the end moves on if the candidate is active. No kernel is split over
+threads.
 
 A *channel list* is int32: count, then ascending indices. A *run list* is int32: [0] vectors, [1] capacity in
 runs, from 16 output offsets, from 16 + capacity input offsets; padded to whole vectors by repeating the last run.
@@ -374,7 +375,7 @@ def touched_lines(words: int, machine: Machine, dtype: DType = F32) -> Kernel:
     Args:
         words: `table_words` of the grid.
         machine: what to generate code for.
-        dtype: of the plane.
+        dtype: the element type of the plane.
     """
     del machine
     types, step = {"tiles": U8, "table": S64, "shape": S32, "lines": S32}, dtype.line

@@ -70,7 +70,7 @@ def _exp(x: Any, width: int, bind: Bind) -> Any:
     n = bind(tx.Cast(float_type, whole))
     r = bind(inside - n * constant(_LN2_HIGH, F32, width) - n * constant(_LN2_LOW, F32, width))
     power = _polynomial(r, _EXP, width) * (r * r) + r + constant(1.0, F32, width)
-    exponent = (whole + constant(126, S32, width)) * constant(1 << 23, S32, width)  # of half the result
+    exponent = (whole + constant(126, S32, width)) * constant(1 << 23, S32, width)  # the exponent of half the result
     scaled = power * tx.reinterpret(float_type, exponent) * constant(2.0, F32, width)
     vanishes = tx.LT(x, constant(_EXP_LIMITS[0], F32, width))
     return _unless_nan(x, tx.Select(vanishes, constant(0.0, F32, width), scaled), width)

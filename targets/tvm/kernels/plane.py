@@ -47,9 +47,9 @@ class Plane:
     """The layout of one channel.
 
     Attributes:
-        shape: of the image in pixels, depth first: `(height, width)` or `(depth, height, width)`.
+        shape: the size of the image in pixels, depth first: `(height, width)` or `(depth, height, width)`.
         pad: zero pixels that windows may reach beyond each edge.
-        dtype: of a pixel.
+        dtype: the type of a pixel.
     """
 
     shape: tuple[int, ...]

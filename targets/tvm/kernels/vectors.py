@@ -128,7 +128,7 @@ def cover(length: Any, lanes: int, body: Callable[[Callable[[Any], Any], Any, in
 
     Args:
         length: elements of the row, at run time.
-        lanes: of the machine.
+        lanes: the machine's lanes.
         body: called with (place, count, width): vector v of `count` is `width` elements from `place(v)`.
     """
     _cover(length, narrower(lanes), body)

@@ -116,8 +116,8 @@ def estimate(lanes: int, gflops: float, dtype: DType = F32) -> Rates:
 
     Args:
         lanes: values of a vector.
-        gflops: of one core, a multiply-accumulate counts two.
-        dtype: of the values.
+        gflops: what one core reaches; a multiply-accumulate counts two.
+        dtype: the type of the values.
     """
     known = rates(lanes, dtype)
     speed = 2 * lanes / gflops / known.product

@@ -39,7 +39,7 @@ class DType:
 
     Attributes:
         name: in names of kernels and keys of target files.
-        bytes: of an element.
+        bytes: the size of an element.
         tvm: what TVM calls it.
         numpy: what numpy calls an array of it; for `bf16`, which numpy does not know, that of its bits.
     """

@@ -1,8 +1,8 @@
 """What is computed from constants alone: biases of attention that a trace keeps as tables and places in them.
 
-A graph stays small that way (`dvexport/graph/fold.py`). Kernels read a bias laid out, so it is laid out here, once,
-for the weights file; but rows that are chosen along the first axis, such as the few masks of many windows, are chosen
-by the kernel (`kernels/window_attention.py`).
+A graph stays small that way (`dvexport/graph/fold.py`). Kernels read a bias laid out in full, so the bias is laid
+out here, once, for the weights file. Rows along the first axis, such as the few masks of many windows, are chosen by
+the kernel (`kernels/window_attention.py`).
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ struct bounds {
     const plan *plan;
     const uint8_t *weights;
     const kernel_entry *kernel;
-    const place *argument; /* of the variant */
-    list *argument_list;   /* of each argument, if it is read as a list */
+    const place *argument; /* those of the variant */
+    list *argument_list;   /* by argument, if it is read as a list */
     const char *refused;   /* why; NULL: nothing is wrong so far */
     uint32_t buffer;       /* that it is about */
     list *known, *made;    /* lists now; those that the variant makes */
@@ -161,7 +161,7 @@ static void constant_list(bounds *b, uint32_t buffer, list *found) {
     const buffer_entry *is = &b->kernel->buffer[buffer];
     uint64_t header = is->list == LIST_CHANNELS ? 1 : 16, count = dvx_entry(b, buffer, 0), items = count, apart = 0;
     if (is->list == LIST_RUNS) {
-        items = count * is->pieces; /* of 31 bits each: no overflow */
+        items = count * is->pieces; /* each has 31 bits: no overflow */
         apart = dvx_entry(b, buffer, 1);
         if (items > apart) refuse(b, buffer, "is a list of more items than it has room for");
     }

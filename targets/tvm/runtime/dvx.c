@@ -24,11 +24,11 @@ typedef struct {
 struct dvx {
     plan plan;
     bytes weights;
-    memory copy; /* of weights that were not aligned */
+    memory copy; /* the weights, if they were not aligned */
     memory work; /* arena, state, and the two halves of the flip space */
     uint8_t *state, *flip;
-    size_t state_bytes, flip_bytes; /* flip: of both halves */
-    void **arguments[HALVES];       /* of all variants, by which half is BEFORE */
+    size_t state_bytes, flip_bytes; /* flip: both halves */
+    void **arguments[HALVES];       /* for all variants, by which half is BEFORE */
     call_state *calls;
     pool *pool;
     int threads, profile;

@@ -32,7 +32,7 @@ extern "C" {
 #define DVX_API __attribute__((visibility("default")))
 #define DVX_ERROR_SIZE 256
 #define DVX_MAX_RANK 6
-#define DVX_MAX_THREADS 32 /* of any plan; each has its own limit, which is at most this */
+#define DVX_MAX_THREADS 32 /* the most of any plan; each plan has a limit of its own up to this */
 
 /* An open network. */
 typedef struct dvx dvx;
@@ -50,7 +50,7 @@ typedef struct {
                          out for (dvx_info.max_threads), which need not be as many as there are cores */
     const int *cores; /* thread i of the pool runs on cores[i], where the system lets it; the calling thread (0)
                          is never moved: pin it to cores[0] yourself. NULL: anywhere */
-    int core_count;   /* of `cores`: at least `threads`, at most 1024 */
+    int core_count;   /* entries of `cores`: at least `threads`, at most 1024 */
     int profile;      /* not 0: time every call, for dvx_call; about 50 ns a call */
 } dvx_options;
 
@@ -89,11 +89,11 @@ typedef struct {
 /* Open a network: check the plan and the weights, take the memory, start the threads.
  *
  * Files are read, not mapped, and checked as they were read: whatever happens to them afterwards changes nothing.
- * `plan` in memory may be freed afterwards. `weights` in memory must stay as they are until dvx_close, and are used in
- * place if they start on 64 bytes: so several networks can share them, and so can processes that map one file, if
- * nobody truncates or writes it meanwhile. On failure *net is NULL and `error` (DVX_ERROR_SIZE bytes) says why: a file
- * that can't be read, is truncated, damaged or made for another build of this library; more threads than the plan is
- * laid out for; a processor that lacks an instruction set; no memory. */
+ * `plan` in memory may be freed afterwards. `weights` in memory must stay as they are until dvx_close. Weights that
+ * start on 64 bytes are used in place, so several networks can share them. Processes that map one file can share them
+ * too, if nobody truncates or writes the file meanwhile. On failure *net is NULL and `error` (DVX_ERROR_SIZE bytes)
+ * says why: a file that can't be read, is truncated, damaged or made for another build of this library;
+ * more threads than the plan is laid out for; a processor that lacks an instruction set; no memory. */
 DVX_API int dvx_open(dvx_blob plan, dvx_blob weights, const dvx_options *options, dvx **net, char *error);
 
 /* Stop the threads and free everything; NULL is allowed. */

@@ -15,8 +15,8 @@ typedef int32_t (*kernel_function)(void *const *buffers, int32_t part, int32_t p
 enum { LIST_NONE, LIST_CHANNELS, LIST_LINES, LIST_RUNS };
 
 typedef struct {
-    uint32_t bytes;   /* of an element */
-    uint32_t align;   /* of its first byte */
+    uint32_t bytes;   /* size of an element */
+    uint32_t align;   /* alignment of the first byte */
     uint32_t written; /* 1: the kernel writes it */
     uint32_t over;    /* bits of the buffers that it may be */
     uint32_t list;    /* the kind of list that it is read as */

@@ -1,9 +1,9 @@
 /* A pool of threads for calls of a few microseconds to a few milliseconds.
  *
- * A call has as many parts as there are threads. Every thread takes its own part if it comes in time, so that its data
- * tend to be in its cache already, and then those that nobody has taken yet: a thread that the system lets wait holds
- * nobody up, and only a part begun is waited for. Which parts are taken is one word together with the number of the
- * call, so a thread that comes late can't take a part of a later call for one of the call it read about.
+ * A call has as many parts as there are threads. Every thread takes its own part if it comes in time, so that the data
+ * tend to be in that thread's cache already; then it takes parts that nobody has taken yet. So a thread that the system
+ * lets wait holds nobody up, and only a part begun is waited for. One word holds the parts taken and the number of the
+ * call. So a late thread can't mistake a part of a later call for one of the call that it read about.
  *
  * A waiting thread spins for some tens of microseconds, since the next call usually follows at once, and then sleeps in
  * the kernel: nothing is burnt between two frames. Workers sleep on `ticket`, which counts the calls; the caller

@@ -24,7 +24,7 @@ static const char USAGE[] =
     "  --dump FILE     write the outputs of all measured steps, laid out as the frames are\n"
     "Prints one JSON object. Exit code 2: wrong use, or input that can't be used.\n";
 
-#define MOST_VALUES 10000 /* of an output, to be printed */
+#define MOST_VALUES 10000 /* the most values of an output that are printed */
 #define MOST_STEPS 100000000
 
 typedef struct {
@@ -41,7 +41,7 @@ typedef struct {
 
 typedef struct {
     dvx *net;
-    const char *path; /* of the file of frames */
+    const char *path; /* the file of frames */
     int file;         /* -1: none, every frame is `made` */
     const uint8_t *made;
     size_t frame_bytes;
@@ -49,7 +49,7 @@ typedef struct {
     dvx_blob *inputs;
     uint64_t *step_ns;
     call_sum *calls;
-    uint64_t (*values)[3]; /* of each output: how many 0, 1 and 2 */
+    uint64_t (*values)[3]; /* by output: how many 0, 1 and 2 */
     FILE *dump;
 } session;
 

@@ -37,7 +37,7 @@ class Fit:
         rates: nanoseconds.
         median, ninth: relative error that half of the samples stay below, and nine of ten.
         choices: works that two kernels could do.
-        right: of these, how many would be done by the faster one.
+        right: how many of these the faster kernel would do.
         lost: time that the wrong ones cost, as a part of all of them at their best.
     """
 

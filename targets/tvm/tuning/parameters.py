@@ -1,8 +1,8 @@
 """Choose what the convolution kernels of this machine are generated with, by measuring them.
 
-One parameter after the other: kernels of every value that may be good do the same work, all in one plan
-(`measure.py`), and the value whose kernels take the least time, by the geometric mean over all
-work, stays. It has to be better by more than what two measurements of one kernel differ.
+Parameters are chosen one after the other. Kernels of every value that may be good do the same work, all in one plan
+(`measure.py`). The value whose kernels take the least time, by the geometric mean over all work, stays. A new value has
+to be better by more than two measurements of one kernel differ.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _FULL = 0.75
 """A register block may leave so much less sums than the largest one: with fewer, loading takes longer than adding."""
 
 _SHARES = ((1.0, 1.0, 1.0), (0.5, 0.5, 1.0), (1.0, 1.0, 0.5))
-"""Of output channels, input channels and cells."""
+"""Shares of output channels, input channels and cells."""
 
 
 def choose_parameters(

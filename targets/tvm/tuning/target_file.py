@@ -35,8 +35,8 @@ def with_measured(text: str, *measured: Rates | Parameters) -> str:
     """Return the text of a target file with these tables, in place of those it has.
 
     Args:
-        text: of a file with `[runtimes.tvm]`.
-        measured: of its device.
+        text: the text of a file with `[runtimes.tvm]`.
+        measured: what was measured on the device.
 
     Raises:
         UsageError: compiled kernels are not among its runtimes, or it says so in another way.

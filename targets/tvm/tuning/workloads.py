@@ -25,7 +25,7 @@ class Workload:
     """A convolution of a network, square all around.
 
     Attributes:
-        kernel, stride: of its windows; padded so that a stride of 1 keeps the size.
+        kernel, stride: size and stride of the windows; padded so that a stride of 1 keeps the size.
         cin, cout: channels.
         size: edge of its output in pixels.
         cells: edge of its gate's grid; None: nobody chooses among pixels.

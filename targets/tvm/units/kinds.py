@@ -62,7 +62,7 @@ class Kind:
         purpose: for the benchmark of what gates cost.
         flat: whether its units are only found where no result is an image and every shape is known.
         ops: operators that a unit starts at, as `Relu` or, of the dialect, `dv.Merge`.
-        match: makes the unit of a node; None: of no node (an island is what is left over; calls that serve units).
+        match: makes the unit of a node; None: it has no node (an island is what is left over; calls that serve units).
     """
 
     name: str

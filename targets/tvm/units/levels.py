@@ -27,8 +27,8 @@ class Levels:
     """Levels and turns of nodes.
 
     Attributes:
-        level: of every node of a unit, and of all others but constants.
-        turn: within the level, of nodes that are in no unit.
+        level: the level of every node of a unit, and of all others but constants.
+        turn: the turn within the level, for nodes that are in no unit.
         order: position in the graph.
     """
 

@@ -36,7 +36,7 @@ class LinearUnit(Unit):
         weight: `[K, N]`.
         bias: `[N]`.
         activation: `relu`, `gelu` or nothing.
-        residual: of the result's shape, `[..., N]`.
+        residual: has the result's shape, `[..., N]`.
     """
 
     x: ir.Value

@@ -19,9 +19,9 @@ _DECISIONS = ("rows", "tiles", "active_in", "action")
 def gate_owners(model: ir.Model, gates: Collection[str]) -> dict[ir.Node, str]:
     """Return the gate of every node that has one.
 
-    A node belongs to a gate if it is one of its convolutions or merges; if all that is made of its results
-    is the gate's decision; or if it was traced in the gate's own module, as in a dense model. What is there to choose
-    tokens (`passes/mark_decisions.py`) belongs to `tokens`, which is no module.
+    A gate owns its convolutions and merges, nodes whose results make nothing but the gate's decision, and nodes traced
+    in the gate's own module, as in a dense model. Nodes that are there to choose tokens (`passes/mark_decisions.py`)
+    belong to `tokens`, which is no module.
     """
     owners: dict[ir.Node, str] = {}
     data: set[ir.Node] = set()

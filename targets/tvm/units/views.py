@@ -29,8 +29,8 @@ class View:
 
     Attributes:
         base: what lies in memory, dense.
-        offset: of the first element, in elements.
-        shape: of the view.
+        offset: where the first element lies, in elements.
+        shape: the view's shape.
         strides: by axis, in elements.
         scale: constant that all elements are multiplied by.
         nodes: operators between, from the base on.
@@ -59,7 +59,7 @@ def view_of(value: ir.Value, *, scaled: bool = False) -> View:
     """Return a value as a view of the earliest value that it is one of; at least of itself.
 
     Args:
-        value: of static shape.
+        value: one with a static shape.
         scaled: whether it may also be multiplied by a constant on the way.
     """
     chain: list[ir.Node] = []

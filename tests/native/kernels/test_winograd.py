@@ -34,7 +34,7 @@ from dvexport.targets.tvm.tuning.parameters import candidates
 
 GUARD = 64
 TOLERANCE = 5e-6
-"""Of the largest output: twice what the interpolation points lose at 512 channels."""
+"""Relative to the largest output: twice what the interpolation points lose at 512 channels."""
 
 BLOCKS = {16: (8, 8), 8: (8, 6, 4), 4: (6, 4, 3)}
 

@@ -165,10 +165,10 @@ def test_shipped_model(target):
 
 @pytest.mark.parametrize("algorithms", [("direct",), ALGORITHMS], ids="+".join)
 def test_gates_save_instructions(algorithms, record_property):
-    """Of the shipped model's steps against its dense ones, beside the share of the multiply-accumulates asked for.
+    """The shipped model's steps execute fewer instructions than its dense ones, beside the share of MACs asked for.
 
-    One algorithm for both: instructions follow the share. With Winograd's the dense model takes fewer too, as it can
-    take whole images in the largest tiles.
+    With one algorithm for both, instructions follow the share. With Winograd's the dense model takes fewer too, as it
+    can take whole images in the largest tiles.
     """
     target, steps = "raspberry-pi-4", (2, 4)
     emulated = command(target, plugins=True)

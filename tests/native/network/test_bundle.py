@@ -169,7 +169,7 @@ def test_sessions_leave_no_library_behind(stream):
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
 def test_nobody_keeps_a_session(stream):
-    """Of those who open one for the length of a call."""
+    """Callers that open a session for the length of a call close it again."""
     gc.collect()
     before = libraries()
     profile(stream, runs=1, warmup_s=0.0)

@@ -19,7 +19,7 @@
 #define VARIANT 56
 #define PLACE 16
 #define LINE 64
-#define THREADS 4 /* of the plans that are changed, or more */
+#define THREADS 4 /* at least those of the plans that are changed */
 #define RUN_LIMIT (1u << 26)
 #define CONSTANT 4096 /* bytes up to which a constant is taken for a `shape` or a list */
 

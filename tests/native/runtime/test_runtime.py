@@ -147,7 +147,7 @@ def test_only_expensive_kernels_that_split_are_shared():
         by_label = {call.label: call.threads for call in session.call_times()}
         assert by_label["who/expensive"] == 3
         assert by_label["who/cheap"] == by_label["who/alone"] == 1
-        assert by_label["layer1/relu"] == 3  # of unknown cost
+        assert by_label["layer1/relu"] == 3  # their cost is unknown
 
 
 def test_threads_sleep_between_steps_and_wake():

@@ -20,5 +20,5 @@ ONE_OF_EACH = {
     "tokens": ("test_tokens.py", "test_select_tokens"),
     "islands": ("test_generic.py", "test_a_policy_is_right_on_any_machine_with_any_number_of_threads"),
 }
-"""Of each family of kernels, file and name of a test whose first case is fast: one kernel, small and from the cache
+"""File and name of a test for each family of kernels. The first case is fast: one kernel, small and from the cache
 where it has been made before. Lists have a fast file of their own."""

@@ -7,8 +7,8 @@ channel is one row of weights and one contiguous plane: any set of channels is a
 
 A kernel belongs to a *family* (`DirectConv`), not to a layer: sizes come from the int32 constant `shape`
 (`direct_shape`), decisions from the lists. The pixels are cut into panels of a few vectors, the rows into
-groups; both are balanced (7 rows with a block of 4 are 4 + 3, never 4 + 2 + 1), and every group size has a
-register-blocked product of its own. A *packed* kernel first copies a panel's windows of the active input channels to
+groups. Both are balanced: 7 rows with a block of 4 are 4 + 3, never 4 + 2 + 1. Every group size has a register-blocked
+product of its own. A *packed* kernel first copies a panel's windows of the active input channels to
 `scratch`, where all groups read them as aligned vectors; an unpacked one loads its vectors from the planes. With a
 stride of 2, the even and the odd columns of a window's rows are all that is copied: every tap is a vector of the one or
 the other, some columns on.

@@ -1,9 +1,9 @@
-"""What a direct convolution asks memory for before it needs it.
+"""What a direct convolution prefetches.
 
-A 1 x 1 window has few products for what it moves: at 14 x 14 in ResNet-50 the weights, the pixels that are added and
-those that are written took a third of its time to arrive, one after the other. They are asked for while a register
-block is summed, a few lines for every `LINE` input channels: the weights of the group of rows that comes next, and the
-pixels of the block's own tile, which are needed when it ends.
+A 1 x 1 window has few products for what it moves. At 14 x 14 in ResNet-50 a third of the time was spent waiting for the
+weights, the pixels that are added and those that are written, one after the other. So they are prefetched while a
+register block is summed, a few lines for every `LINE` input channels. These are the weights of the next group of rows,
+and the pixels of the block's own tile, which are needed when the block ends.
 """
 
 from __future__ import annotations

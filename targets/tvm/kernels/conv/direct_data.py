@@ -1,8 +1,8 @@
 """What a direct convolution reads beside tensors: its sizes, its weights' layout and its lists of pixels.
 
-A *run* is a few neighbouring output pixels of one row; a run list names the pixels to compute: `[0]` the number of
-vectors, `[1]` the capacity in runs, from 16 on the offsets of the runs in a Y plane, and `capacity` entries further
-those of their windows' first pixels in an X plane. A vector is `lanes / run` successive runs.
+A *run* is a few neighbouring output pixels of one row; a run list names the pixels to compute. Entry `[0]` is the
+number of vectors, `[1]` the capacity in runs. From 16 on lie the offsets of the runs in a Y plane, and `capacity`
+entries further those of their windows' first pixels in an X plane. A vector is `lanes / run` successive runs.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def direct_shape(
         channels: input and output channels.
         packed, block, columns, dtype: as in the kernel's `DirectConv`.
         machine: as in the kernel.
-        vectors: of pixels, at most, that it may be asked for; None: any number.
+        vectors: the most vectors of pixels that a call computes; None: any number.
     """
     window.check(x, y)
     shape = np.zeros(Shape.FIRST_TAP + window.size, np.int32)

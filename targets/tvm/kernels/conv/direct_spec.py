@@ -40,10 +40,10 @@ class DirectConv:
         packed: copy windows to scratch first.
         block: rows x vectors of the register block.
         columns: width of a window whose even and odd columns are packed, instead of every tap; 0: every tap is.
-        ahead: weights are asked for ahead: for layers whose few pixels read each of them once. Of a packed 1 x 1
-            window, which has few products for what it reads and writes, the pixels of a tile are asked for too.
+        ahead: weights are prefetched: for layers whose few pixels read each weight once. With a packed 1 x 1 window,
+            which has few products for what it reads and writes, the pixels of a tile are prefetched too.
         tall: rows of the register block where no group has more than `TALL` vectors; 0: those of `block`.
-        dtype: of pixels, weights and sums.
+        dtype: the type of pixels, weights and sums.
     """
 
     taps: int
@@ -97,7 +97,7 @@ def spec_for(
         channels: input and output channels.
         machine: what to generate code for.
         residual, relu: what is fused.
-        dtype: of pixels, weights and sums.
+        dtype: the type of pixels, weights and sums.
 
     Raises:
         ValueError: windows lie too far apart.

@@ -3,8 +3,8 @@
     Y[o] = relu?(sum over i in cols of X[i] * W[o, i] + B[o] (+ R[o]))    for o in rows, at the pixels of `tiles`
 
 and nothing else is written, so an output channel, an input channel and a tile that is not listed cost nothing.
-Lanes are tiles. A block of tile vectors is transformed for all listed inputs and stays in the second level cache;
-then each group of output channels is (m + 2)^2 matrix products of a register block each, and transformed back.
+Lanes are tiles. A block of tile vectors is transformed for all listed inputs and stays in the second level cache.
+Then each group of output channels is (m + 2)^2 matrix products of a register block each, and transformed back.
 
 A kernel serves every layer: sizes are in `shape` (see `winograd_lists.Shape`). Output tiles may overshoot the
 right and bottom edge of the image into the padding of the plane; what they write there are zeros, chosen by `inside`.
@@ -57,8 +57,8 @@ class WinogradConv:
         relu: negative outputs become zero.
         block: output channels of the register block, for a block of one tile vector, of two, and so on. Its length
             is the most vectors of a block.
-        ahead: weights are asked for ahead: for layers whose few vectors read them but once.
-        dtype: of pixels, weights and sums.
+        ahead: weights are prefetched: for layers whose few vectors read each weight only once.
+        dtype: the type of pixels, weights and sums.
     """
 
     m: int
@@ -91,8 +91,8 @@ def spec_for(
 ) -> WinogradConv | None:
     """Return the kernel with the least multiplications for a layer, or nothing if tiles don't fit its gate's cells.
 
-    Lanes that have no tile are counted: at 14 x 14, F(4, 3) is one vector of 16 lanes and F(2, 3) four, so
-    the former is faster, but only the latter saves anything when half of the tiles are skipped.
+    Lanes that have no tile are counted. At 14 x 14, F(4, 3) is one vector of 16 lanes and F(2, 3) four. So the former
+    is faster, but only the latter saves anything when half of the tiles are skipped.
 
     Args:
         plane_in, plane_out: the layout of a channel of X and of Y.
@@ -126,7 +126,7 @@ def part_floats(spec: WinogradConv, cin: int, vectors: int, machine: Machine) ->
     Args:
         spec: the kernel.
         cin: input channels.
-        vectors: of tiles, at most, that it may be asked for.
+        vectors: the most vectors of tiles that a call computes.
         machine: what it runs on.
     """
     lanes, block = machine.lanes, spec.block[: max(vectors, 1)]
@@ -241,16 +241,17 @@ class _Writer:
                     T.buffer_store(frame.scratch, sums[i][j][whole], [tx.Ramp(place, 1, lanes)])
 
     def _inputs(self, weights: list[Any], shift: Any) -> Iterator[Any]:
-        """Loop over the listed inputs; with `ahead`, ask for every row's weights before they are needed.
+        """Loop over the listed inputs; with `ahead`, prefetch the weights of every row.
 
-        A large layer's come from memory in as many streams as there are rows, and the processor's own guess of what
-        is next starts anew at every point. Of a list, as many are asked for at once as share a cache line on average.
+        A large layer's weights come from memory in as many streams as there are rows, and the processor's own
+        prefetching starts anew at every point. Listed inputs are prefetched in groups that share a cache line on
+        average.
         """
         if not self.spec.ahead:
             with T.serial(0, self.col_count) as c:
                 yield c
             return
-        inputs = self.frame.shape[int(Shape.U_POINT)]  # of the layer: as many weights has a row for each point
+        inputs = self.frame.shape[int(Shape.U_POINT)]  # all of the layer: a row has so many weights for each point
         group = T.bind(tx.max(tx.truncdiv(self.col_count * self.dtype.line, inputs), 1))
         with T.serial(0, _blocks(self.col_count, group)) as turn:
             first = T.bind(turn * group)

@@ -29,10 +29,10 @@ def state_winograd(
     """State what a kernel touches; see `winograd.winograd_conv` for its buffers.
 
     Args:
-        frame: of the kernel.
+        frame: the kernel's frame.
         m: edge of an output tile.
         block: output channels of the register block by vectors of tiles.
-        lanes: of the machine.
+        lanes: the machine's lanes.
         gap: elements between the points of transformed input.
         residual, inside: whether it has these buffers.
     """

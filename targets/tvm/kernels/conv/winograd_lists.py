@@ -65,7 +65,7 @@ def winograd_weights(weights: np.ndarray, m: int, dtype: DType = F32) -> np.ndar
     Args:
         weights: `[cout, cin, 3, 3]`.
         m: edge of an output tile.
-        dtype: of a weight; the transform is computed in float64.
+        dtype: the type of a weight; the transform is computed in float64.
     """
     cout, cin = weights.shape[:2]
     matrix = weight_matrix(m)

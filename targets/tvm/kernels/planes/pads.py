@@ -60,9 +60,9 @@ def zero_pads_of(frame: Frame, buffer: Any, lanes: int) -> None:
     """Zero this thread's planes but for their images.
 
     Args:
-        frame: of the kernel, whose `shape` begins with `FrameShape`.
-        buffer: of planes.
-        lanes: of the machine; it divides base and size.
+        frame: the kernel's frame, whose `shape` begins with `FrameShape`.
+        buffer: the planes.
+        lanes: the machine's lanes; base and size are multiples of them.
     """
     channels, height, width, pitch, base, end, size = (T.bind(frame.shape[each]) for each in map(int, FrameShape))
     low, high = share(channels, frame.part, frame.parts)
@@ -79,10 +79,10 @@ def zero_outside(buffer: Any, plane: Any, sizes: tuple[Any, Any, Any], lanes: in
     """Zero a plane before `base` and from `end` on.
 
     Args:
-        buffer: of planes.
+        buffer: the planes.
         plane: int64 offset of the plane.
         sizes: int32 base, end and size; a vector fits before the one and after the other.
-        lanes: of the machine; it divides base and size.
+        lanes: the machine's lanes; base and size are multiples of them.
     """
     base, end, size = sizes
     zero = constant(0.0, dtype_of(buffer.dtype), lanes)

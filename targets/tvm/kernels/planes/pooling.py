@@ -34,7 +34,7 @@ __all__ = [
 Pair = tuple[int, int]
 
 _BITS = 32
-"""Of a number that is halved by shifting."""
+"""Bits of a number that is halved by shifting."""
 
 
 class _Pool(IntEnum):
@@ -45,9 +45,9 @@ class _Pool(IntEnum):
     ROW_STEP = len(FrameShape) + 1
     """From one window to the next below."""
     PITCH = len(FrameShape) + 2
-    """Of X."""
+    """The pitch of X."""
     SIZE = len(FrameShape) + 3
-    """Of a plane of X."""
+    """The size of a plane of X."""
     SCALE = len(FrameShape) + 4
     """Bits of what a sum is multiplied with."""
 
@@ -124,7 +124,7 @@ def max_pool(kernel: Pair, step: int, machine: Machine, dtype: DType = F32) -> K
         kernel: height and width of the window.
         step: stride across, 1 or 2.
         machine: what to generate code for.
-        dtype: of a pixel.
+        dtype: the type of a pixel.
     """
     name = kernel_name(dtype, f"max_pool_{kernel[0]}x{kernel[1]}_s{step}")
     return _pool(name, kernel, step, machine, dtype, tx.max, lambda value, scale: value)

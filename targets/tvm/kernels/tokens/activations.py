@@ -39,7 +39,7 @@ class Numbers:
     """The constants of a function, in a buffer that the kernel writes.
 
     Args:
-        buffer: of floats.
+        buffer: a buffer of floats.
         place: where the table begins, by a value that LLVM can't know.
     """
 

@@ -1,9 +1,9 @@
 """Attention: softmax(scale * Q K^T (+ biases)) V of every head, a block of queries at a time.
 
 Q, K and V are read where they lie, by strides, so that neither splitting heads nor transposing moves anything. For
-each head keys and values are packed into panels once; for each block of queries all scores are computed
-into scratch, where softmax makes weights of them, and the weights are multiplied with the values. All of
-it stays in a core's second level cache. Threads share (head, block of queries) pairs.
+each head keys and values are packed into panels once. For each block of queries all scores are computed into scratch,
+where softmax turns them into weights; the weights are multiplied with the values. All of these stay in a core's second
+level cache. Threads share (head, block of queries) pairs.
 
 Without softmax the same loops are a product of two activations, A B^T (`Attention.softmax`).
 """
@@ -91,7 +91,7 @@ class Bias:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one attention: `depth` is of queries and keys, `width` of values."""
+    """The sizes of one attention: `depth` is that of queries and keys, `width` that of values."""
 
     batches: int
     heads: int
@@ -106,10 +106,10 @@ class Attention:
     """A family.
 
     Attributes:
-        vectors: of values in a panel.
+        vectors: how many vectors of values a panel has.
         biases: how many are added to the scaled scores: 0, 1 or 2.
         softmax: False: Y is the scaled scores themselves, and there is no V.
-        dtype: of all tensors and sums.
+        dtype: the type of all tensors and sums.
     """
 
     vectors: int
@@ -166,7 +166,7 @@ def _pitch(sizes: Sizes, spec: Attention, machine: Machine) -> int:
 
 
 def _tiles(spec: Attention, machine: Machine) -> int:
-    """Floats of the tiles of sums: of one group of queries for scores, of all groups of a block for the outputs."""
+    """Floats of the tiles of sums: one group of queries for scores, all groups of a block for the outputs."""
     rows, vectors = register_block(machine)
     groups = -(-_QUERIES // rows)
     return rows * max(vectors, groups * spec.vectors) * machine.lanes
@@ -215,7 +215,7 @@ def _biases_read(spec: Attention) -> tuple[dict[str, Size], list[Size]]:
 def state(
     frame: Frame, spec: Attention, machine: Machine, biases: dict[str, Size], shape: Size | int, needs: Needs = ()
 ) -> None:
-    """State what attention touches; `biases`: floats of each; `shape`: its entries; `needs`: of the biases."""
+    """State what attention touches; `biases`: floats of each; `shape`: its entries; `needs`: what the biases need."""
     names = ("batches", "heads", "queries", "keys", "depth", "width", "slice", "numbers", "pitch")
     places = {name: index for index, name in enumerate(names)} | {"Q": int(_Shape.Q), "K": int(_Shape.K)}
     places |= {"Y": int(_Shape.Y)} | ({"V": int(_Shape.V)} if spec.softmax else {})

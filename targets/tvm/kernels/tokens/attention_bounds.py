@@ -34,13 +34,13 @@ def state_attention(
     """State what a kernel touches; see `attention.attention` for its buffers.
 
     Args:
-        frame: of the kernel.
-        places: entries of `shape` by what they say: of the sizes, and of the five strides of each tensor by its name.
+        frame: the kernel's frame.
+        places: entries of `shape` by what they say: the sizes, and each tensor's five strides by its name.
         biases: by name the floats of each bias that are read.
         panels: `keys`, keys of a panel; `width`, values of a panel, 0 without softmax; `tiles`, floats of the tiles;
             `queries`, of a block.
         shape: its entries.
-        needs: of the biases.
+        needs: what the biases need.
     """
     batches, heads, queries, keys, depth, values = (
         entry(places[name]) for name in ("batches", "heads", "queries", "keys", "depth", "width")

@@ -47,10 +47,10 @@ class Dense:
     """What a kernel is generated for.
 
     Attributes:
-        vectors: of outputs in a block: 1, 2 or 4; 8 too of one that skips.
+        vectors: how many vectors of outputs a block has: 1, 2 or 4; 8 too where zeros are skipped.
         relu: whether Y = max(Y, 0).
         skips: whether zeros of X are left out; for one row.
-        dtype: of X, weights and sums.
+        dtype: the type of X, weights and sums.
     """
 
     vectors: int

@@ -53,7 +53,7 @@ class MatMul:
     Attributes:
         activation: `relu`, `gelu` (the exact one) or nothing.
         residual: whether R is added after the activation.
-        dtype: of X, weights and sums.
+        dtype: the type of X, weights and sums.
     """
 
     activation: str = ""

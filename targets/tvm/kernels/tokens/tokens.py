@@ -170,7 +170,7 @@ def _score(value: Any, width: int) -> Any:
 
 
 def _place(frame: Frame, first: Any, of: tuple[Any, Any, Any], lanes: int) -> Any:
-    """Count the tokens that come before one: of smaller score, or of equal score and lower index."""
+    """Count the tokens that come before one: those with a smaller score, or with the same score and a lower index."""
     own, token, tokens = of
     count, rest = register(S32, lanes), register(S32, 1)
 
@@ -203,7 +203,7 @@ def scatter_shape(rows: int, count: int, updates: int) -> np.ndarray:
 def scatter(dtype: DType) -> Kernel:
     """Y = X with Y[r, index[r, k]] = U[r, k]. Buffers: X `[R, N]`, index int64 `[R, K]`, U `[R, K]`, shape, Y.
 
-    Of equal indices the last one holds. An index below 0 counts from the end; one that is not in the row is left out.
+    The last of equal indices holds. An index below 0 counts from the end; one that is not in the row is left out.
     Threads share the elements of Y, and each looks at all indices of its rows.
     """
     types = {"X": dtype, "index": S64, "U": dtype, "shape": S32, "Y": dtype}

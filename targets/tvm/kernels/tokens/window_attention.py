@@ -1,9 +1,9 @@
 """Attention in windows: as `attention.py`, with biases that are shared, chosen and repeated.
 
-The logits of shifted windows have a bias by head and relative position, the same in every window; a mask that few
-windows differ in, of which each window names its own; and, once tokens were dropped, one number for each key that
-holds for all queries. Laid out in full the last two would be as large as the scores. So each bias comes with a
-table, which of its parts a batch reads, and a stride from one query to the next that may be 0.
+The logits of shifted windows have a bias by head and relative position, the same in every window. They have one of a
+few masks, and each window names its own. Once tokens were dropped, they have one number for each key, the same for all
+queries. Laid out in full the last two would be as large as the scores. So each bias comes with a table of the part that
+each batch reads, and with a stride from one query to the next that may be 0.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class WindowBias:
     """Where a bias `[parts, heads, queries, keys]` lies; a row's keys are neighbours.
 
     Attributes:
-        parts: of each batch, which part it reads.
+        parts: which part each batch reads.
         part, head, row: strides in floats, 0 for what is the same.
     """
 
