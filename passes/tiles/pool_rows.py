@@ -45,14 +45,16 @@ def average_pool(build: Builder, node: ir.Node) -> ir.Value | None:
         return None
     frames, channels, height, width = static_shape(x)
     plain = {"pads": (0,) * 4, "strides": strides, "dilations": (1, 1)}
-    rows_out, columns_out = output_size((height, width), kernel, plain)
-    cells = windows(tile_pixels((rows_out, columns_out), (1, 1)), (height, width), frames, kernel, strides).reshape(-1, np.prod(kernel))
+    down, across = output_size((height, width), kernel, plain)
+    cells = windows(tile_pixels((down, across), (1, 1)), (height, width), frames, kernel, strides).reshape(
+        -1, np.prod(kernel)
+    )
     nothing = np.full((1, cells.shape[1]), frames * height * width)  # the mean of zero rows is the new zero row
     rows = rows_at_hand(x)
     assert rows is not None
     pooled = _pooled(build, rows, np.concatenate([cells, nothing]), channels)
-    pooled.shape, pooled.type = ir.Shape(rows_shape((frames, channels, rows_out, columns_out))), x.type
-    return build.op("FromRows", pooled, domain=DV, size=[rows_out, columns_out])
+    pooled.shape, pooled.type = ir.Shape(rows_shape((frames, channels, down, across))), x.type
+    return build.op("FromRows", pooled, domain=DV, size=[down, across])
 
 
 def _pooled(build: Builder, rows: ir.Value, cells: np.ndarray, channels: int) -> ir.Value:
