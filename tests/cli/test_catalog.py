@@ -262,7 +262,7 @@ def test_rates_need_a_table_of_their_own(rates):
 )
 def test_what_is_bad_in_a_measured_table_is_named(tmp_path, rates, parameters, old, new, key, why):
     path = tmp_path / "board.toml"
-    header = f"[runtimes.tvm.{key.split('.')[0]}]\n"
+    header = f"[runtimes.tvm.{'rates.f32' if key.startswith('rates') else 'parameters'}]\n"
     head, table, tail = target_file.with_measured(REAL, rates, parameters).partition(header)
     assert old in tail
     path.write_text(head + table + tail.replace(old, new, 1))
