@@ -54,8 +54,8 @@ def average_pool(build: Builder, node: ir.Node) -> ir.Value | None:
     rows = rows_at_hand(x)
     assert rows is not None
     pooled = _pooled(build, rows, np.concatenate([cells, nothing]), channels)
-    pooled.shape, pooled.type = ir.Shape(rows_shape((frames, channels, rows_out, columns_out))), x.type
-    return build.op("FromRows", pooled, domain=DV, size=[rows_out, columns_out])
+    pooled.shape, pooled.type = ir.Shape(rows_shape((frames, channels, down, across))), x.type
+    return build.op("FromRows", pooled, domain=DV, size=[down, across])
 
 
 def _pooled(build: Builder, rows: ir.Value, cells: np.ndarray, channels: int) -> ir.Value:
