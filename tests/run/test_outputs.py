@@ -26,6 +26,7 @@ from dvexport.models.base import imagenet_preprocess
 from dvexport.ports import Output
 from dvexport.profile import profile
 from dvexport.run.compare import compare, output_error
+from dvexport.run.feeds import read_arrays
 from dvexport.run.open import open_session
 from dvexport.run.session import Step
 from dvexport.targets.onnx.backend import BACKEND
@@ -334,3 +335,11 @@ def test_golden_data_of_another_form_is_a_bundle_error(tmp_path, name, change):
     files = {one: bundle.read(one) for one in bundle.manifest.files} | {GOLDEN: save(golden)}
     with pytest.raises(BundleError, match="the golden data is"):
         verify(write_bundle(tmp_path / "x.dvx", bundle.manifest, files))
+
+
+def test_an_npz_with_a_damaged_header_is_a_usage_error(tmp_path):
+    np.savez(tmp_path / "a.npz", flow=np.zeros(3))
+    data = (tmp_path / "a.npz").read_bytes()
+    (tmp_path / "a.npz").write_bytes(data.replace(b"'descr'", b"((((((("))
+    with pytest.raises(UsageError, match="the inputs can't be read"):
+        read_arrays(tmp_path / "a.npz")
