@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dvexport.bundle.levels import read_gate_level
+from dvexport.decisions import PROBE, TOKENS, decision_key
 from dvexport.errors import BundleError, TraceError, UsageError
 from dvexport.graph.graph import whole_clip_of
 from dvexport.rebuild import rebuild
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from dvexport.bundle.archive import Bundle
-    from dvexport.bundle.manifest import Manifest
+    from dvexport.bundle.manifest import InputEntry, Manifest, OutputEntry
 
 __all__ = ["VerifyReport", "verify"]
 
@@ -136,11 +137,28 @@ def _golden(bundle: Bundle) -> tuple[Feeds, list[Step]]:
         frames, steps = unpack(bundle.golden(), inputs, outputs)
     except (KeyError, IndexError, TypeError, ZeroDivisionError) as error:  # an array missing, empty or too short
         raise BundleError("the golden data is incomplete", where=str(bundle.path), why=repr(error)) from error
-    ranks = [len(entry.shape) for entry in manifest.inputs]
-    if not steps or [array.ndim for array in frames.values()] != ranks:
-        why = f"{len(steps)} results of frames of shape {[list(array.shape) for array in frames.values()]}"
+    if why := _golden_problem(manifest, frames, {name: bundle.golden()[name] for name in outputs}):
         raise BundleError("the golden data is incomplete", where=str(bundle.path), why=why)
     return frames, steps
+
+
+def _golden_problem(manifest: Manifest, frames: Feeds, results: Feeds) -> str | None:
+    """Return why golden arrays are not what the manifest says of its inputs and outputs; None if they are."""
+    given = manifest.inputs[0].shape[0]
+    whole = {entry.name: entry.shape[0] == 1 < given for entry in manifest.outputs}
+    arrays = {**frames, **results}
+    entries: list[InputEntry | OutputEntry] = [*manifest.inputs, *manifest.outputs]
+    for entry in entries:
+        array = arrays.get(entry.name)
+        if array is None:
+            continue  # decisions, which are compared where there are any
+        rows = 1 if whole.get(entry.name) else count(frames)
+        if not rows or array.shape != (rows, *entry.shape[1:]) or array.dtype != entry.dtype:
+            wanted = f"{entry.dtype} {[rows or 'frames', *entry.shape[1:]]}"
+            return f"'{entry.name}' is {array.dtype} {list(array.shape)}, and should be {wanted}"
+    if any(array.dtype.kind == "f" and not np.isfinite(array).all() for array in arrays.values()):
+        return "it has NaN or infinite values"
+    return None
 
 
 def _clip_frames(clip: str | Path, manifest: Manifest) -> np.ndarray:
@@ -172,6 +190,11 @@ def _forced(
         forceable = any(gate.kind != "tokens" for gate in bundle.manifest.gates)
         return [], None, NOT_FORCED if forceable else None
     session = open_session(bundle, variant="forced")
+    probes = {key: one.shape[1:] for one in bundle.manifest.outputs if (key := decision_key(one.name, PROBE))}
+    shown = {key: shape for key, shape in probes.items() if key[1] != TOKENS.name}
+    if any({key: value.shape for key, value in run.decisions[0].items()} != shown for run in runs):
+        why = "its forced decisions are not those of the gates"
+        raise BundleError("the golden data is damaged", where=str(bundle.path), why=why)
     stored = {id(run): run.steps() for run in runs}
     references = references_of(gate_level, frames, net) | {"golden data": lambda run: stored[id(run)]}
     try:

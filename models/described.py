@@ -193,6 +193,8 @@ class Description:
         if not names and isinstance(result, Tensor):
             names = [LOGITS if self.labels and result.ndim == 2 else "output"]
         given = named_outputs(result, names)
+        if not given:
+            raise TraceError("the model gives no outputs", where=type(module).__name__)
         for name, value in given.items():
             self._check_output(name, value, 1 if self.whole_clip else frames)
         return given
@@ -205,6 +207,8 @@ class Description:
                 why=f"for {'one clip' if self.whole_clip else f'{rows} frames'} its shape is {list(value.shape)}",
                 hint="give one row for each frame, frames first",
             )
+        if not value.numel():
+            raise TraceError("an output holds nothing", where=name, why=f"its shape is {list(value.shape)}")
         if value.dtype != torch.float32 and value.dtype not in _OTHERS:
             raise TraceError(f"an output is {value.dtype}", where=name, hint="give float32, int64, int32 or bool")
 

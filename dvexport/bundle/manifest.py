@@ -255,6 +255,27 @@ class Manifest(_Entry):
             raise ValueError("the first input is a video, and has no preprocess")
         return self
 
+    @model_validator(mode="after")
+    def _means_something(self) -> Manifest:
+        """What an output is said to be fits its shape, every name is one port's, and limits are of outputs."""
+        for entries in (self.inputs, self.outputs):
+            names = [entry.name for entry in entries]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"two inputs or outputs are called '{twice[0]}'")
+        shapes = {entry.name: entry.shape for entry in self.outputs}
+        try:
+            outputs = self.declared_outputs
+            for output in outputs:
+                output.check(shapes[output.name])
+        except UsageError as error:
+            raise ValueError(f"output '{error.where}': {error.what}") from error
+        if not outputs:
+            raise ValueError("no output is the model's own, all are decisions")
+        known = {output.name for output in outputs}
+        if unknown := [name for name in self.limits.outputs if name not in known]:
+            raise ValueError(f"a limit is of '{unknown[0]}', which is no output")
+        return self
+
     @property
     def preprocess(self) -> Preprocess:
         """Preprocessing of the first input, the video."""

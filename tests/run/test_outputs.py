@@ -13,18 +13,20 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from safetensors.numpy import save
 from torch import nn
 
 import dvexport
-from dvexport.bundle.archive import Bundle, write_bundle
+from dvexport.bundle.archive import GOLDEN, Bundle, write_bundle
 from dvexport.bundle.limits import Limits
 from dvexport.bundle.manifest import parse_manifest
-from dvexport.errors import CheckFailed, TraceError, UsageError
+from dvexport.errors import BundleError, CheckFailed, TraceError, UsageError
 from dvexport.export import export
 from dvexport.models.base import imagenet_preprocess
 from dvexport.ports import Output
 from dvexport.profile import profile
 from dvexport.run.compare import compare, output_error
+from dvexport.run.feeds import read_arrays
 from dvexport.run.open import open_session
 from dvexport.run.session import Step
 from dvexport.targets.onnx.backend import BACKEND
@@ -200,6 +202,8 @@ class Lazy(nn.Module):
         (Plain(lambda x: {"frames": x}), {}, UsageError, "two inputs or outputs are called 'frames'"),
         (Plain(lambda x: (x, x)), {}, TraceError, "gives 2 outputs, and 0 are named"),
         (Plain(lambda x: {"a": [x]}), {}, TraceError, "an output is no tensor"),
+        (Plain(lambda x: {}), {}, TraceError, "the model gives no outputs"),
+        (Plain(lambda x: {"a": x[:, :0]}), {}, TraceError, "an output holds nothing"),
         (Plain(lambda x: x.double()), {}, TraceError, "an output is torch.float64"),
         (Plain(lambda x: x), {"outputs": [Output("m", "map", ("a", "b"))]}, UsageError, "2 labels for an output of 4"),
         (Plain(lambda x: x), {"outputs": [Output("m", "boxes")]}, UsageError, "of kind 'boxes' is"),
@@ -287,3 +291,55 @@ def test_a_resize_is_written_in_an_older_opset_where_it_means_the_same(transform
     else:
         with pytest.raises(UsageError, match="can't be written in opset 18"):
             emit(model, opset=18)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda m: m["outputs"][1].update(labels=["a"]), "output 'features': an output of kind 'array' has no labels"),
+        (lambda m: m["outputs"][0].update(labels=["a"]), "output 'masks': 1 labels for an output of 3 channels"),
+        (lambda m: m["outputs"][1].update(kind="boxes"), "output 'features': an output of kind 'boxes' is"),
+        (lambda m: m["outputs"][0].update(kind="logits", labels=[]), "output 'masks': an output of kind 'logits' is"),
+        (lambda m: m["outputs"][1].update(name="masks"), "two inputs or outputs are called 'masks'"),
+        (lambda m: m.update(outputs=m["outputs"][2:]), "no output is the model's own"),
+        (lambda m: m["limits"]["outputs"].update(nothing=0.1), "a limit is of 'nothing'"),
+    ],
+)
+def test_a_manifest_whose_outputs_do_not_fit_is_a_bundle_error(change, why):
+    manifest = json.loads(bundle_of("segmenter").manifest.to_json())
+    change(manifest)
+    with pytest.raises(BundleError, match=why):
+        parse_manifest(json.dumps(manifest).encode(), where="here")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("frames", lambda a: a[:-1]),
+        ("frames", lambda a: a[:0]),
+        ("frames", lambda a: a.astype(np.float64)),
+        ("frames", lambda a: a[:, :1]),
+        ("frames", lambda a: a * np.nan),
+        ("masks", lambda a: a[:, :1]),
+        ("masks", lambda a: a.astype(np.int64)),
+        ("features", lambda a: np.concatenate([a, a])),
+        ("force.decoder.tiles", lambda a: None),
+        ("force.decoder.tiles", lambda a: a[..., :1]),
+    ],
+)
+def test_golden_data_of_another_form_is_a_bundle_error(tmp_path, name, change):
+    bundle = bundle_of("segmenter")
+    golden = dict(bundle.golden())
+    changed = change(golden.pop(name))
+    golden |= {} if changed is None else {name: np.ascontiguousarray(changed)}
+    files = {one: bundle.read(one) for one in bundle.manifest.files} | {GOLDEN: save(golden)}
+    with pytest.raises(BundleError, match="the golden data is"):
+        verify(write_bundle(tmp_path / "x.dvx", bundle.manifest, files))
+
+
+def test_an_npz_with_a_damaged_header_is_a_usage_error(tmp_path):
+    np.savez(tmp_path / "a.npz", flow=np.zeros(3))
+    data = (tmp_path / "a.npz").read_bytes()
+    (tmp_path / "a.npz").write_bytes(data.replace(b"'descr'", b"((((((("))
+    with pytest.raises(UsageError, match="the inputs can't be read"):
+        read_arrays(tmp_path / "a.npz")
