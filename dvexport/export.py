@@ -393,7 +393,20 @@ def _verified(session: Session, net: Any, frames: Feeds, limits: Limits) -> list
     """
     got = session.run_clip(frames)
     want = torch_steps(net, frames, follow=got)
+    _check_finite(want, type(net).__name__)
     failed = [row for row in compare("artifact against PyTorch", got, want, limits) if not row.ok]
     if failed:
         raise not_equal(failed[0], first_difference(got, want))
     return [Step(w.outputs, {**g.decisions, **w.decisions}) for g, w in zip(got, want, strict=True)]
+
+
+def _check_finite(steps: Sequence[Step], where: str) -> None:
+    for frame, step in enumerate(steps):
+        for name, value in step.outputs.items():
+            if not np.isfinite(value).all():
+                raise TraceError(
+                    f"the model itself gives numbers that are not finite, in its output '{name}'",
+                    where=where,
+                    why=f"frame {frame} of the golden clip gives NaN or infinity in PyTorch",
+                    hint="check its weights, and what it divides by",
+                )

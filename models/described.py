@@ -138,7 +138,7 @@ class Description:
             names.append(parameter.name)
             needed += parameter.default is parameter.empty
         told = {
-            names[int(key)] if key.isdigit() and int(key) < len(names) else key: size
+            names[int(key)] if key.isdecimal() and int(key) < len(names) else key: size
             for key, size in self.inputs.items()
         }
         ordered = {name: tuple(told[name]) for name in names if name in told}

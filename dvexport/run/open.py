@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dvexport.errors import unknown_name
+from dvexport.decisions import PROBE, decision_key
+from dvexport.errors import BundleError, unknown_name
 from dvexport.run.session import Session
 from dvexport.targets.onnx.backend import onnx_variant
 from dvexport.targets.registry import backend_of
@@ -32,10 +33,33 @@ def open_session(bundle: Bundle, *, threads: int = 1, variant: str = "gated") ->
 
     Raises:
         UsageError: an unknown variant, more threads than that, or a backend that can't run here.
-        BundleError: the bundle changed meanwhile, or lacks the model.
+        BundleError: the bundle changed meanwhile, lacks the model, or has inputs and outputs that its manifest does not
+            describe.
         DeviceError: the backend's runtime is missing or can't load the artifact.
     """
-    return open_variant(variant_of(bundle, variant), bundle.manifest, threads=threads)
+    session = open_variant(variant_of(bundle, variant), bundle.manifest, threads=threads)
+    try:
+        _check_ports(bundle, session)
+    except BundleError:
+        session.close()
+        raise
+    return session
+
+
+def _check_ports(bundle: Bundle, session: Session) -> None:
+    """Refuse an artifact that takes or gives something else than the manifest says."""
+    shown = [entry for entry in bundle.manifest.outputs if decision_key(entry.name, PROBE) is None]
+    for kind, told, ports in (("input", bundle.manifest.inputs, session.inputs), ("output", shown, session.outputs)):
+        said = {entry.name: (tuple(entry.shape), entry.dtype) for entry in told}
+        found = {name: (tuple(int(size) for size in port.shape), str(port.dtype)) for name, port in ports.items()}
+        for name in {**said, **found}:
+            if said.get(name) != found.get(name):
+                why = f"the manifest says {_told(said.get(name))}, the artifact {_told(found.get(name))}"
+                raise BundleError(f"the artifact has another {kind} '{name}'", where=str(bundle.path), why=why)
+
+
+def _told(port: tuple[tuple[int, ...], str] | None) -> str:
+    return "none" if port is None else f"{port[1]} {list(port[0])}"
 
 
 def variant_of(bundle: Bundle, variant: str) -> Variant:

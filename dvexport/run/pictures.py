@@ -61,7 +61,9 @@ def draw_boxes(
     pen = ImageDraw.Draw(drawn)
     for index, box in enumerate(boxes):
         best, told = 0, ""
-        if scores is not None:
+        if not np.isfinite(box).all():
+            continue
+        if scores is not None and index < len(scores):
             best = int(scores[index].argmax())
             chance = float(scores[index][best])
             if chance < LEAST_SCORE:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -85,9 +86,15 @@ class RunResult:
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form: classes of a classifier, and for others their outputs in short."""
         if not self.frames:
-            return {"outputs": [asdict(one) for one in self.summaries()]}
+            known = [asdict(one) for one in self.summaries()]
+            return {"outputs": [{key: _json_number(value) for key, value in one.items()} for one in known]}
         top = [{"label": label, "probability": probability} for label, probability in self.top]
         return {"top": top, "frames": [asdict(frame) for frame in self.frames]}
+
+
+def _json_number(value: Any) -> Any:
+    """Return None for a number that JSON has no word for."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def run(

@@ -46,8 +46,8 @@ def average_pool(build: Builder, node: ir.Node) -> ir.Value | None:
         return None
     frames, channels, height, width = static_shape(x)
     plain = {"pads": (0,) * 4, "strides": strides, "dilations": (1, 1)}
-    rows_out, columns_out = output_size((height, width), kernel, plain)
-    cells = windows(tile_pixels((rows_out, columns_out), (1, 1)), (height, width), frames, kernel, strides).reshape(
+    down, across = output_size((height, width), kernel, plain)
+    cells = windows(tile_pixels((down, across), (1, 1)), (height, width), frames, kernel, strides).reshape(
         -1, np.prod(kernel)
     )
     nothing = np.full((1, cells.shape[1]), frames * height * width)  # the mean of zero rows is the new zero row

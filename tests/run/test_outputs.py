@@ -343,3 +343,35 @@ def test_an_npz_with_a_damaged_header_is_a_usage_error(tmp_path):
     (tmp_path / "a.npz").write_bytes(data.replace(b"'descr'", b"((((((("))
     with pytest.raises(UsageError, match="the inputs can't be read"):
         read_arrays(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value", "why"),
+    [
+        ("inputs", "shape", [1, 3, 8, 8], "float32 [1, 3, 8, 8], the artifact float32"),
+        ("inputs", "dtype", "float64", "float64"),
+        ("outputs", "name", "other", "the artifact none"),
+        ("outputs", "dtype", "int64", "int64"),
+    ],
+)
+def test_an_artifact_that_is_not_what_the_manifest_says_is_not_opened(tmp_path, kind, field, value, why):
+    bundle = bundle_of("detector")
+    told = json.loads(bundle.manifest.to_json())
+    told[kind][0][field] = value
+    if field == "name":
+        told["limits"]["outputs"] = {value: 1e-3}
+    content = {name: bundle.read(name) for name in bundle.manifest.files}
+    altered = write_bundle(tmp_path / "x.dvx", parse_manifest(json.dumps(told).encode()), content)
+    with pytest.raises(BundleError, match="the artifact has another") as caught:
+        open_session(altered)
+    assert why in caught.value.why
+
+
+def test_a_model_that_gives_no_numbers_is_told_so(tmp_path):
+    class Lost(nn.Module):
+        def forward(self, frames):
+            return {"y": frames.mean((1, 2, 3)) / 0 * 0}
+
+    with pytest.raises(TraceError, match="the model itself gives numbers that are not finite") as caught:
+        export(Lost(), example=torch.zeros(2, 3, *SIZE), preprocess=PREPROCESS, output=tmp_path / "x.dvx")
+    assert "frame 0" in caught.value.why
