@@ -361,7 +361,7 @@ def test_an_artifact_that_is_not_what_the_manifest_says_is_not_opened(tmp_path, 
     if field == "name":
         told["limits"]["outputs"] = {value: 1e-3}
     content = {name: bundle.read(name) for name in bundle.manifest.files}
-    altered = write_bundle(tmp_path / "x.dvx", parse_manifest(json.dumps(told).encode()), content)
+    altered = write_bundle(tmp_path / "x.dvx", parse_manifest(json.dumps(told).encode(), where="x"), content)
     with pytest.raises(BundleError, match="the artifact has another") as caught:
         open_session(altered)
     assert why in caught.value.why
