@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from dvexport.models.described import Description, Example
+    from dvexport.video.clips import Clip
 
 __all__ = ["build_model", "export", "file_digest", "traced_levels"]
 
@@ -338,25 +339,21 @@ def traced_levels(net: Any) -> tuple[ir.Model, ir.Model | None]:
 
 
 def _golden_frames(clip: Path | None, preprocess: Any) -> np.ndarray:
-    frames = _clip_frames(clip, preprocess)
-    return moving_texture(preprocess, preprocess.frames) if frames is None else frames
+    return moving_texture(preprocess, preprocess.frames) if clip is None else _clip_of(clip, preprocess).frames
 
 
-def _clip_frames(clip: str | Path | None, preprocess: Any) -> np.ndarray | None:
-    if clip is None:
-        return None
+def _clip_of(clip: str | Path, preprocess: Any) -> Clip:
     from dvexport.video.clips import read_clip
 
-    return read_clip(clip, preprocess).frames
+    return read_clip(clip, preprocess)
 
 
 def _calibration_feeds(
     clip: str | Path | None, preprocess: Any, names: list[str], inputs: str | Path | Mapping[str, np.ndarray] | None
 ) -> Feeds | None:
     """Return every input of a calibration clip; None without a clip."""
-    frames = _clip_frames(clip, preprocess)
-    if frames is not None:
-        return with_arrays(frames, names, inputs, clip)
+    if clip is not None:
+        return with_arrays(_clip_of(clip, preprocess), names, inputs, clip)
     if inputs is not None:
         raise UsageError("inputs are given without the video that they belong to", hint="give calibrate too")
     return None

@@ -12,12 +12,15 @@ from torch import Tensor, nn
 
 from dvexport.errors import DvexportError, TraceError, UsageError
 from dvexport.models.base import VideoModel
-from dvexport.ports import LOGITS, Output, check_names, named_outputs
+from dvexport.ports import LOGITS, VIDEO, Output, check_names, named_outputs
 from dvexport.video.preprocess import Preprocess
 
 __all__ = ["Described", "Description", "Example", "described", "shapes_of"]
 
 Example = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+
+UNNAMED = "output"
+"""What a result is called that comes alone and without a name."""
 
 _FRAMES = 3  # frames of the example that names and shapes are read off: a size of 1 could be any axis
 _OTHERS = (torch.int64, torch.int32, torch.bool)
@@ -38,6 +41,7 @@ class Described:
         description: Description,
         outputs: Sequence[Output],
         shapes: Sequence[tuple[int, ...]],
+        unnamed: bool = False,
     ) -> None:
         assert description.preprocess is not None
         self.unwrapped, self.name = unwrapped.eval(), name
@@ -45,7 +49,7 @@ class Described:
         self.preprocess: Preprocess = description.preprocess
         self.input_shapes = dict(description.inputs)
         self.causal, self.whole_clip = description.causal, description.whole_clip
-        self._shapes = shapes
+        self._shapes, self._unnamed = shapes, unnamed
         self.declared_outputs = tuple(outputs)
 
     @property
@@ -65,10 +69,14 @@ class Described:
 
     def set_labels(self, labels: list[str]) -> None:
         """Name the classes; UsageError if there are more or fewer names than classes, or nothing has classes."""
-        outputs = _labelled(self.declared_outputs, labels)
+        outputs = _labelled(self._as_classifier(), labels)
         for output, shape in zip(outputs, self._shapes, strict=True):
             output.check(shape)
         self.declared_outputs = outputs
+
+    def _as_classifier(self) -> tuple[Output, ...]:
+        """Return the outputs; one of a row of numbers a frame, of which nothing was said, is logits."""
+        return (Output(LOGITS, "logits"),) if self._unnamed and len(self._shapes[0]) == 2 else self.declared_outputs
 
     def eval(self) -> Described:
         """Put the module in evaluation mode."""
@@ -111,12 +119,12 @@ class Description:
         check_names(shapes, [output.name for output in self.outputs])
         told = replace(self, inputs=shapes, causal=self.causal and not self.whole_clip)
         self._check_video(next(iter(shapes)), shapes)
-        given = told._run(module)
+        given, unnamed = told._run(module)
         outputs = self._outputs(given)
         check_names(shapes, [output.name for output in outputs])
         for output in outputs:
             output.check([*given[output.name].shape])
-        return Described(module, name, told, outputs, [tuple(given[one.name].shape) for one in outputs])
+        return Described(module, name, told, outputs, [tuple(given[one.name].shape) for one in outputs], unnamed)
 
     def _named(self, module: nn.Module) -> dict[str, tuple[int, ...]]:
         """Return the shapes by the names of forward's parameters; numbers as names stand for places."""
@@ -173,8 +181,8 @@ class Description:
                 where="preprocess.size",
             )
 
-    def _run(self, module: nn.Module) -> dict[str, Tensor]:
-        """Return the outputs for zeros, checked."""
+    def _run(self, module: nn.Module) -> tuple[dict[str, Tensor], bool]:
+        """Return the outputs for zeros, checked, and whether one came alone without a name."""
         assert self.preprocess is not None
         frames = self.preprocess.frames if self.whole_clip else _FRAMES
         try:
@@ -190,14 +198,15 @@ class Description:
                 why=text[0] if text else type(error).__name__,
             ) from error
         names = [output.name for output in self.outputs]
-        if not names and isinstance(result, Tensor):
-            names = [LOGITS if self.labels and result.ndim == 2 else "output"]
+        unnamed = not names and isinstance(result, Tensor)
+        if unnamed:
+            names = [LOGITS if self.labels and result.ndim == 2 else UNNAMED]
         given = named_outputs(result, names)
         if not given:
             raise TraceError("the model gives no outputs", where=type(module).__name__)
         for name, value in given.items():
             self._check_output(name, value, 1 if self.whole_clip else frames)
-        return given
+        return given, unnamed
 
     def _check_output(self, name: str, value: Tensor, rows: int) -> None:
         if value.ndim == 0 or value.shape[0] != rows:
@@ -230,7 +239,8 @@ def _labelled(outputs: Sequence[Output], labels: Sequence[str]) -> tuple[Output,
         raise UsageError(
             "labels name the classes of one output of logits, a map or scores",
             why=f"the model has {len(places)} of them: {', '.join(places) or 'none'}",
-            hint="declare it: outputs=[dvexport.Output('masks', 'map', labels)]",
+            hint="say which holds classes: outputs=[dvexport.Output('masks', 'map', labels)], on the command line "
+            f"--kind {outputs[0].name}=logits",
         )
     return tuple(replace(one, labels=tuple(labels)) if one.name in places else one for one in outputs)
 
@@ -250,11 +260,12 @@ def described(model: Any, name: str, description: Description | None = None) -> 
     if not isinstance(model, nn.Module):
         raise UsageError(f"a {type(model).__name__} is no torch module")
     if description is None:
+        video = next(iter(inspect.signature(model.forward).parameters), VIDEO)
         raise UsageError(
             f"nothing tells what a {type(model).__name__} takes",
             where=name,
-            hint="give an example of its inputs: example={'frames': torch.zeros(3, 3, H, W)}, on the command line "
-            "--input frames=3xHxW; or subclass dvexport.models.base.VideoModel, see docs/adding-a-model.md",
+            hint=f"give an example of its inputs: example={{'{video}': torch.zeros(3, 3, H, W)}}, on the command line "
+            f"--input {video}=3xHxW; or subclass dvexport.models.base.VideoModel, see docs/adding-a-model.md",
         )
     return description.around(model, name)
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["description_of", "description_options"]
 
 _IMAGENET = "imagenet"
+_KIND_HINT = "name the output: --kind masks=map; a result that comes alone and without a name is called output"
 _LISTS = {"mean": float, "std": float}
 _NUMBERS: dict[str, Callable[[str], Any]] = {"resize": int, "frames": int, "frame_rate": float}
 
@@ -57,7 +58,7 @@ def description_of(
     return Description(
         sizes,
         _preprocess(preprocess, next(iter(sizes.values()))) if preprocess else None,
-        [Output(name, kind) for name, kind in parse_pairs("--kind", kinds).items()],  # type: ignore[arg-type]
+        [Output(name, kind) for name, kind in parse_pairs("--kind", kinds, _KIND_HINT).items()],  # type: ignore[arg-type]
         causal=not no_causal,
         whole_clip=whole_clip,
     )

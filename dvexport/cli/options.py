@@ -53,8 +53,8 @@ def path_option(*names: str, help: str, required: bool = False) -> Decorator:
     return click.option(*names, type=plain_path, help=help, required=required)
 
 
-def parse_pairs(option: str, texts: Iterable[str]) -> dict[str, str]:
-    """Return `KEY=VALUE` texts as a dict.
+def parse_pairs(option: str, texts: Iterable[str], hint: str | None = None) -> dict[str, str]:
+    """Return `KEY=VALUE` texts as a dict; `hint` goes into the error for what is none.
 
     Raises:
         UsageError: one has no `=` or no key, or a key is given twice.
@@ -64,7 +64,7 @@ def parse_pairs(option: str, texts: Iterable[str]) -> dict[str, str]:
         key, equals, value = text.partition("=")
         key = key.strip()
         if not equals or not key:
-            raise UsageError(f"{option} takes KEY=VALUE", where=f"{option} {text}")
+            raise UsageError(f"{option} takes KEY=VALUE", where=f"{option} {text}", hint=hint)
         if key in pairs:
             raise UsageError(f"{option} gives '{key}' twice", where=f"{pairs[key]} and {value.strip()}")
         pairs[key] = value.strip()

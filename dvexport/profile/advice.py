@@ -58,6 +58,8 @@ class AdviceKind(StrEnum):
     ALWAYS_SKIPS = "always-skips"
     DECIDING = "deciding-costs"
     """Policies, masks or the choice of tokens take a large share of a step."""
+    NO_GATES = "no-gates"
+    """The dense artifact is the same network."""
     NOTHING = "nothing"
     """Nothing stands out."""
 
@@ -287,6 +289,9 @@ def _whole(result: ProfileResult) -> Iterator[Advice]:
         yield Advice(
             AdviceKind.NO_DENSE, "info", None, "No dense artifact was measured: speed-up and realisation are unknown."
         )
+    elif not result.gates and not result.tokens:
+        text = "The model has no gates: there is nothing to skip, and the dense artifact is the same network."
+        yield Advice(AdviceKind.NO_GATES, "info", None, text)
     elif result.speedup is not None and result.speedup < 1:
         text = f"The gated artifact is slower than the dense one (speed-up {result.speedup:.2f}): {_remedy(result)}."
         yield Advice(AdviceKind.SLOWER, "warning", None, text)

@@ -63,7 +63,7 @@ def load_clip(
         if not read:
             raise ClipError("the video has no frames", where=str(path))
         clip = Clip.of(read)
-    feeds = with_arrays(clip.frames, names, inputs, path)
+    feeds = with_arrays(clip, names, inputs, path)
     info = ClipInfo(Path(path).name, len(clip.frames), _rate(clip.times))
     return ProfileClip(info, clip.frames, clip.images, feeds)
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dvexport.errors import UsageError
 from dvexport.ports import VIDEO
+
+if TYPE_CHECKING:
+    from dvexport.video.clips import Clip
 
 __all__ = ["Feeds", "Given", "at", "by_name", "count", "read_arrays", "with_arrays"]
 
@@ -47,12 +50,13 @@ def read_arrays(path: str | Path) -> Feeds:
 
 
 def with_arrays(
-    video: np.ndarray, names: Sequence[str], inputs: str | Path | Mapping[str, np.ndarray] | None, clip: object
+    video: np.ndarray | Clip, names: Sequence[str], inputs: str | Path | Mapping[str, np.ndarray] | None, clip: object
 ) -> Feeds:
     """Return a video with the other inputs of a model.
 
     Args:
-        video: frames of the first input.
+        video: frames of the first input. If they were sampled from a longer video, arrays with a row for every frame
+            of that one are sampled alike.
         names: every input, the video first.
         inputs: an .npz file, or arrays by name, frames first, as many frames as the video has.
         clip: what the video is called in errors.
@@ -72,11 +76,17 @@ def with_arrays(
         name = unknown[0] if unknown else names[0]
         why = f"the model takes {', '.join(names)}" if unknown else "the clip gives it"
         raise UsageError(f"'{name}' is no input to give", where="--inputs", why=why)
+    frames, positions, length = (video, (), 0) if isinstance(video, np.ndarray) else (
+        video.frames, video.positions, video.length
+    )  # fmt: skip
     for name, array in given.items():
-        if array.ndim < 1 or len(array) != len(video):
+        if array.ndim >= 1 and len(array) == length > len(frames):
+            given[name] = array[list(positions)]
+        elif array.ndim < 1 or len(array) != len(frames):
+            every = f", or {length}, a row for every frame of the video" if length > len(frames) else ""
             raise UsageError(
-                f"the input '{name}' must have {len(video)} frames, as the clip has",
+                f"the input '{name}' must have {len(frames)} frames, as the clip has{every}",
                 why=f"its shape is {list(array.shape)}",
                 where=str(clip),
             )
-    return {names[0]: video, **{name: given[name] for name in names[1:]}}
+    return {names[0]: frames, **{name: given[name] for name in names[1:]}}

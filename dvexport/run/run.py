@@ -199,7 +199,7 @@ def _clips(
     if len(views) > 1 and (seen.classifier is None or len(session.inputs) > 1):
         raise UsageError("only a classifier of a video alone takes several clips or crops", where=str(clip))
     for view in views:
-        steps = session.run_clip(with_arrays(view.frames, list(session.inputs), given, clip))
+        steps = session.run_clip(with_arrays(view, list(session.inputs), given, clip))
         times = view.times[-len(steps) :]  # one step where the model reads a clip as one
         for step, time in zip(steps, times, strict=True):
             seen.add(step, time, None)

@@ -61,19 +61,25 @@ class Clip:
         frames: float32 `[T, 3, H, W]`, normalised.
         images: uint8 `[T, H, W, 3]`, RGB, the same crops before normalisation.
         times: seconds since the first frame of the video, one per frame.
+        positions: which frames of the video these are, where they were sampled from a whole one.
+        length: frames of that video.
     """
 
     frames: np.ndarray
     images: np.ndarray
     times: list[float]
+    positions: tuple[int, ...] = ()
+    length: int = 0
 
     @classmethod
-    def of(cls, frames: list[Frame]) -> Clip:
+    def of(cls, frames: list[Frame], positions: Sequence[int] = (), length: int = 0) -> Clip:
         """Stack `frames`, at least one."""
         return cls(
             np.stack([frame.tensor for frame in frames]),
             np.stack([frame.image for frame in frames]),
             [frame.time for frame in frames],
+            tuple(positions),
+            length,
         )
 
 
@@ -86,9 +92,9 @@ def read_clip(path: str | Path, preprocess: Preprocess) -> Clip:
         ClipError: the file is missing, no video, without frames, of a size that no clip has, has too few
             frames for uniform sampling, or is a camera, which has no length.
     """
-    positions = _positions(path, preprocess)
+    positions, length = _positions(path, preprocess)
     middle = positions[len(positions) // 2]
-    return _read(path, preprocess, [middle], [Fraction(1, 2)])[0]
+    return _read(path, preprocess, [middle], length, [Fraction(1, 2)])[0]
 
 
 def read_views(path: str | Path, preprocess: Preprocess) -> list[Clip]:
@@ -98,11 +104,14 @@ def read_views(path: str | Path, preprocess: Preprocess) -> list[Clip]:
         ClipError: as `read_clip`.
     """
     shares = [Fraction(1, 2)] if preprocess.crops == 1 else [Fraction(i, 2) for i in range(3)]
-    return _read(path, preprocess, _positions(path, preprocess), shares)
+    return _read(path, preprocess, *_positions(path, preprocess), shares)
 
 
-def _positions(path: str | Path, preprocess: Preprocess) -> list[list[int]]:
-    """Return the frames of each clip; the video is decoded, since what containers say of it is not to be trusted."""
+def _positions(path: str | Path, preprocess: Preprocess) -> tuple[list[list[int]], int]:
+    """Return the frames of each clip, and how many the video has.
+
+    The video is decoded, since what containers say of it is not to be trusted.
+    """
     if is_camera(path):
         raise ClipError("a camera has no length to take a clip from", where=str(path),
                         hint="record a video; a camera needs a bundle of stream mode")  # fmt: skip
@@ -113,11 +122,15 @@ def _positions(path: str | Path, preprocess: Preprocess) -> list[list[int]]:
             where=str(path),
             hint="give a longer video, or export with --set frames=N (its accuracy may change)",
         )
-    return clip_positions(times, preprocess)
+    return clip_positions(times, preprocess), len(times)
 
 
 def _read(
-    path: str | Path, preprocess: Preprocess, positions: Sequence[Sequence[int]], shares: Sequence[Fraction]
+    path: str | Path,
+    preprocess: Preprocess,
+    positions: Sequence[Sequence[int]],
+    length: int,
+    shares: Sequence[Fraction],
 ) -> list[Clip]:
     """Decode a second time and keep what some clip needs: a frame in two clips is prepared once."""
     wanted = {index for clip in positions for index in clip}
@@ -130,7 +143,11 @@ def _read(
             break
     if len(kept) < len(wanted):
         raise ClipError("the video changed while it was read", where=str(path))
-    return [Clip.of([kept[index][crop] for index in clip]) for clip in positions for crop in range(len(shares))]
+    return [
+        Clip.of([kept[index][crop] for index in clip], clip, length)
+        for clip in positions
+        for crop in range(len(shares))
+    ]
 
 
 def stream_frames(

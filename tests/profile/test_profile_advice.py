@@ -64,6 +64,13 @@ def test_advice_where_the_gated_artifact_is_slower(result: ProfileResult, change
     assert remedy in _advice(slower, AdviceKind.SLOWER).text
 
 
+def test_a_model_without_gates_is_not_called_slower_than_itself(result: ProfileResult) -> None:
+    same = replace(result, gated=result.dense, dense=result.gated, gates=[], tokens=[])
+    kinds = _kinds(same, None)
+    assert AdviceKind.NO_GATES in kinds
+    assert AdviceKind.SLOWER not in kinds
+
+
 def test_the_remedy_is_the_backends() -> None:
     assert backend_of("onnx").remedy != backend_of("tvm").remedy
 

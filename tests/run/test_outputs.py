@@ -349,7 +349,7 @@ def test_an_npz_with_a_damaged_header_is_a_usage_error(tmp_path):
     ("kind", "field", "value", "why"),
     [
         ("inputs", "shape", [1, 3, 8, 8], "float32 [1, 3, 8, 8], the artifact float32"),
-        ("inputs", "dtype", "float64", "float64"),
+        ("inputs", "dtype", "float16", "float16"),
         ("outputs", "name", "other", "the artifact none"),
         ("outputs", "dtype", "int64", "int64"),
     ],
