@@ -18,6 +18,7 @@ from dvexport.targets.runtime import DEFAULT_THREADS, MOST_THREADS
 from dvexport.targets.tvm.artifact import NativeArtifact, build_artifact
 from dvexport.targets.tvm.build import link
 from dvexport.targets.tvm.calls.draft import ALGORITHMS
+from dvexport.targets.tvm.machine.dtype import F32
 from dvexport.targets.tvm.session import NativeSession
 
 SMALL = ("dstep", "uneven")
@@ -102,7 +103,7 @@ def test_every_algorithm_was_among_them():
         with pytest.raises(UsageError, match=f"from 1 to {LIMIT}, not {LIMIT + 1}"):
             opened(made, variant, LIMIT + 1)
     for algorithm in ALGORITHMS:
-        assert any(kernel.startswith(algorithm) for kernel in seen), algorithm
+        assert any(kernel.startswith(f"{F32}_{algorithm}") for kernel in seen), algorithm
 
 
 def test_memory_for_threads_is_in_the_arena():
