@@ -19,6 +19,8 @@ from dvexport.rebuild import rebuild
 from dvexport.verify import verify
 from dvexport.video.preprocess import MAX_SIDE, Preprocess
 
+pytestmark = pytest.mark.slow
+
 DSTEP = "dstep_resnet18"
 OPTIONS = {"width": 0.25, "size": [SIZE, SIZE], "classes": 12, "frames": 5}
 

@@ -14,6 +14,8 @@ from dvexport.export import build_model, file_digest
 from dvexport.models import zoo
 from dvexport.models.checkpoints.huggingface import load_directory
 
+pytestmark = pytest.mark.slow
+
 
 def close(model, oracle, frames=4, size=32):
     clips = torch.randn(2, frames, 3, size, size)

@@ -21,6 +21,8 @@ from dvexport.models import zoo
 from dvexport.models.checkpoints.checkpoint import save_checkpoint
 from dvexport.models.checkpoints.families import FAMILIES
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"width": 0.125, "classes": 6, "size": (64, 64), "frames": 4}
 ANSWERS = {"size": 64, "frames": 4}
 TSM = {**ANSWERS, "shift_div": 8}

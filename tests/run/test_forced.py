@@ -37,6 +37,8 @@ from dvexport.targets.registry import backend_of
 from dvexport.trace import trace
 from dvexport.verify import verify
 
+pytestmark = pytest.mark.slow
+
 CHANNELS, GRID, SIZE, FRAMES = 24, 4, (32, 32), 4
 
 

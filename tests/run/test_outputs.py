@@ -35,6 +35,8 @@ from dvexport.verify import verify
 from tests.support.bundles import small_bundle, small_model
 from tests.support.task_models import CLIP, DETECTOR, FLOW, LABELS, SEGMENTER, SIZE, clip_feeds, detector, segmenter
 
+pytestmark = pytest.mark.slow
+
 TASKS = {"segmenter": (segmenter, SEGMENTER), "detector": (detector, DETECTOR)}
 EVERY = pytest.mark.parametrize(
     ("task", "backend", "mode"),

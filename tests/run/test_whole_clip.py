@@ -42,6 +42,8 @@ from dvexport.trace import trace
 from dvexport.verify import verify
 from dvexport.video.clips import write_clip
 
+pytestmark = pytest.mark.slow
+
 CONFIG = ToyConfig()
 TOKENS = 12  # in each of the two groups: 3 x 4 patches
 

@@ -19,6 +19,8 @@ from dvexport.models.training.recipe import load_recipe
 from dvexport.models.training.train import train
 from dvexport.models.training.training_state import Files, find_weights, half_precision_weights, load_state
 
+pytestmark = pytest.mark.slow
+
 TINY = """
 name = "tiny"
 model = "dstep_paper_resnet18"
