@@ -52,7 +52,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from dvexport.models.described import Description, Example
-    from dvexport.video.clips import Clip
 
 __all__ = ["build_model", "export", "file_digest", "traced_levels"]
 
@@ -339,21 +338,19 @@ def traced_levels(net: Any) -> tuple[ir.Model, ir.Model | None]:
 
 
 def _golden_frames(clip: Path | None, preprocess: Any) -> np.ndarray:
-    return moving_texture(preprocess, preprocess.frames) if clip is None else _clip_of(clip, preprocess).frames
-
-
-def _clip_of(clip: str | Path, preprocess: Any) -> Clip:
     from dvexport.video.clips import read_clip
 
-    return read_clip(clip, preprocess)
+    return moving_texture(preprocess, preprocess.frames) if clip is None else read_clip(clip, preprocess).frames
 
 
 def _calibration_feeds(
     clip: str | Path | None, preprocess: Any, names: list[str], inputs: str | Path | Mapping[str, np.ndarray] | None
 ) -> Feeds | None:
     """Return every input of a calibration clip; None without a clip."""
+    from dvexport.video.clips import read_clip
+
     if clip is not None:
-        return with_arrays(_clip_of(clip, preprocess), names, inputs, clip)
+        return with_arrays(read_clip(clip, preprocess), names, inputs, clip)
     if inputs is not None:
         raise UsageError("inputs are given without the video that they belong to", hint="give calibrate too")
     return None

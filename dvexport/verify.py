@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
     from dvexport.bundle.archive import Bundle
     from dvexport.bundle.manifest import InputEntry, Manifest, OutputEntry
-    from dvexport.video.clips import Clip
 
 __all__ = ["VerifyReport", "verify"]
 
@@ -115,7 +114,9 @@ def verify(
     if clip is None and inputs is not None:
         raise UsageError("inputs are given without the video that they belong to", hint="give --clip too")
     if clip is not None:
-        frames = with_arrays(_clip_of(clip, manifest), list(frames), inputs, clip)
+        from dvexport.video.clips import read_clip
+
+        frames = with_arrays(read_clip(clip, manifest.preprocess), list(frames), inputs, clip)
         got = session.run_clip(frames)
     pairs.append(("gate-level oracle", got, Oracle(gate_level).run_clip(frames, follow=got)))
     if net is not None:
@@ -160,13 +161,6 @@ def _golden_problem(manifest: Manifest, frames: Feeds, results: Feeds) -> str | 
     if any(array.dtype.kind == "f" and not np.isfinite(array).all() for array in arrays.values()):
         return "it has NaN or infinite values"
     return None
-
-
-def _clip_of(clip: str | Path, manifest: Manifest) -> Clip:
-    """Return as many frames as a clip of the model has, in either mode."""
-    from dvexport.video.clips import read_clip
-
-    return read_clip(clip, manifest.preprocess)
 
 
 def _repeat_rows(session: Session, frames: Feeds, before: Sequence[Step]) -> list[Row]:
