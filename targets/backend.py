@@ -56,7 +56,7 @@ class Backend(Protocol):
     Attributes:
         tools: packages whose versions have a part in an artifact.
         passes: what it adds to the passes that every backend shares.
-        remedy: what to try where an artifact is no faster than its dense version.
+        remedy: what to try where an artifact is no faster than its dense version, a sentence.
     """
 
     tools: tuple[str, ...]

@@ -20,7 +20,8 @@ import dvexport.profile.figures_svg as figures
 import dvexport.profile.masks_svg as masks
 from dvexport.errors import UsageError
 from dvexport.files import atomic_write
-from dvexport.profile.advice import advise, decisions
+from dvexport.profile.advice import advise
+from dvexport.profile.gate_advice import decisions
 from dvexport.profile.report_text import number
 from dvexport.profile.result import GateStats, NodeTime, ProfileResult, TokenStage
 

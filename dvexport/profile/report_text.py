@@ -97,4 +97,6 @@ def print_result(result: ProfileResult, console: Console | None = None) -> None:
         console.print()
     for advice in advise(result):
         where = f"{advice.gate}: " if advice.gate else ""
-        console.print(escape(f"{advice.severity}: {where}{advice.text}"), highlight=False, soft_wrap=True)
+        console.print(
+            escape(f"{advice.severity}: {where}{advice.text} {advice.act}".rstrip()), highlight=False, soft_wrap=True
+        )

@@ -36,8 +36,8 @@ class OnnxBackend:
     tools: tuple[str, ...] = ("onnxruntime",)
     passes = PASSES
     remedy = (
-        "try --backend tvm, whose kernels follow each decision, or the lowerings named below, "
-        "or ship a model without gates"
+        "Try --backend tvm, whose kernels follow each decision, or the lowerings named below, "
+        "or ship a model without gates."
     )
 
     def check(self, device: Target, lowering: Mapping[str, str]) -> None:

@@ -30,7 +30,7 @@ class TvmBackend:
 
     tools: tuple[str, ...] = ("apache-tvm", "ziglang")
     passes = PASSES
-    remedy = "train sparser decisions, or ship a model without gates"
+    remedy = "Train sparser decisions, or ship a model without gates."
 
     def check(self, device: Target, lowering: Mapping[str, str]) -> None:
         """See `Backend`."""

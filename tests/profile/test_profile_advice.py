@@ -11,7 +11,8 @@ import pytest
 from sample_profile import make_result
 
 from dvexport.passes.lowerings import KERNELS
-from dvexport.profile.advice import Advice, AdviceKind, advise, better_lowering, overhead_share
+from dvexport.profile.advice import Advice, AdviceKind, advise
+from dvexport.profile.gate_advice import better_lowering, overhead_share
 from dvexport.profile.result import (
     GateStep,
     NodeTime,
@@ -52,7 +53,7 @@ def test_a_gate_of_kernels_has_no_lowering_to_change(result: ProfileResult) -> N
     slow = replace(result.gates[0], lowering=KERNELS, median_ms=2.0, dense_median_ms=1.0)
     advice = _advice(replace(result, gates=[slow], backend="tvm"), AdviceKind.COSTLY)
     assert (advice.gate, advice.lowering) == (slow.gate, None)
-    assert "lowering" not in advice.text
+    assert "--lowering" not in advice.act
 
 
 @pytest.mark.parametrize("change", [{}, {"backend": "tvm"}, {"gates": [], "tokens": [None]}])
@@ -60,8 +61,8 @@ def test_advice_where_the_gated_artifact_is_slower(result: ProfileResult, change
     assert AdviceKind.SLOWER not in _kinds(result, None)
     slower = replace(result, gated=result.dense, dense=result.gated, **change)
     assert slower.speedup is not None and slower.speedup < 1
-    remedy = "drop more tokens" if "tokens" in change else backend_of(slower.backend).remedy
-    assert remedy in _advice(slower, AdviceKind.SLOWER).text
+    remedy = "Drop more tokens" if "tokens" in change else backend_of(slower.backend).remedy
+    assert remedy in _advice(slower, AdviceKind.SLOWER).act
 
 
 def test_a_model_without_gates_is_not_called_slower_than_itself(result: ProfileResult) -> None:
@@ -76,11 +77,13 @@ def test_the_remedy_is_the_backends() -> None:
 
 
 def test_advice_names_the_worst_gates_and_sums_up_the_rest(result: ProfileResult) -> None:
-    low = [item for item in advise(result) if item.kind is AdviceKind.LOSSY]
+    by_group = replace(result, gates=[replace(gate, lowering="groups") for gate in result.gates])
+    low = [item for item in advise(by_group) if item.kind is AdviceKind.LOSSY]
+    assert {item.lowering for item in low[:-1]} == {"tiles"}  # which are sparser than the channels
     kept = [gate for gate in result.gates if gate.gate != "layer4.1"]
     worst = sorted(kept, key=lambda gate: gate.executed_fraction)
     assert [item.gate for item in low] == [*(gate.gate for gate in worst[:3]), None]
-    assert [gate.gate for gate in worst[3:] if gate.gate not in low[-1].text] == []
+    assert [gate.gate for gate in worst[3:] if gate.gate not in low[-1].act] == []
     assert len(worst) == 7
 
 
@@ -127,9 +130,13 @@ def test_advice_on_a_measurement_that_is_not_reliable(result: ProfileResult) -> 
         dense=StepTimes(np.random.default_rng(1).uniform(8, 20, 200).tolist()),
         device=replace(result.device, governor="powersave", threads=4),
     )
-    text = _advice(noisy, AdviceKind.UNRELIABLE).text
-    assert "'powersave'" in text
-    assert "4 threads run on 4 cores" in text
+    advice = _advice(noisy, AdviceKind.UNRELIABLE)
+    assert "'powersave'" in advice.act
+    assert "4 run on 4 cores" in advice.act
+    assert "judged by its times" in advice.text
+    by_time = {AdviceKind.COSTLY, AdviceKind.LOSSY}
+    assert by_time & {one.kind for one in advise(result)}
+    assert not by_time & {one.kind for one in advise(noisy)}  # said once, and not at every gate
     assert AdviceKind.UNRELIABLE not in _kinds(result, None)
 
 
@@ -166,3 +173,48 @@ def test_advice_goes_into_json_by_kind(result: ProfileResult, tmp_path: Path) ->
     ]
     assert ("gate-costs-more", "layer4.1", "masked") in {(one["kind"], one["gate"], one["lowering"]) for one in found}
     assert advise(ProfileResult.from_dict(json.loads((tmp_path / "p.json").read_text()))) == advice
+
+
+def test_one_thread_on_one_core_is_not_too_many(result: ProfileResult) -> None:
+    noise = StepTimes(np.random.default_rng(1).uniform(8, 20, 200).tolist())
+    noisy = replace(result, dense=noise, device=replace(result.device, threads=1, cores=1))
+    assert "threads" not in _advice(noisy, AdviceKind.UNRELIABLE).act
+
+
+def test_advice_on_layers_of_no_gate(result: ProfileResult) -> None:
+    assert AdviceKind.OUTSIDE not in _kinds(result, None)
+    stem = [replace(result.nodes[0], median_us=7000.0), NodeTime("head/Gemm", "Gemm", None, 200.0), *result.nodes[1:]]
+    found = _advice(replace(result, nodes=stem), AdviceKind.OUTSIDE)
+    share = 7200 / (7200 + 845 * 8)
+    assert f"{share:.0%} of a step (7.20 ms)" in found.text
+    assert "stem/Conv (Conv, 7.00 ms)" in found.text
+    assert AdviceKind.OUTSIDE not in _kinds(replace(result, nodes=stem, gates=[]), None)
+
+
+def test_little_that_arrives_names_the_gate_that_loses_most(result: ProfileResult) -> None:
+    low = replace(result, dense=StepTimes([result.gated.median * 1.1] * 9))
+    assert "gate layer4.1" in _advice(low, AdviceKind.LITTLE_ARRIVES).act
+
+
+def test_no_gate_is_told_of_that_nothing_can_be_done_about(result: ProfileResult) -> None:
+    native = replace(result, gates=[replace(gate, lowering=KERNELS) for gate in result.gates], backend="tvm")
+    assert AdviceKind.LOSSY not in {one.kind for one in advise(native)}
+
+
+_PROFILES = {
+    "plain": {},
+    "forced": {"forced": {"tiles": 0.5}},
+    "slower": {"dense": StepTimes([3.0] * 9)},
+    "no dense": {"dense": None},
+    "no gates": {"gates": [], "tokens": []},
+    "noisy": {"dense": StepTimes([5.0, 9.0, 20.0] * 9)},
+    "varied": {"gated": StepTimes([5.0, 9.0, 20.0] * 9)},
+    "native": {"backend": "tvm"},
+}
+
+
+@pytest.mark.parametrize("name", _PROFILES)
+def test_every_advice_has_an_act(result: ProfileResult, name: str) -> None:
+    for one in advise(replace(result, **_PROFILES[name])):
+        assert one.text.endswith((".", ")"))
+        assert bool(one.act.endswith(".")) != (one.kind is AdviceKind.NOTHING)
