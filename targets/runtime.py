@@ -77,11 +77,12 @@ class Variant(Protocol):
             DeviceError: the runtime is missing, or can't load it.
         """
 
-    def times(self, recording: Any, gates: Collection[str], dense: Any) -> NodeTimes:
+    def times(self, recording: Any, gates: Collection[str], dense: Any, passes: int) -> NodeTimes:
         """Return what a recording of this variant says of its nodes and gates.
 
         Args:
-            recording: the same steps twice, as `Runtime.end_profile` returned them; the first time is a warm-up.
+            recording: what `Runtime.end_profile` returned of several passes over the same frames.
             gates: names of the gates.
             dense: the dense variant of the same bundle.
+            passes: how many passes; the first is a warm-up.
         """

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from dvexport.targets.roles import node_role
 
-__all__ = ["NodeTime", "NodeTimes"]
+__all__ = ["NodeTime", "NodeTimes", "typical", "warmed"]
 
 
 @dataclass
@@ -46,7 +49,24 @@ class NodeTime:
 
 @dataclass(frozen=True)
 class NodeTimes:
-    """Medians over the steps: of every node in microseconds, of every gate's nodes together in ms."""
+    """Times of every node, medians over the steps in microseconds; and of each gate, `typical` ones in ms."""
 
     nodes: list[NodeTime]
     gate_ms: dict[str, float]
+
+
+def warmed(steps: int, passes: int) -> int:
+    """Return how many steps of a recording of `passes` passes over the same frames are the first pass, a warm-up."""
+    return steps // passes if passes > 1 else 0
+
+
+def typical(times: Sequence[float], passes: int) -> float:
+    """Return the mean over frames of the median over passes: no single outlier moves it.
+
+    So it stands beside the mean of the multiply-accumulates that the same frames ask for.
+
+    Args:
+        times: of the steps of `passes` passes over the same frames, in order.
+        passes: how many of them.
+    """
+    return float(np.median(np.reshape(times, (passes, -1)), axis=0).mean())

@@ -1,4 +1,4 @@
-"""Tile masks drawn over the frames the model saw (figure 3 of the D-STEP paper).
+"""Tile masks drawn over the frames the model saw (figure 3 of the D-STEP paper), and the tokens that are left of them.
 
 Red is computed, blue is skipped. A frame is stored once in the page, as a JPEG inside an SVG symbol,
 and referred to by every drawing that shows it.
@@ -17,7 +17,7 @@ from PIL import Image
 
 from dvexport.profile.result import StepStats
 
-__all__ = ["frame_symbols", "mask_over_frame", "mean_mask", "plain_frame", "shown_frames", "upsampled"]
+__all__ = ["frame_symbols", "left_of_frame", "mask_over_frame", "mean_mask", "plain_frame", "shown_frames", "upsampled"]
 
 SHOWN, SIDE, QUALITY = 8, 224, 82
 MAX_GRID = 64
@@ -93,25 +93,53 @@ def _runs(row: np.ndarray, level: int) -> list[tuple[int, int]]:
     return [(int(a), int(b - a)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
 
+def _drawing(body: Markup, height: float, title: str) -> Markup:
+    return Markup(
+        '<svg class="frame" viewBox="0 0 100 {}" role="img" aria-label="{}"><title>{}</title>{}</svg>'
+    ).format(height, title, title, body)
+
+
+def _cells(levels: np.ndarray, level: int, height: float) -> str:
+    """Return the path of the cells of `level`, in a drawing 100 wide: one rectangle a run."""
+    cell_h, cell_w = height / levels.shape[0], 100 / levels.shape[1]
+    return "".join(
+        f"M{a * cell_w:.4g} {y * cell_h:.4g}h{n * cell_w:.4g}v{cell_h:.4g}h-{n * cell_w:.4g}z"
+        for y, row in enumerate(levels)
+        for a, n in _runs(row, level)
+    )
+
+
+def left_of_frame(left: np.ndarray, index: int | None, height: float, title: str, name: str) -> Markup:
+    """Return the tokens that are left, bool `[rows, columns]`, of frame `index`, or alone where that is None.
+
+    They keep their colours inside a red line, and the others are faded and grey: a tint would be lost on a colourful
+    frame. `name` is the drawing's own on the page.
+    """
+    path = _cells(left.astype(int), 1, height)
+    if index is None:
+        drawn = Markup('<path class="left alone" d="{}"/>').format(path)
+    else:
+        drawn = Markup(
+            '<clipPath id="{0}"><path d="{1}"/></clipPath><use class="faded" href="#frame-{2}" width="100" '
+            'height="{3}"/><use href="#frame-{2}" width="100" height="{3}" clip-path="url(#{0})"/>'
+            '<path class="left" d="{1}"/>'
+        ).format(name, path, index, height)
+    return _drawing(drawn, height, title)
+
+
 def mask_over_frame(mask: np.ndarray, index: int | None, height: float, title: str) -> Markup:
     """Return the mask (values 0 to 1) over frame `index`, or alone where that is None.
 
     One path a level of the mask keeps the page small where there are many gates.
     """
     levels = np.rint(mask * LEVELS).astype(int)
-    cell_h, cell_w = height / mask.shape[0], 100 / mask.shape[1]
     paths = []
     for level in np.unique(levels):
-        path = "".join(
-            f"M{a * cell_w:.4g} {y * cell_h:.4g}h{n * cell_w:.4g}v{cell_h:.4g}h-{n * cell_w:.4g}z"
-            for y, row in enumerate(levels)
-            for a, n in _runs(row, level)
-        )
+        path = _cells(levels, level, height)
         paths.append(Markup('<path fill="{}" d="{}"/>').format(_colour(level / LEVELS), path))
     under = Markup("")
     if index is not None:
         under = Markup('<use href="#frame-{}" width="100" height="{}"/>').format(index, height)
-    return Markup(
-        '<svg class="frame" viewBox="0 0 100 {}" role="img" aria-label="{}"><title>{}</title>{}'
-        '<g class="overlay{}">{}</g></svg>'
-    ).format(height, title, title, under, "" if index is not None else " alone", Markup("").join(paths))
+    style = "overlay" if index is not None else "overlay alone"
+    cover = Markup('<g class="{}">{}</g>').format(style, Markup("").join(paths))
+    return _drawing(under + cover, height, title)

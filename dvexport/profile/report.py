@@ -44,11 +44,10 @@ class _GateView:
 
 @dataclass
 class _TokenView:
-    """The drawings of the token section: the shown frames, and for each stage its survivors over them."""
+    """The drawings of the token section: for each stage its survivors, over the frames of these indices."""
 
-    indices: list[int]
     symbols: Markup
-    stages: list[tuple[TokenStage, list[Markup]]]
+    stages: list[tuple[TokenStage, list[tuple[int, Markup]]]]
 
 
 @dataclass
@@ -138,10 +137,15 @@ def _times(ratio: float | None) -> tuple[str, str]:
     return number(ratio), "" if ratio is None else "x"
 
 
+def _ms(value: float) -> str:
+    """Return milliseconds with three digits, which fit a card however slow the device is."""
+    return number(value, 2 if value < 10 else 1 if value < 100 else 0)
+
+
 def _cards(result: ProfileResult) -> list[_Card]:
     gated, dense, executed = result.gated, result.dense, result.executed_gmacs
-    beside = f"dense {dense.median:.2f} ms" if dense else "dense not measured"
-    tails = f"dense {dense.p90:.2f} / {dense.p99:.2f} ms" if dense else "dense not measured"
+    beside = f"dense {_ms(dense.median)} ms" if dense else "dense not measured"
+    tails = f"dense {_ms(dense.p90)} / {_ms(dense.p99)} ms" if dense else "dense not measured"
     realised = result.realisation
     return [
         _Card("Speed-up", number(result.speedup), "x" if dense else "", "dense over gated median"),
@@ -158,8 +162,8 @@ def _cards(result: ProfileResult) -> list[_Card]:
             "1.0: every saved FLOP is saved time" if realised is not None else "needs the dense artifact",
             None if realised is None else min(realised, 1.0),
         ),
-        _Card("Median step", f"{gated.median:.2f}", "ms", beside),
-        _Card("P90 / P99", f"{gated.p90:.2f} / {gated.p99:.2f}", "ms", tails),
+        _Card("Median step", _ms(gated.median), "ms", beside),
+        _Card("P90 / P99", f"{_ms(gated.p90)} / {_ms(gated.p99)}", "ms", tails),
         _Card(
             f"GMACs per {result.unit}",
             f"{executed.mean:.3f}",
@@ -219,22 +223,23 @@ def _token_view(result: ProfileResult, frames: np.ndarray | None) -> _TokenView 
     """Draw which tokens are left over the first frame that each of them spans; None where none are chosen."""
     if not result.tokens:
         return None
-    shown: list[int] = []
-    rows: list[tuple[TokenStage, list[Markup]]] = []
+    shown: set[int] = set()
+    rows: list[tuple[TokenStage, list[tuple[int, Markup]]]] = []
     height = 100.0 if frames is None else round(100 * frames.shape[1] / frames.shape[2], 2)
     for stage in result.tokens:
         left = np.asarray(stage.left if stage.left is not None else np.zeros((0, 1, 1)), dtype=float)
         span = 1 if frames is None or not len(left) else max(1, len(frames) // len(left))
         times = masks.shown_frames(len(left)) if len(left) else []
-        shown = [time * span for time in times] or shown
+        shown.update(time * span for time in times)
         drawings = []
         for time in times:
             under = None if frames is None else time * span
             title = f"{stage.name}, frame {time * span}: {left[time].mean():.0%} of its tokens left"
-            drawings.append(masks.mask_over_frame(left[time], under, height, title))
+            name = f"left-{len(rows)}-{time}"
+            drawings.append((time * span, masks.left_of_frame(left[time] != 0, under, height, title, name)))
         rows.append((stage, drawings))
-    symbols = Markup("") if frames is None else masks.frame_symbols(frames, shown)
-    return _TokenView(shown, symbols, rows)
+    symbols = Markup("") if frames is None else masks.frame_symbols(frames, sorted(shown))
+    return _TokenView(symbols, rows)
 
 
 def _masks_by_gate(

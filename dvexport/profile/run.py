@@ -39,8 +39,10 @@ if TYPE_CHECKING:
 __all__ = ["profile"]
 
 DEFAULT_RUNS = 10
-_RECORDED_STEPS = 12
-"""Steps recorded node by node, after as many to warm up."""
+_RECORDED_FRAMES = 12
+"""Frames of a stream recorded node by node; whole clips are recorded whole."""
+_RECORDED_PASSES = 6
+"""How often they are recorded. The first pass is a warm-up, and one outlier moves no median of the rest."""
 
 _Progress = Callable[[str], None]
 
@@ -98,9 +100,10 @@ def profile(
     device_state = device_info(threads, backend_of(manifest.backend).runtime(manifest), manifest.target)
     measured, measured_dense = interleaved(gated, dense, played.feeds, forced, repeats)
     tell("time every node")
+    recordings = _recorded(manifest, threads, played, ((gated_model, forced), (dense_model, None)))
     nodes, dense_nodes = (
-        model.times(_recording(model, manifest, threads, played, given), gates, dense_model)
-        for model, given in ((gated_model, forced), (dense_model, None))
+        model.times(recording, gates, dense_model, _RECORDED_PASSES)
+        for model, recording in zip((gated_model, dense_model), recordings, strict=True)
     )
     flops = FlopTable.from_dict(manifest.flops)
     executed = flops.executed([step.decisions for step in measured.steps])
@@ -149,15 +152,20 @@ def _forced(manifest: Manifest, session: Session, rates: Mapping[str, float], fr
     return random_decisions(session.decisions, rates, 1 if session.whole_clip else frames, tokens=tokens)
 
 
-def _recording(
-    model: Variant, manifest: Manifest, threads: int, played: ProfileClip, forced: Sequence[Decisions] | None
-) -> Any:
-    """Return the recording of a few steps, run twice."""
-    session = open_variant(model, manifest, threads=threads, profile=True)
-    count = len(played.frames) if manifest.mode == "clip" else min(_RECORDED_STEPS, len(played.frames))
-    for _ in range(2):
-        session.run_clip(at(played.feeds, slice(count)), forced[:count] if forced else None)
-    return session.runtime.end_profile()
+def _recorded(
+    manifest: Manifest,
+    threads: int,
+    played: ProfileClip,
+    sides: Sequence[tuple[Variant, Sequence[Decisions] | None]],
+) -> list[Any]:
+    """Return the recording of each side, with the decisions it is given, over a few frames; they take turns."""
+    sessions = [open_variant(model, manifest, threads=threads, profile=True) for model, _ in sides]
+    count = len(played.frames) if manifest.mode == "clip" else min(_RECORDED_FRAMES, len(played.frames))
+    frames = at(played.feeds, slice(count))
+    for _ in range(_RECORDED_PASSES):
+        for session, (_, forced) in zip(sessions, sides, strict=True):
+            session.run_clip(frames, forced[:count] if forced else None)
+    return [session.runtime.end_profile() for session in sessions]
 
 
 def _steps(

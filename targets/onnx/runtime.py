@@ -240,12 +240,12 @@ class OnnxVariant:
         """Open it; see `OrtSession`."""
         return OrtSession(self.model, self.states, weights=self.weights, threads=threads, profile=profile)
 
-    def times(self, recording: NodeProfile, gates: Collection[str], dense: OnnxVariant) -> NodeTimes:
+    def times(self, recording: NodeProfile, gates: Collection[str], dense: OnnxVariant, passes: int) -> NodeTimes:
         """See `Variant`. What the dense version has below a gate's module is no part of the gate."""
         from dvexport.targets.onnx.times import child_scopes, gates_of_nodes, node_times
 
         owners = gates_of_nodes(self.model, gates, child_scopes(dense.model, gates))
-        return node_times(recording, owners, skip=recording.steps // 2)
+        return node_times(recording, owners, passes)
 
 
 def _checked(threads: int) -> int:

@@ -18,7 +18,7 @@ import onnx
 
 from dvexport.graph.graph import DECIDES
 from dvexport.targets.roles import node_role
-from dvexport.targets.times import NodeTime, NodeTimes
+from dvexport.targets.times import NodeTime, NodeTimes, typical, warmed
 
 __all__ = ["NodeProfile", "Owner", "child_scopes", "gates_of_nodes", "node_times"]
 
@@ -49,15 +49,15 @@ class Owner(NamedTuple):
     decides: bool = False
 
 
-def node_times(profile: NodeProfile, gate_of: Mapping[str, Owner], skip: int) -> NodeTimes:
+def node_times(profile: NodeProfile, gate_of: Mapping[str, Owner], passes: int) -> NodeTimes:
     """Return what a recording says of every node.
 
     Args:
         gate_of: owner by the name of a node or of a value, see `gates_of_nodes`.
-        skip: steps to leave out at the beginning, as a warm-up.
+        passes: how often the same frames were run, the first time as a warm-up.
     """
     owners = _owners(profile.graph, gate_of)
-    steps = _steps(profile.events)[skip:]
+    steps, passes = _steps(profile.events)[warmed(profile.steps, passes) :], max(passes - 1, 1)
     shown = _median_step(steps)
     total: dict[str, list[float]] = defaultdict(lambda: [0.0] * len(steps))
     per_gate: dict[str, list[float]] = defaultdict(lambda: [0.0] * len(steps))
@@ -74,7 +74,7 @@ def node_times(profile: NodeProfile, gate_of: Mapping[str, Owner], skip: int) ->
         if name in begin:
             gate, decides = owners.get(name, (None, False))
             nodes.append(NodeTime(name, ops[name], gate, float(np.median(times)), *begin[name], decides))
-    return NodeTimes(nodes, {gate: float(np.median(times)) / 1e3 for gate, times in per_gate.items()})
+    return NodeTimes(nodes, {gate: typical(times, passes) / 1e3 for gate, times in per_gate.items()})
 
 
 @dataclass

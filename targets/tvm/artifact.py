@@ -58,11 +58,13 @@ class NativeVariant:
             return session
         return _Clip(session, self.frames)
 
-    def times(self, recording: Sequence[Sequence[CallTime]], gates: Collection[str], dense: NativeVariant) -> NodeTimes:
+    def times(
+        self, recording: Sequence[Sequence[CallTime]], gates: Collection[str], dense: NativeVariant, passes: int
+    ) -> NodeTimes:
         """See `Variant`. A plan says itself to which gate a call belongs."""
         from dvexport.targets.tvm.times import call_times
 
-        return call_times(recording, skip=len(recording) // 2)
+        return call_times(recording, passes)
 
 
 @dataclass(frozen=True)

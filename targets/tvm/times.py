@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dvexport.decisions import TOKENS
-from dvexport.targets.times import NodeTime, NodeTimes
+from dvexport.targets.times import NodeTime, NodeTimes, typical, warmed
 from dvexport.targets.tvm.session import CallTime
 from dvexport.targets.tvm.units.catalogue import KINDS
 from dvexport.targets.tvm.units.kinds import Role
@@ -16,14 +16,14 @@ from dvexport.targets.tvm.units.kinds import Role
 __all__ = ["call_times"]
 
 
-def call_times(steps: Sequence[Sequence[CallTime]], skip: int) -> NodeTimes:
+def call_times(steps: Sequence[Sequence[CallTime]], passes: int) -> NodeTimes:
     """Return what a recording says of every call.
 
     Args:
         steps: the calls of every step, in order.
-        skip: steps to leave out at the beginning, as a warm-up.
+        passes: how often the same frames were run, the first time as a warm-up.
     """
-    steps = steps[skip:]
+    steps, passes = steps[warmed(len(steps), passes) :], max(passes - 1, 1)
     shown = sorted(steps, key=lambda calls: sum(call.seconds for call in calls))[len(steps) // 2]
     per_gate: dict[str, list[float]] = defaultdict(lambda: [0.0] * len(steps))
     for index, calls in enumerate(steps):
@@ -35,7 +35,7 @@ def call_times(steps: Sequence[Sequence[CallTime]], skip: int) -> NodeTimes:
     nodes = [
         _node(call, float(median), float(start)) for call, median, start in zip(shown, medians, starts, strict=False)
     ]
-    return NodeTimes(nodes, {gate: float(np.median(times)) for gate, times in per_gate.items()})
+    return NodeTimes(nodes, {gate: typical(times, passes) for gate, times in per_gate.items()})
 
 
 def _node(call: CallTime, median_us: float, start_us: float) -> NodeTime:

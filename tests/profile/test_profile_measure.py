@@ -21,6 +21,7 @@ from dvexport.profile.result import ProfileResult
 from dvexport.run.open import open_session, variant_of
 from dvexport.run.session import Step
 from dvexport.targets.onnx.times import NodeProfile, Owner, child_scopes, gates_of_nodes, node_times
+from dvexport.targets.times import typical, warmed
 from dvexport.video.clips import write_clip
 
 DSTEP, ADAFUSE = "dstep_resnet18", "adafuse_resnet18"
@@ -261,7 +262,7 @@ def test_node_times_are_medians_over_the_steps_after_the_warm_up():
         onnx.helper.make_node("MatMul", ["z"], ["v"], name="inner"),
     ]
     graph = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [], []))
-    times = node_times(NodeProfile(events, graph), dict.fromkeys(("y", "if", "inner"), Owner("gate")), skip=1)
+    times = node_times(NodeProfile(events, graph), dict.fromkeys(("y", "if", "inner"), Owner("gate")), passes=4)
     by_name = {node.node: node for node in times.nodes}
     assert by_name["conv"].median_us == 20
     assert by_name["conv"].start_us == 1
@@ -279,7 +280,7 @@ def test_a_layout_change_belongs_to_what_needs_it():
     for index, node in enumerate(nodes):
         args = {"op_name": node.op_type}
         events.append({"name": f"{node.name}_kernel_time", "cat": "Node", "ts": index, "dur": 1, "args": args})
-    times = node_times(NodeProfile(events, graph), {"conv_value": Owner("gate")}, skip=0)
+    times = node_times(NodeProfile(events, graph), {"conv_value": Owner("gate")}, passes=1)
     assert {node.node: node.gate for node in times.nodes} == {"ReorderInput_1": "gate", "conv_value_nchwc": "gate"}
 
 
@@ -318,3 +319,14 @@ def test_recording_does_not_change_results(bundle):
     plain = open_session(bundle).run_clip(noise())
     assert all(np.array_equal(a.logits, b.logits) for a, b in zip(recorded, plain, strict=True))
     assert any(event["name"] == "model_run" for event in session.runtime.end_profile().events)
+
+
+def test_no_outlier_moves_the_time_of_a_gate():
+    frames = np.array([1.0, 3.0])  # of unequal work
+    passes = np.tile(frames, (5, 1))
+    assert typical(passes.reshape(-1).tolist(), 5) == 2.0
+    for place in range(10):
+        times = passes.reshape(-1).copy()
+        times[place] = 1e3
+        assert typical(times.tolist(), 5) == 2.0
+    assert (warmed(12, 6), warmed(3, 1)) == (2, 0)

@@ -14,7 +14,7 @@ from sample_profile import FRAMES, GATE_MACS, NAMES, STEM_MACS, make_frames, mak
 from dvexport.errors import UsageError
 from dvexport.profile.advice import AdviceKind, advise
 from dvexport.profile.figures_svg import action_strip, nice_ticks, tile_strip
-from dvexport.profile.masks_svg import mask_over_frame, mean_mask, shown_frames
+from dvexport.profile.masks_svg import left_of_frame, mask_over_frame, mean_mask, shown_frames
 from dvexport.profile.report import render_html, write_html
 from dvexport.profile.result import (
     GateStep,
@@ -300,3 +300,33 @@ def test_times_of_another_kind_of_processor_are_told_as_such(result: ProfileResu
     here, elsewhere = (replace(result, device=replace(result.device, is_target=known)) for known in (True, False))
     assert "another kind of processor" in result_table(elsewhere)
     assert "another kind of processor" not in result_table(here)
+
+
+def test_each_drawn_frame_has_its_caption_below(result: ProfileResult, page: str) -> None:
+    film = page.split('<div class="film">')[1].split("<details>")[0]
+    figures = film.split("<figure>")[1:]
+    assert len(figures) == 8
+    for figure, index in zip(figures, shown_frames(FRAMES), strict=True):
+        assert figure.count("<svg") == 2  # the frame and the masks over it
+        assert f"<figcaption>frame {index}<br>{result.steps[index].label}" in figure
+
+
+def test_tokens_that_are_left_keep_their_colours() -> None:
+    left = np.array([[True, False], [False, False]])
+    drawing = str(left_of_frame(left, 3, 100.0, "t", "left-0-3"))
+    cell = "M0 0h50v50h-50z"
+    assert f'<clipPath id="left-0-3"><path d="{cell}"/></clipPath>' in drawing
+    assert drawing.count('href="#frame-3"') == 2  # faded, and the part that is left
+    assert 'clip-path="url(#left-0-3)"' in drawing
+    alone = str(left_of_frame(left, None, 100.0, "t", "left-0-3"))
+    assert "href" not in alone
+    assert cell in alone
+
+
+@pytest.mark.parametrize(("scale", "shown"), [(1, "7.3"), (10, "73."), (1000, "73")])
+def test_a_card_has_room_for_its_figures_and_their_unit(result: ProfileResult, scale: int, shown: str) -> None:
+    slow = replace(result, gated=StepTimes([7.31 * scale, 7.31 * scale]))
+    page = render_html(slow)
+    (value,) = re.findall(r'P90 / P99</div>\s*<div class="value long">([^<]*)<span class="unit">ms</span>', page)
+    assert value.startswith(shown)
+    assert len(value) <= len("7310 / 7310") + 1  # with the mark that keeps the unit on the line
