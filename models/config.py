@@ -38,7 +38,7 @@ class ResNetConfig:
         classes: number of labels.
         frames: frames in a clip.
         size: height and width of the input.
-        shift: temporal shift, see `Shift`.
+        shift: temporal shift (TSM): `online` reads frame t-1, `bidirectional` t-1 and t+1 (clip mode only).
         shift_div: the shift moves 1/`shift_div` of the channels in each direction.
         shift_place: `conv1` shifts the input of conv1 only (official TSM, `--shift_place=blockres`); `block`
             shifts what conv1, policy and downsample see, not the identity skip (`--shift` of AdaFuse and
@@ -121,7 +121,7 @@ class MobileNetConfig:
         classes: number of labels.
         frames: frames in a clip.
         size: height and width of the input.
-        shift: temporal shift, see `Shift`.
+        shift: temporal shift (TSM): `online` reads frame t-1, `bidirectional` t-1 and t+1 (clip mode only).
         shift_div: the shift moves 1/`shift_div` of the channels in each direction.
         dropout: before the classifier, in training.
     """

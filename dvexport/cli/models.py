@@ -37,6 +37,8 @@ def _all(as_json: bool) -> None:
 
 def _one(name: str, as_json: bool) -> None:
     from dvexport.models import zoo
+    from dvexport.models.checkpoints.families import FAMILIES
+    from dvexport.models.option_help import option_help
 
     info = zoo.describe(name)
     if as_json:
@@ -44,7 +46,11 @@ def _one(name: str, as_json: bool) -> None:
         return
     print_fields([("model", info.name), ("what it is", info.summary), ("family", info.family)])
     click.echo()
-    print_table(("option", "value"), [(key, str(value)) for key, value in info.options.items()])
+    options = option_help(FAMILIES[info.family].config, info.options)
+    rows = [(one.name, one.value or "(none)", "|".join(one.choices), one.text.replace("`", "")) for one in options]
+    print_table(("option", "value", "choices", "what it is"), rows)
+    frames = next(one for one in options if one.name == "frames")
+    click.echo(f"\nto change one: dvexport export {name} --set {frames.name}={frames.value} ...")
 
 
 def _plain(info: object) -> dict[str, object]:

@@ -18,6 +18,9 @@ from dvexport.cli.export import origin_lines
 from dvexport.cli.options import parse_force, parse_pairs
 from dvexport.cli.output import checklist, file_size, print_table
 from dvexport.errors import UsageError
+from dvexport.models import zoo
+from dvexport.models.checkpoints.families import FAMILIES
+from dvexport.models.option_help import option_help
 
 HEAVY = ("torch", "onnx", "onnxruntime", "onnx_ir", "numpy", "pydantic", "rich", "av", "matplotlib")
 
@@ -139,6 +142,23 @@ def test_models(call):
     assert "dstep_resnet18" in {model["name"] for model in json.loads(out)}
     code, out, _ = call("models", "dstep_resnet18", "--json")
     assert "classes" in json.loads(out)["options"]
+
+
+def test_models_explains_each_option_as_commands_take_it(call):
+    code, out, _ = call("models", "vit_small")
+    assert code == 0
+    for option in ("sta\\.r +0 +tokens that each group drops", "sta\\.groups +8,4,2 ", "size +224x224 "):
+        assert re.search(f"^{option}", out, re.MULTILINE)
+    assert re.search(r"^views +one +one\|kinetics +how frames are taken", out, re.MULTILINE)
+    assert re.search(r"^mean_pooling +true +true\|false ", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", [name for name in zoo.names() if not name.endswith("50")])
+def test_every_option_of_the_zoo_is_explained_and_can_be_given_as_it_is_shown(name):
+    info = zoo.describe(name)
+    shown = option_help(FAMILIES[info.family].config, info.options)
+    assert all(len(one.text) > 5 and not one.text.startswith("see `") for one in shown)
+    assert zoo.parsed_settings(name, {one.name: one.value for one in shown}) == info.options
 
 
 def test_inspect(call, bundle):
