@@ -13,10 +13,11 @@ import onnx_ir as ir
 
 from dvexport.dialect import operator_of
 from dvexport.dialect.spec import decisions_at
-from dvexport.errors import DvexportError, TraceError
+from dvexport.errors import TraceError
 from dvexport.graph.fold import fold_constants
 from dvexport.graph.graph import DV, FRAMES, OPSET, make_contiguous, mark_whole_clip, source_of
 from dvexport.ports import VIDEO, outputs_of
+from dvexport.trace_errors import trace_error
 
 __all__ = ["trace"]
 
@@ -62,16 +63,7 @@ def trace(model: Any, inputs: tuple[int, int] | Mapping[str, tuple[int, ...]]) -
                 verbose=False,
             )
     except Exception as error:
-        refusal = _refusal(error)
-        if refusal is not None:
-            raise refusal from None
-        cause = error.__cause__ or error
-        raise TraceError(
-            "the model can't be traced",
-            where=type(module).__name__,
-            why=str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__,
-            hint="gates must use dvexport.gates, and no Python branch may depend on a tensor's values",
-        ) from error
+        raise trace_error(error, type(module).__name__) from None
     assert program is not None
     _refuse_dropped(program.exported_program)
     traced = program.model
@@ -104,13 +96,6 @@ def _check_ports(model: ir.Model, inputs: list[str], outputs: list[str], where: 
                 why=f"its shape is {value.shape}, where the first size must be '{FRAMES}'",
                 hint="give one row for each frame, frames first",
             )
-
-
-def _refusal(error: BaseException | None) -> DvexportError | None:
-    """Return the error of ours that the exporter has wrapped in its own."""
-    while error is not None and not isinstance(error, DvexportError):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 def _refuse_dropped(program: Any) -> None:
@@ -163,12 +148,16 @@ def _check_decisions(model: ir.Model) -> None:
 
 @contextlib.contextmanager
 def _quiet():
-    """Silence the exporter's progress and its notes on type promotion."""
-    level = logging.getLogger("torch.onnx").level
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    """Silence the exporter's progress, its notes on type promotion and the graphs that it prints where it fails."""
+    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "torch.fx", "torch._dynamo")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        said = io.StringIO()
+        with warnings.catch_warnings(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.getLogger("torch.onnx").setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
 import numpy as np
@@ -53,9 +54,27 @@ def branches(net, frames):
     return frames.mean((2, 3)) if frames.sum() > 0 else frames.amax((2, 3))
 
 
-def test_what_cannot_be_traced():
-    with pytest.raises(TraceError, match="the model can't be traced"):
-        trace(Head(branches), (8, 8))
+def foreign(net, frames):
+    return torch.special.bessel_j0(frames).mean((2, 3))
+
+
+DEPENDS = "a Python branch or a size depends on a tensor's values"
+
+
+@pytest.mark.parametrize(
+    ("head", "what", "place"),
+    [
+        (branches, DEPENDS, rf"Head, test_trace\.py line {branches.__code__.co_firstlineno + 1}"),
+        (foreign, "ONNX has no operator for torch's 'bessel_j0'", "Head"),
+    ],
+)
+def test_what_cannot_be_traced_is_told_in_a_line_with_its_place(head, what, place, capfd):
+    with pytest.raises(TraceError) as error:
+        trace(Head(head), (8, 8))
+    assert error.value.what == what
+    assert re.fullmatch(place, error.value.where)
+    assert len(str(error.value).splitlines()) <= 4
+    assert capfd.readouterr() == ("", "")  # where torch prints its graph
 
 
 def test_what_the_exporter_drops_is_refused():

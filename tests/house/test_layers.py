@@ -44,6 +44,7 @@ LAYERS = (
     "dvexport.graph",
     "dvexport.bundle",
     "dvexport.dialect",
+    "dvexport.trace_errors",
     "dvexport.trace",
     "dvexport.passes",
     "dvexport.targets.discover",
