@@ -44,7 +44,7 @@ from dvexport.run.seen import with_seen
 from dvexport.run.session import Session, Step
 from dvexport.targets import catalogue
 from dvexport.targets.backend import Built
-from dvexport.targets.registry import backend_of
+from dvexport.targets.registry import backend_of, best_backend
 from dvexport.tokens import HasDenseForm
 from dvexport.trace import trace
 
@@ -68,7 +68,7 @@ def export(
     settings: Mapping[str, Any] | None = None,
     assume_defaults: bool = False,
     target: str = catalogue.HOST,
-    backend: str = "onnx",
+    backend: str | None = None,
     mode: str | None = None,
     lowering: Mapping[str, str] | None = None,
     calibrate: str | Path | None = None,
@@ -87,7 +87,7 @@ def export(
             here (`dvexport.bundle.trust`), if the user's list of exports can be written.
         checkpoint, settings, assume_defaults: weights and options, see `dvexport.models.zoo.create`.
         target: name in the device catalogue, `host`, or a TOML file.
-        backend: `onnx`.
+        backend: `tvm` or `onnx`; by default the best that is installed and fits (`targets.registry.best_backend`).
         mode: `stream` (a frame a step, explicit state) or `clip` (all frames at once); by default `stream`, and `clip`
             for a model that reads a clip as one.
         lowering: lowering by gate, or by `*` for every gate that allows it; overrules the choice.
@@ -111,7 +111,7 @@ def export(
         DeviceError: ONNX Runtime is missing or fails.
     """
     tell = progress or (lambda _: None)
-    device = _check_request(backend, mode, target, lowering or {})
+    device, backend = _check_request(backend, mode, target, lowering or {})
     maker = backend_of(backend)
     writable_output(output)
     tell("load the model")
@@ -296,13 +296,19 @@ def _json_values(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
 
 
-def _check_request(backend: str, mode: str | None, target: str, lowering: Mapping[str, str]) -> catalogue.Target:
-    maker = backend_of(backend)
+def _check_request(
+    backend: str | None, mode: str | None, target: str, lowering: Mapping[str, str]
+) -> tuple[catalogue.Target, str]:
+    """Return the target and the backend; UsageError or DeviceError where they don't fit."""
+    if backend is not None:
+        backend_of(backend)
     if mode is not None and mode not in MODES:
         raise unknown_name("mode", mode, MODES)
     device = catalogue.load(target)
-    maker.check(device, lowering)
-    return device
+    if backend is None:
+        return device, best_backend(device, lowering)[0]
+    backend_of(backend).check(device, lowering)
+    return device, backend
 
 
 def _mode_of(net: Any, mode: str | None) -> str:

@@ -56,11 +56,13 @@ class Backend(Protocol):
     Attributes:
         tools: packages whose versions have a part in an artifact.
         passes: what it adds to the passes that every backend shares.
+        rank: its place where no backend is asked for; the least is tried first.
         remedy: what to try where an artifact is no faster than its dense version, a sentence.
     """
 
     tools: tuple[str, ...]
     passes: BackendPasses
+    rank: int
     remedy: str
 
     def check(self, device: Target, lowering: Mapping[str, str]) -> None:

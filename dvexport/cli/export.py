@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dvexport.cli.closing import backend_line, saved_lines
 from dvexport.cli.described import description_of, description_options
 from dvexport.cli.options import inputs_option, parse_choice, parse_pairs, path_option
 from dvexport.cli.output import checklist, file_size, print_lines
@@ -30,7 +31,7 @@ __all__ = ["export", "memory_line", "origin_lines", "trust_line"]
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Option of the model; repeatable.")
 @click.option("--assume-defaults", is_flag=True, help="Take official defaults of options that nothing tells.")
 @click.option("--target", default="host", show_default=True, help="Device, see `dvexport targets`, or a .toml file.")
-@parse_choice("backend", BACKENDS, default="onnx")
+@parse_choice("backend", BACKENDS, default=None, otherwise="; the best that is installed and fits the target")
 @parse_choice("mode", MODES, default=None, otherwise="; stream where the model can")
 @click.option("--lowering", multiple=True, metavar="GATE=KIND", help="Overrule the lowering of one gate; repeatable.")
 @path_option("--calibrate", help="Video whose decisions say what to expect of each gate.")
@@ -43,7 +44,7 @@ def export(
     settings: tuple[str, ...],
     assume_defaults: bool,
     target: str,
-    backend: str,
+    backend: str | None,
     mode: str | None,
     lowering: tuple[str, ...],
     calibrate: Path | None,
@@ -64,14 +65,19 @@ def export(
     writable_output(output)
     with _paste_ready(click.get_current_context().params), checklist() as progress:
         from dvexport.export import export as run_export
+        from dvexport.run.savings import savings_of
+        from dvexport.targets import catalogue
+        from dvexport.targets.registry import best_backend
 
+        device = catalogue.load(target)
+        taken, refused = (backend, {}) if backend else best_backend(device, overrides)
         bundle = run_export(
             model,
             checkpoint=checkpoint,
             settings=options,
             assume_defaults=assume_defaults,
             target=target,
-            backend=backend,
+            backend=taken,
             mode=mode,
             output=output,
             lowering=overrides,
@@ -87,6 +93,8 @@ def export(
         f"{output}: {manifest.model.name} for {manifest.target} ({manifest.backend}, {manifest.mode}), "
         f"{file_size(bundle.path.stat().st_size)}",
         f"gates: {gates}",
+        *saved_lines(savings_of(bundle), manifest.backend, device),
+        *([] if backend else [backend_line(taken, refused)]),
         *memory_line(manifest.memory),
         *origin_lines(manifest.model),
         *trust_line(manifest),

@@ -35,6 +35,7 @@ class OnnxBackend:
 
     tools: tuple[str, ...] = ("onnxruntime",)
     passes = PASSES
+    rank = 1
     remedy = (
         "Try --backend tvm, whose kernels follow each decision, or the lowerings named below, "
         "or ship a model without gates."

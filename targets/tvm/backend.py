@@ -30,6 +30,7 @@ class TvmBackend:
 
     tools: tuple[str, ...] = ("apache-tvm", "ziglang")
     passes = PASSES
+    rank = 0  # its kernels follow every decision
     remedy = "Train sparser decisions, or ship a model without gates."
 
     def check(self, device: Target, lowering: Mapping[str, str]) -> None:

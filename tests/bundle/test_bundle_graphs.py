@@ -29,7 +29,7 @@ GRAPHS = ("model.onnx", "gate_level.onnx", "dense_level.onnx")
 @functools.cache
 def pruned() -> Bundle:
     """A transformer that drops tokens: three graphs, and weights in a file of their own."""
-    made = shared("pruned.dvx", lambda path: dvexport.export("vit_small", settings=TINY, output=path))
+    made = shared("pruned.dvx", lambda path: dvexport.export("vit_small", settings=TINY, backend="onnx", output=path))
     return Bundle.open(made)
 
 

@@ -70,7 +70,7 @@ def exported(tmp_path_factory):
     (folder / "my_rebuilt.py").write_text(FACTORY)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        return dvexport.export("my_rebuilt:tiny", settings={"classes": "3"}, output=folder / "own.dvx")
+        return dvexport.export("my_rebuilt:tiny", backend="onnx", settings={"classes": "3"}, output=folder / "own.dvx")
 
 
 @pytest.fixture

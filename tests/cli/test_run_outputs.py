@@ -56,7 +56,7 @@ def files(tmp_path_factory):
     labels = ("--set", f"labels={folder / 'labels.txt'}")
     calibrate = ("--calibrate", folder / "clip.mp4", "--inputs", folder / "flow.npz")
     for name, words in (("segmenter", SEGMENTER), ("detector", (*DETECTOR, *calibrate))):
-        result = cli("export", *words, *labels, "-o", folder / f"{name}.dvx")
+        result = cli("export", *words, *labels, "--backend", "onnx", "-o", folder / f"{name}.dvx")
         assert result.exit_code == 0, result.output
     return folder
 
@@ -139,7 +139,7 @@ def test_a_missing_input_says_which_and_how(files, command, tmp_path):
     ],
 )
 def test_options_that_do_not_describe_a_module(words, says, tmp_path):
-    result = cli("export", *words, "-o", tmp_path / "a.dvx")
+    result = cli("export", *words, "--backend", "onnx", "-o", tmp_path / "a.dvx")
     assert result.exit_code == 2 and says in result.output, result.output
     assert not (tmp_path / "a.dvx").exists()
 
@@ -160,7 +160,7 @@ def test_pictures_show_where_a_class_is_and_which_boxes_are_sure():
 
 def test_nothing_to_draw_is_said(files, tmp_path):
     assert Output("a").kind == "array"
-    words = ("export", *SEGMENTER[:3], *SEGMENTER[5:], "-o", tmp_path / "plain.dvx")
+    words = ("export", *SEGMENTER[:3], *SEGMENTER[5:], "--backend", "onnx", "-o", tmp_path / "plain.dvx")
     assert cli(*words).exit_code == 0
     result = cli("run", tmp_path / "plain.dvx", "--clip", files / "clip.mp4", "--pictures", tmp_path / "p")
     assert result.exit_code == 2 and "nothing to draw" in result.output

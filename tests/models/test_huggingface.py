@@ -225,7 +225,19 @@ def test_the_command_line_leaves_nothing_behind(tmp_path):
     save_videomae(tmp_path)
     edit_config(tmp_path, num_hidden_layers=4)
     out = tmp_path / "out.dvx"
-    command = [sys.executable, "-m", "dvexport", "export", str(tmp_path), "--mode", "clip", "-o", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "dvexport",
+        "export",
+        str(tmp_path),
+        "--backend",
+        "onnx",
+        "--mode",
+        "clip",
+        "-o",
+        str(out),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "don't fit config.json" in done.stderr
@@ -245,7 +257,7 @@ def test_a_bundle_is_verified_against_its_directory(tmp_path, capsys):
             main([str(each) for each in arguments])
         return left.value.code, capsys.readouterr()
 
-    assert call("export", tmp_path / "saved", *settings, "-o", out)[0] == 0
+    assert call("export", tmp_path / "saved", *settings, "--backend", "onnx", "-o", out)[0] == 0
     code, text = call("verify", out)
     assert code == 0 and "note: not compared with PyTorch: give --checkpoint" in text.out
     code, text = call("verify", out, "--checkpoint", tmp_path / "saved")

@@ -21,7 +21,7 @@ def refused(capsys, tmp_path):
 
     def run(*arguments):
         with pytest.raises(SystemExit) as left:
-            main(["export", *map(str, arguments), "-o", str(out / "x.dvx")])
+            main(["export", *map(str, arguments), "--backend", "onnx", "-o", str(out / "x.dvx")])
         text = capsys.readouterr().err
         assert left.value.code == 2, text
         assert text.count("error:") == 1

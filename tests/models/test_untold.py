@@ -100,7 +100,9 @@ def test_tsm_is_what_its_keys_say(tmp_path, place, depth):
 @pytest.mark.slow
 def test_tsm_in_place_is_exported_and_verified(tmp_path):
     path = tsm_file(tmp_path, shift_place="in_place")
-    bundle = dvexport.export("tsm_resnet18", checkpoint=path, settings=TSM, mode="clip", output=tmp_path / "t.dvx")
+    bundle = dvexport.export(
+        "tsm_resnet18", checkpoint=path, settings=TSM, backend="onnx", mode="clip", output=tmp_path / "t.dvx"
+    )
     report = dvexport.verify(bundle, checkpoint=path)
     assert report.ok
     assert "PyTorch: logits" in {row.name for row in report.rows}
@@ -248,7 +250,18 @@ def assumed(tmp_path_factory):
     """An export that assumes what nothing tells: its checkpoint, its bundle and what the command printed."""
     folder = tmp_path_factory.mktemp("assumed")
     path = saved(folder, official.adafuse_keys(source("dstep_resnet18", hidden=24, enabled_stages=(3,))))
-    call = ["export", "dstep_resnet18", "--checkpoint", path, "--set", "size=64", "-o", folder / "x.dvx"]
+    call = [
+        "export",
+        "dstep_resnet18",
+        "--checkpoint",
+        path,
+        "--set",
+        "size=64",
+        "-o",
+        folder / "x.dvx",
+        "--backend",
+        "onnx",
+    ]
     result = CliRunner().invoke(cli, [*map(str, call), "--assume-defaults"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return path, folder / "x.dvx", result.output
@@ -285,7 +298,20 @@ def test_verify_asks_nothing_and_takes_no_other_defaults_than_the_export(assumed
 
 def test_the_refusal_ends_with_a_command_that_works(assumed, tmp_path, monkeypatch):
     path, out = assumed[0], tmp_path / "my model.dvx"
-    call = ["export", "dstep_resnet18", "-o", out, "--set", "size=64", "--mode", "clip", "--checkpoint", path]
+    call = [
+        "export",
+        "dstep_resnet18",
+        "-o",
+        out,
+        "--set",
+        "size=64",
+        "--backend",
+        "onnx",
+        "--mode",
+        "clip",
+        "--checkpoint",
+        path,
+    ]
     with pytest.raises(UntoldError, match="tells shift, gate_relu, gate_pool, frames, and the numbers") as error:
         CliRunner().invoke(cli, [str(word) for word in call], catch_exceptions=False)
     assert not out.exists()

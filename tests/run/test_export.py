@@ -45,13 +45,14 @@ def dstep_again(stream, monkeypatch):
     monkeypatch.setattr(module, "trace", lambda _model, _size: read_gate_level(stream))
 
     def export(output, **options):
-        return dvexport.export(small_model("dstep_resnet18"), output=output, **options)
+        return dvexport.export(small_model("dstep_resnet18"), output=output, **{"backend": "onnx", **options})
 
     return export
 
 
 def _export(output, model="tsn_resnet18", **options):
-    return dvexport.export(model, output=output, settings=options.pop("settings", TINY), **options)
+    options = {"backend": "onnx", "settings": TINY, **options}
+    return dvexport.export(model, output=output, **options)
 
 
 def test_the_manifest_tells_what_was_exported(stream):
@@ -196,12 +197,12 @@ def test_weights_that_are_not_finite_are_named(tmp_path):
     with torch.no_grad():
         model.fc.bias[0] = float("nan")
     with pytest.raises(CheckpointError, match=r"fc\.bias"):
-        dvexport.export(model, output=tmp_path / "x.dvx")
+        dvexport.export(model, backend="onnx", output=tmp_path / "x.dvx")
 
 
 def test_a_plain_module_needs_an_example(tmp_path):
     with pytest.raises(UsageError, match="nothing tells what a Linear takes"):
-        dvexport.export(torch.nn.Linear(3, 4), output=tmp_path / "x.dvx")
+        dvexport.export(torch.nn.Linear(3, 4), backend="onnx", output=tmp_path / "x.dvx")
 
 
 def test_a_lowering_can_be_overruled_gate_by_gate(tmp_path, dstep_again):

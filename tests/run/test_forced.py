@@ -212,7 +212,7 @@ def _heavier(artifact: bytes) -> bytes:
 
 @pytest.fixture(scope="module")
 def idle(tmp_path_factory) -> Bundle:
-    return export(net_of("idle"), output=tmp_path_factory.mktemp("idle") / "idle.dvx")
+    return export(net_of("idle"), backend="onnx", output=tmp_path_factory.mktemp("idle") / "idle.dvx")
 
 
 def _with(bundle: Bundle, path, manifest=None, **files: bytes) -> Bundle:
@@ -226,7 +226,7 @@ def test_a_wrong_idle_gate_is_refused_by_export_and_named(tmp_path, monkeypatch)
     emit = backend.emit
     monkeypatch.setattr(backend, "emit", lambda *args, **options: _heavier(emit(*args, **options)))
     with pytest.raises(CheckFailed, match="gate 'a'") as caught:
-        export(net_of("idle"), output=tmp_path / "x.dvx")
+        export(net_of("idle"), backend="onnx", output=tmp_path / "x.dvx")
     assert "forced decisions, gate-level oracle: logits" in str(caught.value.why)
     assert list(tmp_path.iterdir()) == []
 
@@ -308,7 +308,7 @@ def test_clips_are_run_as_often_as_it_takes():
 def test_what_single_frames_cant_show_is_told(tmp_path):
     net = net_of("idle")
     net.preprocess = imagenet_preprocess(SIZE, 1)
-    (gate,) = verify(export(net, output=tmp_path / "x.dvx", mode="clip")).gates
+    (gate,) = verify(export(net, backend="onnx", output=tmp_path / "x.dvx", mode="clip")).gates
     assert gate.seen.forced.frames == STEPS
     assert gate.missing == ["stale", "new_tiles"]
 

@@ -119,14 +119,14 @@ def test_the_manifest_says_what_inputs_and_outputs_are():
 def test_a_backend_states_its_own_limits(tmp_path, monkeypatch):
     own = Limits(outputs={"masks": 0.25}, decisions=0.5)
     monkeypatch.setattr(type(BACKEND), "limits", lambda self, outputs: own)
-    bundle = export(segmenter(), output=tmp_path / "a.dvx", **SEGMENTER)
+    bundle = export(segmenter(), backend="onnx", output=tmp_path / "a.dvx", **SEGMENTER)
     assert Bundle.open(bundle.path).manifest.limits == own
     limits = {row.name: row.limit for row in verify(bundle).rows}
     assert limits["golden data: masks"] == 0.25 and limits["golden data: features"] == 1e-3
     assert limits["golden data: decisions that differ, of 288"] == 144
     monkeypatch.setattr(type(BACKEND), "limits", lambda self, outputs: Limits(outputs={"features": 0.0}))
     with pytest.raises(CheckFailed, match="artifact against PyTorch: features"):
-        export(segmenter(), output=tmp_path / "b.dvx", **SEGMENTER)
+        export(segmenter(), backend="onnx", output=tmp_path / "b.dvx", **SEGMENTER)
 
 
 def test_verify_reads_the_limits_of_the_bundle(tmp_path):
@@ -179,7 +179,7 @@ class Pair(NamedTuple):
 )
 def test_names_come_from_what_forward_returns(make, told, names, tmp_path):
     example, path = torch.zeros(2, 3, *SIZE), tmp_path / "a.dvx"
-    bundle = export(Plain(make).eval(), output=path, example=example, preprocess=PREPROCESS, **told)
+    bundle = export(Plain(make).eval(), backend="onnx", output=path, example=example, preprocess=PREPROCESS, **told)
     assert [output.name for output in bundle.manifest.declared_outputs] == names
     (step,) = open_session(bundle).run_clip(np.ones((1, 3, *SIZE), np.float32))
     assert list(step.outputs) == names
@@ -225,13 +225,18 @@ class Lazy(nn.Module):
 def test_what_no_bundle_can_hold_is_one_error(model, told, error, says, tmp_path):
     path = tmp_path / "a.dvx"
     with pytest.raises(error, match=says):
-        export(model.eval(), output=path, **{"example": torch.zeros(2, 3, *SIZE), "preprocess": PREPROCESS, **told})
+        export(
+            model.eval(),
+            backend="onnx",
+            output=path,
+            **{"example": torch.zeros(2, 3, *SIZE), "preprocess": PREPROCESS, **told},
+        )
     assert not path.exists()
 
 
 def test_a_module_without_a_description_is_told_how_to_give_one(tmp_path):
     with pytest.raises(UsageError, match="nothing tells what a Segmenter takes"):
-        export(segmenter(), output=tmp_path / "a.dvx")
+        export(segmenter(), backend="onnx", output=tmp_path / "a.dvx")
 
 
 @pytest.mark.parametrize(
@@ -375,5 +380,7 @@ def test_a_model_that_gives_no_numbers_is_told_so(tmp_path):
             return {"y": frames.mean((1, 2, 3)) / 0 * 0}
 
     with pytest.raises(TraceError, match="the model itself gives numbers that are not finite") as caught:
-        export(Lost(), example=torch.zeros(2, 3, *SIZE), preprocess=PREPROCESS, output=tmp_path / "x.dvx")
+        export(
+            Lost(), example=torch.zeros(2, 3, *SIZE), preprocess=PREPROCESS, backend="onnx", output=tmp_path / "x.dvx"
+        )
     assert "frame 0" in caught.value.why

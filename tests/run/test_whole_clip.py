@@ -50,7 +50,7 @@ TOKENS = 12  # in each of the two groups: 3 x 4 patches
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory) -> Bundle:
-    return export("toy_transformer:toy", output=tmp_path_factory.mktemp("toy") / "toy.dvx")
+    return export("toy_transformer:toy", backend="onnx", output=tmp_path_factory.mktemp("toy") / "toy.dvx")
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_the_forced_variant_follows(bundle, frames):
 
 def test_stream_mode_is_refused(tmp_path):
     with pytest.raises(UsageError, match="can't be exported in stream mode") as error:
-        export("toy_transformer:toy", output=tmp_path / "toy.dvx", mode="stream")
+        export("toy_transformer:toy", backend="onnx", output=tmp_path / "toy.dvx", mode="stream")
     assert "--mode clip" in str(error.value.hint) and not list(tmp_path.iterdir())
     with pytest.raises(TraceError, match="it reads a clip as one"):
         lower(trace(seeded(), CONFIG.size), Request(mode="stream"))
@@ -140,7 +140,7 @@ def test_a_model_without_a_dense_version_is_refused(tmp_path):
             return self.head(kept.mean(1))
 
     with pytest.raises(TraceError, match="offers no dense version"):
-        export(Bare(), output=tmp_path / "bare.dvx", mode="clip")
+        export(Bare(), backend="onnx", output=tmp_path / "bare.dvx", mode="clip")
     assert not list(tmp_path.iterdir())
 
 
@@ -185,7 +185,7 @@ def test_a_bundle_cut_short_under_an_open_session_changes_nothing(bundle, tmp_pa
 
 
 def test_exports_are_the_same_to_the_byte(bundle, tmp_path):
-    again = export("toy_transformer:toy", output=tmp_path / "again.dvx", mode="clip")
+    again = export("toy_transformer:toy", backend="onnx", output=tmp_path / "again.dvx", mode="clip")
     assert again.path.read_bytes() == bundle.path.read_bytes()
 
 
@@ -245,7 +245,7 @@ def test_profile_and_page(bundle, tmp_path):
 
 def test_a_profile_without_pruning_counts_clips_too(tmp_path):
     """Whether a step is a frame or a clip depends on the model, not on whether it chooses tokens."""
-    plain = export("test_whole_clip:unpruned", output=tmp_path / "plain.dvx")
+    plain = export("test_whole_clip:unpruned", backend="onnx", output=tmp_path / "plain.dvx")
     result = profile(plain, runs=2, warmup_s=0.0)
     assert (result.unit, len(result.steps), result.tokens) == ("clip", 1, [])
     assert ProfileResult.from_dict(json.loads(json.dumps(result.to_dict()))).unit == "clip"
@@ -300,7 +300,7 @@ def test_an_artifact_that_chooses_otherwise_is_not_written(tmp_path, monkeypatch
 
     monkeypatch.setattr(sys.modules["dvexport.export"], "trace", wrong)
     with pytest.raises(CheckFailed, match="does not compute what the model does"):
-        export("toy_transformer:toy", output=tmp_path / "toy.dvx", mode="clip")
+        export("toy_transformer:toy", backend="onnx", output=tmp_path / "toy.dvx", mode="clip")
     assert not list(tmp_path.iterdir())
 
 

@@ -46,7 +46,7 @@ def shared(name: str, make: Callable[[Path], object]) -> Path:
 @functools.cache
 def small_bundle(name: str, mode: str) -> Bundle:
     """A bundle of `small_model`."""
-    path = shared(f"{name}.{mode}.dvx", lambda path: export(small_model(name), output=path, mode=mode))
+    path = shared(f"{name}.{mode}.dvx", lambda path: export(small_model(name), backend="onnx", output=path, mode=mode))
     return Bundle.open(path)
 
 
