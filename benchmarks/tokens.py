@@ -28,6 +28,8 @@ COLUMNS = ("model", "r", "backend", "threads", "GMACs", "ms", "dense ms", "sprea
 
 
 _RATES = {"vit": (48, 64), "video_swin": (192, 320)}
+_RECORDED = 4
+"""Clips that a recording of every node takes; the first is a warm-up."""
 
 
 def rates(name: str) -> tuple[int, ...]:
@@ -132,12 +134,12 @@ def _step(run: Runtime, feeds: dict[str, Any]) -> float:
 def _choosing(variant: Variant, feeds: dict[str, Any], threads: int) -> str:
     """Return the share of a step that is there for pruning; a recording of a few steps."""
     run = variant.open(threads=threads, profile=True)
-    for _ in range(4):
+    for _ in range(_RECORDED):
         run.run(feeds)
     if isinstance(variant, OnnxVariant):
-        times = node_times(run.end_profile(), gates_of_nodes(variant.model, ()), skip=1)
+        times = node_times(run.end_profile(), gates_of_nodes(variant.model, ()), _RECORDED)
     else:
-        times = call_times(run.end_profile(), skip=1)
+        times = call_times(run.end_profile(), _RECORDED)
     nodes = [node for node in times.nodes if node.role != "control"]  # these enclose others
     total = sum(node.median_us for node in nodes)
     return f"{sum(node.median_us for node in nodes if node.gate == TOKENS.name) / total:.1%}"

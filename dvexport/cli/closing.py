@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dvexport.errors import DeviceError, DvexportError
 
 if TYPE_CHECKING:
+    from dvexport.bundle.manifest import Manifest
     from dvexport.run.savings import Savings
     from dvexport.targets.catalogue import Target
 
-__all__ = ["backend_line", "saved_lines"]
+__all__ = ["backend_line", "next_line", "saved_lines"]
 
 
 def saved_lines(saved: Savings | None, backend: str, device: Target) -> list[str]:
@@ -59,3 +61,13 @@ def backend_line(backend: str, refused: Mapping[str, DvexportError]) -> str:
     ]
     because = "; ".join(reasons) or "of those that are installed, it saves most on this target"
     return f"backend: {backend} ({because})"
+
+
+def next_line(manifest: Manifest, path: Path, device: Target) -> str:
+    """Return the line that says what to do next: machine code of another processor is verified on the device."""
+    from dvexport.bundle.trust import has_code
+    from dvexport.targets.catalogue import runs_here
+
+    if has_code(manifest) and not runs_here(device.cpu):
+        return f"next: copy it to the device, and there: dvexport verify {path.name} --trust"
+    return f"next: dvexport verify {path}"

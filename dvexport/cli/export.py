@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dvexport.cli.closing import backend_line, saved_lines
+from dvexport.cli.closing import backend_line, next_line, saved_lines
 from dvexport.cli.described import description_of, description_options
 from dvexport.cli.options import inputs_option, parse_choice, parse_pairs, path_option
 from dvexport.cli.output import checklist, file_size, print_lines
@@ -98,7 +98,7 @@ def export(
         *memory_line(manifest.memory),
         *origin_lines(manifest.model),
         *trust_line(manifest),
-        f"next: dvexport verify {output}",
+        next_line(manifest, output, device),
     )
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 from bundles import small_bundle
+from sample_bundle import make_manifest
 
 from dvexport.bundle.archive import Bundle
-from dvexport.cli.closing import backend_line, saved_lines
+from dvexport.bundle.manifest import FileEntry
+from dvexport.cli.closing import backend_line, next_line, saved_lines
 from dvexport.decisions import ACTION, TILES, Action
 from dvexport.dialect.flops import FlopTable
 from dvexport.errors import DeviceError, UsageError
@@ -106,3 +109,18 @@ def test_the_best_backend_that_fits_and_is_installed_is_taken(monkeypatch):
     assert backend_line(name, refused).endswith("not installed: pip install 'dvexport[tvm]')")
     with pytest.raises(DeviceError, match="not installed"):
         registry.best_backend(catalogue.load("rv1126"))  # which runs compiled kernels only
+
+
+@pytest.mark.parametrize(
+    ("artifact", "target", "line"),
+    [
+        ("model.onnx", "raspberry-pi-5", "next: dvexport verify a/b.dvx"),  # which runs wherever its runtime does
+        ("native/network.so", "host", "next: dvexport verify a/b.dvx"),
+        ("native/network.so", "rv1126", "next: copy it to the device, and there: dvexport verify b.dvx --trust"),
+    ],
+)
+def test_machine_code_of_another_processor_is_verified_on_the_device(artifact, target, line):
+
+    entry = FileEntry(size=1, sha256="0" * 64)
+    manifest = make_manifest().model_copy(update={"files": {artifact: entry}})
+    assert next_line(manifest, Path("a/b.dvx"), catalogue.load(target)) == line
