@@ -81,8 +81,8 @@ def test_an_ambiguous_head_count(refused, tmp_path):
     path = official.save(tmp_path / "small.pth", keys_of_width(384), wrapped="module")
     text = refused("vit_small", "--checkpoint", path)
     assert "nothing in the checkpoint tells heads, frames, size" in text
-    command = f"dvexport export vit_small --checkpoint {path} --set heads=6 --set frames=16 --set size=224x224"
-    assert f"try: {command} -o " in text
+    settings = "--set heads=6 --set frames=16 --set size=224x224"
+    assert f"try: dvexport export vit_small --checkpoint {path} {settings} --backend onnx -o " in text
 
 
 def test_a_checkpoint_of_another_size(refused, tmp_path):
