@@ -5,7 +5,8 @@ once. In memory nothing is copied: graphs hold the arrays of the torch model or 
 Runtime is handed the same ones.
 
 What an artifact holds already is not stored again. A native one keeps the factors of matrix products as its kernels
-read them, in panels; a graph then refers to that file and says how (`Place`), and reading it takes the panels apart.
+read them, in panels, and weights of convolutions in rows with a gap after each; a graph then refers to that file and
+says how (`Place`), and reading it takes them apart.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ __all__ = [
     "external_arrays",
     "is_weight_file",
     "panels_of",
+    "pitch_of",
     "share_weights",
     "split_weights",
 ]
@@ -54,10 +56,10 @@ def is_weight_file(name: str) -> bool:
     return file == WEIGHTS and not {"", ".", ".."} & set(folders)
 
 
-_PANEL, _TURNED = "dvexport.panel", "dvexport.turned"
+_PANEL, _TURNED, _PITCH = _OWN = ("dvexport.panel", "dvexport.turned", "dvexport.pitch")
 """Keys of external data beside ONNX's own, see `Place`."""
 
-KEYS = frozenset({"location", "offset", "length", _PANEL, _TURNED})
+KEYS = frozenset({"location", "offset", "length", *_OWN})
 """What a graph may say of a weight's place."""
 
 Read = Callable[[str], np.ndarray]
@@ -73,6 +75,7 @@ class Place:
         panel: 0 for the array as it is; else the matrix `[K, N]` lies as `[panels, K, panel]`, the last panel filled
             up with zeros.
         turned: the matrix is the array transposed: K are all axes but the first.
+        pitch: 0, or how many elements each row along the first axis lies after the one before.
     """
 
     location: str
@@ -80,6 +83,7 @@ class Place:
     length: int
     panel: int = 0
     turned: bool = False
+    pitch: int = 0
 
 
 @dataclass
@@ -144,7 +148,7 @@ def split_weights(model: ir.Model, file: WeightFile | None = None) -> tuple[onnx
             value.const_value = tensor
     for initializer in proto.graph.initializer:
         place = places.get(initializer.name, Place(WEIGHTS, 0, 0))
-        for key, number in ((_PANEL, place.panel), (_TURNED, int(place.turned))):
+        for key, number in zip(_OWN, (place.panel, int(place.turned), place.pitch), strict=True):
             if number:
                 initializer.external_data.add(key=key, value=str(number))
     return proto, arrays
@@ -178,7 +182,7 @@ def attach_weights(model: onnx.ModelProto, read: Read, *, where: str) -> ir.Mode
     """Return a graph with the weights that it refers to, copied only out of panels; errors as `external_arrays`."""
     arrays = external_arrays(model, read, where=where)
     for tensor in model.graph.initializer:  # onnx-ir warns of keys that it does not know
-        kept = [entry for entry in tensor.external_data if entry.key not in (_PANEL, _TURNED)]
+        kept = [entry for entry in tensor.external_data if entry.key not in _OWN]
         del tensor.external_data[:]
         tensor.external_data.extend(kept)
     graph = ir.from_proto(model)
@@ -195,6 +199,15 @@ def panels_of(matrix: np.ndarray, packed: np.ndarray) -> int:
     columns = matrix.shape[1]
     same = whole.shape[1] >= columns and np.array_equal(whole[:, :columns], matrix)
     return packed.shape[2] if same and whole.shape[1] - columns < packed.shape[2] else 0
+
+
+def pitch_of(array: np.ndarray, rows: np.ndarray) -> int:
+    """Return the pitch that an array lies in `rows` with (`Place.pitch`), 0 if `rows` `[N, pitch]` is something else."""
+    if rows.ndim != 2 or array.ndim < 2 or rows.dtype != array.dtype or len(rows) != len(array):
+        return 0
+    flat = array.reshape(len(array), -1)
+    same = rows.shape[1] >= flat.shape[1] and np.array_equal(rows[:, : flat.shape[1]], flat)
+    return rows.shape[1] if same else 0
 
 
 def share_weights(first: ir.Model, second: ir.Model) -> None:
@@ -226,19 +239,23 @@ def _view(tensor: onnx.TensorProto, weights: np.ndarray, where: str) -> np.ndarr
     try:
         dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
         offset, length = int(entries.get("offset", "0")), int(entries.get("length", "-1"))
-        panel, turned = int(entries.get(_PANEL, "0")), int(entries.get(_TURNED, "0"))
+        panel, turned, pitch = (int(entries.get(key, "0")) for key in _OWN)
     except (KeyError, ValueError) as error:
         raise BundleError("a weight can't be read", where=f"{where}, {tensor.name}", why=str(error)) from error
     rows, columns = _matrix(shape, bool(turned))
     panels = -(-columns // panel) if panel > 0 else 0
-    size = (panels * panel * rows if panel else prod(shape)) * dtype.itemsize
-    if min(shape, default=0) < 0 or length != size or dtype.hasobject or panel < 0 or (panel and not shape):
-        why = f"{length} bytes are no {dtype} of shape {list(shape)}" + (f" in panels of {panel}" if panel else "")
+    size = (panels * panel * rows if panel else shape[0] * pitch if pitch and shape else prod(shape)) * dtype.itemsize
+    odd = min(panel, pitch) < 0 or (panel and pitch) or ((panel or pitch) and not shape) or 0 < pitch < prod(shape[1:])
+    if min(shape, default=0) < 0 or length != size or dtype.hasobject or odd:
+        how = f" in panels of {panel}" if panel else f" in rows of {pitch}" if pitch else ""
+        why = f"{length} bytes are no {dtype} of shape {list(shape)}{how}"
     elif offset < 0 or offset % dtype.itemsize or offset + length > weights.size:
         why = f"bytes {offset} to {offset + length} of {weights.size}"
     else:
         found = weights[offset : offset + length].view(dtype)
         try:
+            if pitch:
+                return np.ascontiguousarray(found.reshape(shape[0], pitch)[:, : prod(shape[1:])]).reshape(shape)
             if not panel:
                 return found.reshape(shape)
             matrix = found.reshape(panels, rows, panel).transpose(1, 0, 2).reshape(rows, panels * panel)[:, :columns]

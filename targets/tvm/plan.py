@@ -6,10 +6,10 @@ A call may have several alternatives; the runtime takes the cheapest. `plan_file
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 
-__all__ = ["COST_TERMS", "DTYPES", "Alternative", "Call", "Place", "Plan", "Port", "Space"]
+__all__ = ["COST_TERMS", "DTYPES", "Alternative", "Call", "Derivation", "Place", "Plan", "Port", "Space"]
 
 COST_TERMS = 10
 
@@ -21,7 +21,8 @@ class Space(IntEnum):
     """Where a place is.
 
     `BEFORE` and `AFTER` are the halves of the flip space: what the previous step wrote and what this one
-    writes. They change places after every step, so a state that is rewritten whole is never copied.
+    writes. They change places after every step, so a state that is rewritten whole is never copied. `DERIVED` holds
+    weights that are made of others when a plan is opened.
     """
 
     WEIGHTS = 0
@@ -29,6 +30,7 @@ class Space(IntEnum):
     STATE = 2
     BEFORE = 3
     AFTER = 4
+    DERIVED = 5
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,30 @@ class Call:
     counts: tuple[Place | None, Place | None, Place | None] = (None, None, None)
 
 
+@dataclass(frozen=True)
+class Derivation:
+    """Weights that are made of others when a plan is opened, and so are in no file.
+
+        target[o, p, q, c] = sum over k, l of matrix[p, k] * source[o, c, k, l] * matrix[q, l]
+
+    Attributes:
+        source, target: float32, each output's `source_row` and `target_row` elements after the one before.
+        matrix: float64 `[points, edge]`.
+        points, edge: the range of p and q, and of k and l.
+        outputs, inputs: the range of o, and of c.
+    """
+
+    source: Place
+    matrix: Place
+    target: Place
+    points: int
+    edge: int
+    outputs: int
+    inputs: int
+    source_row: int
+    target_row: int
+
+
 @dataclass
 class Plan:
     """What one step does.
@@ -92,6 +118,7 @@ class Plan:
     Attributes:
         arena, state, flip: bytes of working memory, of states kept in place, and of one half of the states
             that are rewritten whole.
+        derived: bytes of the weights that `derivations` make.
         threads: the most that may share a step: each has scratch memory of its own in the arena. 1 to `MOST_THREADS`.
     """
 
@@ -102,6 +129,8 @@ class Plan:
     state: int = 0
     flip: int = 0
     threads: int = 1
+    derived: int = 0
+    derivations: list[Derivation] = field(default_factory=list)
 
     @property
     def memory(self) -> int:

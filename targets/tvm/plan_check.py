@@ -146,7 +146,7 @@ def _check_alternative(
 def _check_place(place: Place, name: str, buffer: Buffer) -> None:
     if place.offset % (buffer.bytes if buffer.scattered else _ALIGN):
         raise Refused(f"{name} is not aligned")
-    if buffer.written and place.space is Space.WEIGHTS:
+    if buffer.written and place.space in (Space.WEIGHTS, Space.DERIVED):
         raise Refused(f"{name} is written and lies in the weights")
 
 

@@ -3,11 +3,13 @@
 A step is a straight list of kernel calls over memory placed at export. `runtime/dvx.c` reads this format;
 both sides check it. All numbers are little-endian, every table starts at a multiple of 8.
 
-    header    128 bytes: see `_HEADER`
+    header    136 bytes: see `_HEADER`
     ports     inputs, then outputs          name u32, type u32, rank u32, 0 u32, place, 6 x i64 sizes
     calls     in the order of execution     first alternative u32, alternatives u32, label u32, gate u32, 3 x place
     alternatives  ways to do a call             kernel u32, first argument u32, arguments u32, only u32, 10 x f32 cost
     arguments                               place
+    derivations  weights to make at opening     source, matrix and target place, points u32, edge u32, outputs u32,
+                                            inputs u32, source row u64, target row u64
     strings   NUL-terminated UTF-8; names, labels and gates are offsets into it
 
 A *place* is u64 (space << 56 | offset) and u64 bytes; all ones: none. The three places of a call are
@@ -26,22 +28,24 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dvexport.targets.runtime import MOST_THREADS
-from dvexport.targets.tvm.plan import COST_TERMS, DTYPES, Place, Plan, Port
+from dvexport.targets.tvm.plan import COST_TERMS, DTYPES, Derivation, Place, Plan, Port
 from dvexport.targets.tvm.plan_check import check_calls
 
 if TYPE_CHECKING:
     from dvexport.targets.tvm.build.link import Entry
 
-__all__ = ["MAX_RANK", "VERSION", "plan_bytes", "read_limit"]
+__all__ = ["HEADER_BYTES", "MAX_RANK", "VERSION", "plan_bytes", "read_limit"]
 
 MAGIC = b"DVXPLAN\0"
-VERSION = 3
+VERSION = 4
 MAX_RANK = 6
 
-_HEADER = struct.Struct("<8sIIQIIQQQQ32s6II4x")
+_HEADER = struct.Struct("<8sIIQIIQQQQQ32s8I")
 """Magic, version, header bytes, plan bytes, CRC-32 of what follows the header, CRC-32 of the weights,
-bytes of weights, arena, state and one half of the flip space, SHA-256 of the library, numbers of inputs,
-outputs, calls, alternatives, arguments, bytes of strings, and the most threads that may share a step."""
+bytes of weights, of derived ones, of arena, state and one half of the flip space, SHA-256 of the library, numbers of
+inputs, outputs, calls, alternatives, arguments, derivations, bytes of strings, the most threads that may share a step."""
+
+HEADER_BYTES = _HEADER.size
 
 _NONE = (1 << 64) - 1
 
@@ -75,12 +79,12 @@ def plan_bytes(plan: Plan, table: Sequence[Entry], library: bytes, weights: byte
             argument_count += len(alternative.arguments)
         alternative_count += len(call.alternatives)
     text = strings.bytes()
-    body = ports + calls + alternatives + arguments + text
+    body = ports + calls + alternatives + arguments + b"".join(map(_derivation, plan.derivations)) + text
     header = _HEADER.pack(
-        MAGIC, VERSION, _HEADER.size, _HEADER.size + len(body), zlib.crc32(body), zlib.crc32(weights),
-        len(weights), plan.arena, plan.state, plan.flip, library,
-        len(plan.inputs), len(plan.outputs), len(plan.calls), alternative_count, argument_count, len(text),
-        plan.threads,
+        MAGIC, VERSION, HEADER_BYTES, HEADER_BYTES + len(body), zlib.crc32(body), zlib.crc32(weights),
+        len(weights), plan.derived, plan.arena, plan.state, plan.flip, library,
+        len(plan.inputs), len(plan.outputs), len(plan.calls), alternative_count, argument_count,
+        len(plan.derivations), len(text), plan.threads,
     )  # fmt: skip
     return header + body
 
@@ -90,7 +94,7 @@ def read_limit(data: bytes) -> tuple[int, int] | None:
 
     The second number means something in version `VERSION` only. Nothing else is checked: the C runtime does that.
     """
-    if len(data) < _HEADER.size or not data.startswith(MAGIC):
+    if len(data) < HEADER_BYTES or not data.startswith(MAGIC):
         return None
     header = _HEADER.unpack_from(data)
     return header[1], header[-1]
@@ -118,6 +122,12 @@ def _port(port: Port, strings: _Strings) -> bytes:
     sizes = (*port.shape, *[0] * (MAX_RANK - len(port.shape)))
     head = struct.pack("<4I", strings.add(port.name), DTYPES.index(port.dtype), len(port.shape), 0)
     return head + port.place.packed() + struct.pack(f"<{MAX_RANK}q", *sizes)
+
+
+def _derivation(one: Derivation) -> bytes:
+    places = b"".join(place.packed() for place in (one.source, one.matrix, one.target))
+    numbers = (one.points, one.edge, one.outputs, one.inputs, one.source_row, one.target_row)
+    return places + struct.pack("<4I2Q", *numbers)
 
 
 def _optional(place: Place | None) -> bytes:

@@ -260,6 +260,7 @@ class Info(ctypes.Structure):
         ("steps", ctypes.c_uint64),
         ("last_step_ns", ctypes.c_uint64),
         ("max_threads", ctypes.c_int),
+        ("derived", ctypes.c_uint64),
     )
 
 

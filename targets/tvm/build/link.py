@@ -29,7 +29,7 @@ __all__ = ["Entry", "kernel_table", "library_id", "link_library", "link_runner",
 
 RUNTIME = Path(__file__).parents[1] / "runtime"
 
-SOURCES = ("dvx.c", "plan.c", "bounds.c", "pool.c", "cpu.c", "system.c")
+SOURCES = ("dvx.c", "plan.c", "derive.c", "bounds.c", "pool.c", "cpu.c", "system.c")
 _HEADERS = ("dvx.h", "internal.h")
 _TABLE = "table.c"
 

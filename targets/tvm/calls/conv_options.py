@@ -14,11 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from dvexport.targets.tvm.calls import costs
+from dvexport.targets.tvm.calls.memory import Constants, Part, Recipe
 from dvexport.targets.tvm.kernels.abi import Kernel
 from dvexport.targets.tvm.kernels.conv import direct, direct_data, winograd, winograd_lists
 from dvexport.targets.tvm.kernels.conv.direct import DirectConv
 from dvexport.targets.tvm.kernels.conv.direct_data import Runs, Window
 from dvexport.targets.tvm.kernels.conv.winograd import WinogradConv
+from dvexport.targets.tvm.kernels.conv.winograd_points import weight_matrix
 from dvexport.targets.tvm.kernels.plane import Plane
 from dvexport.targets.tvm.machine.machine import Machine
 
@@ -99,11 +101,18 @@ class Option:
         """Return the kernel itself."""
         return _kernel(self.spec, machine)
 
-    def weights(self, weights: np.ndarray) -> np.ndarray:
-        """Return weights `[Cout, Cin, kh, kw]` as the kernel reads them."""
+    def weights(self, weight: np.ndarray, constants: Constants) -> Part:
+        """Return where weights `[Cout, Cin, kh, kw]` are as the kernel reads them.
+
+        Those of Winograd's algorithm are made of the direct kernel's when a plan is opened.
+        """
+        rows = direct_data.direct_weights(weight)
+        source = constants.add(rows, of=weight)
         if isinstance(self.spec, DirectConv):
-            return direct_data.direct_weights(weights)
-        return winograd_lists.winograd_weights(weights, self.spec.m)
+            return source
+        matrix, target_row = weight_matrix(self.m), winograd_lists.row_floats(self.m, weight.shape[1])
+        size = *matrix.shape, *weight.shape[:2]
+        return constants.derive(Recipe(source, constants.add(matrix), *size, rows.shape[1], target_row))
 
     def scratch(self, machine: Machine, threads: int) -> int:
         """Return the floats of working memory that the kernel needs."""

@@ -121,7 +121,7 @@ class _Frame:
     def _alternative(self, option: Option, known: dict[str, Part], fixed: _Fixed) -> Alternative:
         """Return an option's call; counts that no gate decides are folded into its cost model."""
         constants, machine = self.draft.constants, self.draft.machine
-        weights = constants.add(option.weights(self.unit.weight))
+        weights = option.weights(self.unit.weight, constants)
         parts = {
             **known, "runs": known["pixels"], "tiles": known["pixels"], "W": weights, "U": weights,
             "B": constants.add(self.unit.bias.astype(np.float32)), "inside": constants.add(self.layer.y.inside()),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dvexport.graph.weights import SMALLEST, Place, digest, panels_of
+from dvexport.graph.weights import SMALLEST, Place, digest, panels_of, pitch_of
 from dvexport.targets.tvm.kernels.plane import Plane
 from dvexport.targets.tvm.machine.dtype import F32, LINE_BYTES, DType
 from dvexport.targets.tvm.native_files import NATIVE_WEIGHTS
@@ -25,6 +25,7 @@ __all__ = [
     "Constants",
     "Part",
     "Placement",
+    "Recipe",
     "lower_bound",
     "place_buffers",
     "scratch",
@@ -87,15 +88,32 @@ def scratch(floats: int) -> Part:
     return Buffer("scratch", max(floats, 1) * FLOAT_BYTES).part()
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How weights are made of others when a plan is opened; see `plan.Derivation`."""
+
+    source: Part
+    matrix: Part
+    points: int
+    edge: int
+    outputs: int
+    inputs: int
+    source_row: int
+    target_row: int
+
+
 class Constants:
     """The weights file being made: equal arrays once, each on 64 bytes, in the order they were added.
 
     Attributes:
         held: where graphs find weights of theirs in it, by digest (`dvexport.graph.weights`).
+        recipes: of the weights that are in no file, by their buffer.
     """
 
     def __init__(self) -> None:
         self.held: dict[str, Place] = {}
+        self.recipes: dict[Buffer, Recipe] = {}
+        self._made: dict[Recipe, Buffer] = {}
         self._data: list[bytes] = []
         self._size = 0
         self._places: dict[bytes, Buffer] = {}
@@ -105,7 +123,8 @@ class Constants:
         """Return where a constant is.
 
         Args:
-            of: what it was made of: a matrix `[K, N]` that is packed in panels, or what is followed by zeros.
+            of: what it was made of: a matrix `[K, N]` that is packed in panels, rows that are each followed by zeros,
+                or what is followed by zeros as a whole.
         """
         data = np.ascontiguousarray(array).tobytes()
         key = hashlib.sha256(data).digest()
@@ -118,6 +137,14 @@ class Constants:
             self._note(array if of is None else of, array, self._offsets[buffer])
         return self._places[key].part()
 
+    def derive(self, recipe: Recipe) -> Part:
+        """Return where weights will be that are made when a plan is opened; equal ones once."""
+        if recipe not in self._made:
+            size = recipe.outputs * recipe.target_row * FLOAT_BYTES
+            buffer = self._made[recipe] = Buffer("derived weights", size, Space.DERIVED, dtype=F32)
+            self.recipes[buffer] = recipe
+        return self._made[recipe].part()
+
     def _note(self, original: np.ndarray, array: np.ndarray, offset: int) -> None:
         """Note where an array is found again that graphs may hold too."""
         if original.nbytes < SMALLEST:
@@ -125,6 +152,8 @@ class Constants:
         place = Place(NATIVE_WEIGHTS, offset, array.nbytes)
         if original is array or np.array_equal(original.ravel(), array.ravel()[: original.size]):
             self.held.setdefault(digest(original), replace(place, length=original.nbytes))
+        elif pitch := pitch_of(original, array):
+            self.held.setdefault(digest(original), replace(place, pitch=pitch))
         elif original.ndim == 2 and (panel := panels_of(original, array)):
             self.held.setdefault(digest(original), replace(place, panel=panel))
             self.held.setdefault(digest(original.T), replace(place, panel=panel, turned=True))
@@ -155,6 +184,7 @@ class Placement:
     arena: int
     state: int
     flip: int
+    derived: int
 
     def spoilt(self) -> list[Buffer]:
         """Return the fragile buffers whose padding others may have written: it must be cleared before their first use.
@@ -192,13 +222,13 @@ def place_buffers(uses: Sequence[Iterable[Buffer]], kept: Iterable[Buffer] = ())
         lives[buffer] = (first, len(uses))
     offsets: dict[Buffer, int] = {}
     ends = dict.fromkeys(Space, 0)
-    for state in dict.fromkeys(buffer.before or buffer for buffer in lives):
-        if state.space in (Space.STATE, Space.BEFORE):
-            offsets[state] = ends[state.space]
-            ends[state.space] += _up(state.size)
+    for lasting in dict.fromkeys(buffer.before or buffer for buffer in lives):
+        if lasting.space in (Space.STATE, Space.BEFORE, Space.DERIVED):
+            offsets[lasting] = ends[lasting.space]
+            ends[lasting.space] += _up(lasting.size)
     arena = {buffer: life for buffer, life in lives.items() if buffer.space is Space.ARENA}
     ends[Space.ARENA] = _pack(arena, offsets)
-    return Placement(offsets, ends[Space.ARENA], ends[Space.STATE], ends[Space.BEFORE])
+    return Placement(offsets, ends[Space.ARENA], ends[Space.STATE], ends[Space.BEFORE], ends[Space.DERIVED])
 
 
 def lower_bound(uses: Sequence[Iterable[Buffer]], kept: Iterable[Buffer] = ()) -> int:

@@ -76,6 +76,8 @@ def place_calls(
         inputs=[at.port(port) for port in inputs], outputs=[at.port(port) for port in outputs],
         calls=[at.call(call) for call in calls.calls],
         arena=placement.arena, state=placement.state, flip=placement.flip, threads=threads,
+        derived=placement.derived,
+        derivations=[at.derivation(buffer) for buffer in placement.offsets if buffer.space is plan.Space.DERIVED],
     )  # fmt: skip
     return Placed(made, lower_bound(uses, kept))
 
@@ -124,6 +126,13 @@ class _Places:
 
     def alternative(self, each: Alternative) -> plan.Alternative:
         return plan.Alternative(each.kernel.name, tuple(map(self.of, each.arguments)), each.cost, each.only)
+
+    def derivation(self, buffer: Buffer) -> plan.Derivation:
+        recipe = self.constants.recipes[buffer]
+        return plan.Derivation(
+            self.of(recipe.source), self.of(recipe.matrix), self.of(buffer.part()), recipe.points, recipe.edge,
+            recipe.outputs, recipe.inputs, recipe.source_row, recipe.target_row,
+        )  # fmt: skip
 
     def port(self, port: HostPort) -> plan.Port:
         return plan.Port(port.name, port.dtype, port.shape, self.of(port.part))

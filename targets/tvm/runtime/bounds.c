@@ -205,7 +205,7 @@ static void check_argument(bounds *b, uint32_t i) {
     if (at->offset % is->align) refuse(b, i, "is not aligned");
     if (is->list) find_list(b, i, &b->argument_list[i]);
     if (!is->written) return;
-    if (at->space == SPACE_WEIGHTS) refuse(b, i, "is written and lies in the weights");
+    if (at->space == SPACE_WEIGHTS || at->space == SPACE_DERIVED) refuse(b, i, "is written and lies in the weights");
     for (uint32_t k = 0; k < b->kernel->buffers; k++) {
         if (k == i || !overlap(at, &b->argument[k])) continue;
         if (k >= 32 || !(is->over >> k & 1) || at->offset != b->argument[k].offset)

@@ -25,6 +25,7 @@ struct dvx {
     plan plan;
     bytes weights;
     memory copy; /* the weights, if they were not aligned */
+    memory derived; /* weights made of those */
     memory work; /* arena, state, and the two halves of the flip space */
     uint8_t *state, *flip;
     size_t state_bytes, flip_bytes; /* flip: both halves */
@@ -74,6 +75,15 @@ static int open_weights(dvx *net, dvx_blob blob, char *error) {
     return 0;
 }
 
+static const uint8_t *weights_of(const dvx *net) { return net->copy.data ? net->copy.data : net->weights.data; }
+
+static int make_derived(dvx *net, char *error) {
+    if (!net->plan.derived) return 0;
+    if (dvx_memory_take(&net->derived, net->plan.derived, "weights made when opened", error)) return -1;
+    dvx_derive(&net->plan, weights_of(net), net->derived.data);
+    return 0;
+}
+
 static uint64_t lines(uint64_t size) { return (size + LINE - 1) / LINE * LINE; }
 
 static int take_memory(dvx *net, char *error) {
@@ -92,10 +102,9 @@ static int take_memory(dvx *net, char *error) {
 
 static void *address(const dvx *net, const place *at, int half) {
     size_t offset = (size_t)at->offset, half_bytes = net->flip_bytes / HALVES;
-    const uint8_t *weights = net->copy.data ? net->copy.data : net->weights.data;
     switch (at->space) {
     case SPACE_WEIGHTS:
-        return (void *)((uintptr_t)weights + offset); /* not through a pointer: an empty file has none */
+        return (void *)((uintptr_t)weights_of(net) + offset); /* not through a pointer: an empty file has none */
     case SPACE_ARENA:
         return net->work.data + offset;
     case SPACE_STATE:
@@ -104,6 +113,8 @@ static void *address(const dvx *net, const place *at, int half) {
         return net->flip + (size_t)half * half_bytes + offset;
     case SPACE_AFTER:
         return net->flip + (size_t)(1 - half) * half_bytes + offset;
+    case SPACE_DERIVED:
+        return net->derived.data + offset;
     default:
         return NULL;
     }
@@ -139,7 +150,8 @@ static int open_all(dvx *net, dvx_blob plan_blob, dvx_blob weights, const dvx_op
     if (read_plan(net, plan_blob, error)) return -1;
     net->threads = check_options(&net->plan, options, error);
     if (net->threads < 0 || open_weights(net, weights, error) ||
-        dvx_bounds_check(&net->plan, address(net, &(place){0}, 0), error) || take_memory(net, error) || resolve(net, error))
+        dvx_bounds_check(&net->plan, address(net, &(place){0}, 0), error) || make_derived(net, error) ||
+        take_memory(net, error) || resolve(net, error))
         return -1;
     net->profile = options->profile;
     if (net->threads == 1) return 0;
@@ -165,6 +177,7 @@ void dvx_close(dvx *net) {
     for (int half = 0; half < HALVES; half++) free(net->arguments[half]);
     free(net->calls);
     dvx_memory_free(&net->work);
+    dvx_memory_free(&net->derived);
     dvx_memory_free(&net->copy);
     dvx_bytes_close(&net->weights);
     dvx_plan_free(&net->plan);
@@ -344,6 +357,7 @@ void dvx_get_info(const dvx *net, dvx_info *info) {
         .pinned = net->pool ? dvx_pool_pinned(net->pool) : 0,
         .memory = net->work.size,
         .weights = net->weights.size,
+        .derived = net->derived.size,
         .weights_copied = net->copy.data != NULL,
         .steps = net->steps,
         .last_step_ns = net->last_step_ns,

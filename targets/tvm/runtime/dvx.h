@@ -74,6 +74,7 @@ typedef struct {
     uint64_t steps;        /* since the last reset */
     uint64_t last_step_ns; /* duration of the last step */
     int max_threads;       /* that dvx_open takes for this plan; told whatever `threads` is */
+    uint64_t derived;      /* bytes of weights that dvx_open made of those */
 } dvx_info;
 
 /* One kernel call of the last step. */

@@ -69,7 +69,7 @@ int dvx_fail(char *error, const char *format, ...) __attribute__((format(printf,
 
 /* --- plan.c: the plan, decoded and checked ---------------------------------------------------------------- */
 
-enum { SPACE_WEIGHTS, SPACE_ARENA, SPACE_STATE, SPACE_BEFORE, SPACE_AFTER, SPACES };
+enum { SPACE_WEIGHTS, SPACE_ARENA, SPACE_STATE, SPACE_BEFORE, SPACE_AFTER, SPACE_DERIVED, SPACES };
 
 typedef struct {
     uint32_t space; /* SPACES: none */
@@ -95,21 +95,35 @@ typedef struct {
     place place;
 } plan_port;
 
+/* Weights that are made of others: see derive.c. */
 typedef struct {
-    uint64_t weights, arena, state, flip; /* bytes */
+    place source, matrix, target;
+    uint32_t points, edge, outputs, inputs;
+    uint64_t source_row, target_row; /* elements */
+} derivation;
+
+typedef struct {
+    uint64_t weights, derived, arena, state, flip; /* bytes */
     uint32_t weights_crc;
     uint32_t threads; /* the most that may share a step; 1 to DVX_MAX_THREADS */
-    uint32_t inputs, outputs, calls, variants, arguments, string_bytes;
+    uint32_t inputs, outputs, calls, variants, arguments, derivations, string_bytes;
     plan_port *ports; /* inputs, then outputs */
     call *call;
     variant *variant;
     place *argument;
+    derivation *derivation;
     char *strings;
 } plan;
 
 uint32_t dvx_crc32(const uint8_t *data, size_t size);
 int dvx_plan_read(plan *p, const uint8_t *data, size_t size, char *error);
 void dvx_plan_free(plan *p);
+
+/* --- derive.c: weights made of others ---------------------------------------------------------------------------- */
+
+int dvx_derivation_check(const derivation *d, uint32_t index, char *error);
+/* Make all of a plan's; `derived` holds zeros. */
+void dvx_derive(const plan *p, const uint8_t *weights, uint8_t *derived);
 
 /* --- bounds.c: calls stay inside their arguments --------------------------------------------------------------- */
 

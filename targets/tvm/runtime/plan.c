@@ -6,12 +6,13 @@
 
 #include "internal.h"
 
-#define HEADER_BYTES 128
+#define HEADER_BYTES 136
 #define PORT_BYTES 80
 #define CALL_BYTES 64
 #define VARIANT_BYTES 56
 #define PLACE_BYTES 16
-#define VERSION 3
+#define DERIVATION_BYTES 80
+#define VERSION 4
 
 static const uint8_t MAGIC[8] = {'D', 'V', 'X', 'P', 'L', 'A', 'N', 0};
 static const uint32_t TYPE_BYTES[] = {4, 8, 4, 1};
@@ -41,7 +42,7 @@ static place read_place(const uint8_t **at) {
 /* --- checks ----------------------------------------------------------------------------------------------- */
 
 static int check_place(const plan *p, const place *at, const char *what, uint32_t index, char *error) {
-    const uint64_t limits[SPACES] = {p->weights, p->arena, p->state, p->flip, p->flip};
+    const uint64_t limits[SPACES] = {p->weights, p->arena, p->state, p->flip, p->flip, p->derived};
     if (at->space >= SPACES) return dvx_fail(error, "damaged plan: %s %u is in no memory space", what, index);
     uint64_t limit = limits[at->space];
     if (at->size > limit || at->offset > limit - at->size)
@@ -68,7 +69,7 @@ static int check_port(const plan *p, plan_port *port, uint32_t index, char *erro
     }
     if (size != port->place.size) return dvx_fail(error, "damaged plan: the sizes of port %u do not fit its bytes", index);
     if (port->place.offset % TYPE_BYTES[out->type]) return dvx_fail(error, "damaged plan: port %u is not aligned", index);
-    if (index < p->inputs && port->place.space == SPACE_WEIGHTS)
+    if (index < p->inputs && (port->place.space == SPACE_WEIGHTS || port->place.space == SPACE_DERIVED))
         return dvx_fail(error, "damaged plan: input %u lies in the weights", index);
     out->bytes = (size_t)size;
     return check_place(p, &port->place, "port", index, error);
@@ -136,11 +137,29 @@ static int read_argument(plan *p, uint32_t index, const uint8_t **at, char *erro
     return check_place(p, &p->argument[index], "argument", index, error);
 }
 
+static int read_derivation(plan *p, uint32_t index, const uint8_t **at, char *error) {
+    derivation *d = &p->derivation[index];
+    d->source = read_place(at);
+    d->matrix = read_place(at);
+    d->target = read_place(at);
+    d->points = read_u32(at);
+    d->edge = read_u32(at);
+    d->outputs = read_u32(at);
+    d->inputs = read_u32(at);
+    d->source_row = read_u64(at);
+    d->target_row = read_u64(at);
+    const place *places[] = {&d->source, &d->matrix, &d->target};
+    for (int i = 0; i < 3; i++)
+        if (check_place(p, places[i], "a place of derivation", index, error)) return -1;
+    return dvx_derivation_check(d, index, error);
+}
+
 /* --- the file ----------------------------------------------------------------------------------------------- */
 
 static uint64_t tables_bytes(const plan *p) { /* counts are 32 bits: no overflow */
     return ((uint64_t)p->inputs + p->outputs) * PORT_BYTES + (uint64_t)p->calls * CALL_BYTES +
-           (uint64_t)p->variants * VARIANT_BYTES + (uint64_t)p->arguments * PLACE_BYTES;
+           (uint64_t)p->variants * VARIANT_BYTES + (uint64_t)p->arguments * PLACE_BYTES +
+           (uint64_t)p->derivations * DERIVATION_BYTES;
 }
 
 static int read_header(plan *p, const uint8_t *data, size_t size, char *error) {
@@ -159,6 +178,7 @@ static int read_header(plan *p, const uint8_t *data, size_t size, char *error) {
     uint32_t crc = read_u32(&at);
     p->weights_crc = read_u32(&at);
     p->weights = read_u64(&at);
+    p->derived = read_u64(&at);
     p->arena = read_u64(&at);
     p->state = read_u64(&at);
     p->flip = read_u64(&at);
@@ -169,16 +189,15 @@ static int read_header(plan *p, const uint8_t *data, size_t size, char *error) {
     p->calls = read_u32(&at);
     p->variants = read_u32(&at);
     p->arguments = read_u32(&at);
+    p->derivations = read_u32(&at);
     p->string_bytes = read_u32(&at);
     p->threads = read_u32(&at);
-    uint32_t reserved = read_u32(&at);
     if (dvx_crc32(data + HEADER_BYTES, size - HEADER_BYTES) != crc)
         return dvx_fail(error, "damaged plan: its checksum is wrong");
     if (memcmp(library, dvx_library_sha256, sizeof dvx_library_sha256))
         return dvx_fail(error, "the plan is for another library (%02x%02x%02x%02x..., this is %02x%02x%02x%02x...)",
                         library[0], library[1], library[2], library[3], dvx_library_sha256[0], dvx_library_sha256[1],
                         dvx_library_sha256[2], dvx_library_sha256[3]);
-    if (reserved) return dvx_fail(error, "damaged plan: reserved bytes are set");
     if (p->threads == 0 || p->threads > DVX_MAX_THREADS)
         return dvx_fail(error, "damaged plan: it is laid out for %u threads, which are 1 to %d", p->threads,
                         DVX_MAX_THREADS);
@@ -194,8 +213,9 @@ static int take_tables(plan *p, const uint8_t *strings, char *error) {
     p->call = calloc((size_t)p->calls + 1, sizeof *p->call);
     p->variant = calloc((size_t)p->variants + 1, sizeof *p->variant);
     p->argument = calloc((size_t)p->arguments + 1, sizeof *p->argument);
+    p->derivation = calloc((size_t)p->derivations + 1, sizeof *p->derivation);
     p->strings = malloc(p->string_bytes);
-    if (!p->ports || !p->call || !p->variant || !p->argument || !p->strings)
+    if (!p->ports || !p->call || !p->variant || !p->argument || !p->derivation || !p->strings)
         return dvx_fail(error, "out of memory for the plan's tables");
     memcpy(p->strings, strings, p->string_bytes);
     return 0;
@@ -214,6 +234,8 @@ static int read_tables(plan *p, const uint8_t *at, char *error) {
             return dvx_fail(error, "damaged plan: call %u has no variant for any number of vectors", i);
     for (uint32_t i = 0; i < p->arguments; i++)
         if (read_argument(p, i, &at, error)) return -1;
+    for (uint32_t i = 0; i < p->derivations; i++)
+        if (read_derivation(p, i, &at, error)) return -1;
     return 0;
 }
 
@@ -232,6 +254,7 @@ void dvx_plan_free(plan *p) {
     free(p->call);
     free(p->variant);
     free(p->argument);
+    free(p->derivation);
     free(p->strings);
     memset(p, 0, sizeof *p);
 }

@@ -375,9 +375,9 @@ static void print_outputs(const session *s) {
 static void print_all(const session *s, const arguments *a, int steps) {
     dvx_info info;
     dvx_get_info(s->net, &info);
-    printf("{\"steps\": %d, \"threads\": %d, \"max_threads\": %d, \"pinned\": %d, \"memory\": %llu, \"weights\": %llu,\n",
+    printf("{\"steps\": %d, \"threads\": %d, \"max_threads\": %d, \"pinned\": %d, \"memory\": %llu, \"weights\": %llu, \"derived\": %llu,\n",
            steps, info.threads, info.max_threads, info.pinned, (unsigned long long)info.memory,
-           (unsigned long long)info.weights);
+           (unsigned long long)info.weights, (unsigned long long)info.derived);
     print_times(s, steps);
     print_gates(s);
     if (a->profile) {

@@ -182,7 +182,7 @@ class _Bench:
         option, work, add = trial.option, trial.work, self.calls.constants.add
         key = work.workload, option.m
         if key not in self._weights:
-            self._weights[key] = add(option.weights(_weights(work.workload)))
+            self._weights[key] = option.weights(_weights(work.workload), self.calls.constants)
         pixels = add(direct_data.run_list(option.runs, work.cells, self._machine))
         return {
             "W": self._weights[key], "U": self._weights[key], "B": add(np.zeros(work.workload.cout, np.float32)),

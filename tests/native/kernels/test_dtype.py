@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from plane_kernels import machine
+from winograd_weights import winograd_weights
 
 from dvexport.errors import UsageError
 from dvexport.targets.tvm.kernels import lists
@@ -87,7 +88,7 @@ def test_a_plane_of_small_elements_takes_fewer_bytes(shape, dtype):
 
 def test_weights_take_the_type_of_their_kernel():
     weights = np.ones((2, 3, 3, 3), np.float32)
-    assert direct_weights(weights, F16).dtype == winograd_lists.winograd_weights(weights, 4, F16).dtype == np.float16
+    assert direct_weights(weights, F16).dtype == winograd_weights(weights, 4, F16).dtype == np.float16
     assert direct_weights(weights, F16).shape == (2, 64)  # 27 weights, and a cache line of 32 between rows
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tvm
 from native_harness import Callable, aligned, host_machine, unpadded
+from winograd_weights import winograd_weights
 
 from dvexport.targets import catalogue
 from dvexport.targets.tvm.build.compile import _generate
@@ -24,7 +25,6 @@ from dvexport.targets.tvm.kernels.conv.winograd_lists import (
     dense_tiles,
     tile_cells,
     winograd_shape,
-    winograd_weights,
 )
 from dvexport.targets.tvm.kernels.conv.winograd_points import interpolation
 from dvexport.targets.tvm.kernels.plane import Plane

@@ -26,7 +26,7 @@ from runtime_plans import (
 
 from dvexport.errors import DeviceError, UsageError
 from dvexport.targets.tvm.plan import Place, Space
-from dvexport.targets.tvm.plan_file import VERSION
+from dvexport.targets.tvm.plan_file import HEADER_BYTES, VERSION
 from dvexport.targets.tvm.session import NativeSession
 
 
@@ -252,7 +252,7 @@ def test_a_library_for_another_machine():
 
 # --- damaged files
 
-HEADER, PORT, CALL = 128, 80, 64
+HEADER, PORT, CALL = HEADER_BYTES, 80, 64
 PORTS = len(sample_plan().inputs) + len(sample_plan().outputs)
 CALLS_AT = HEADER + PORTS * PORT
 VARIANTS_AT = CALLS_AT + len(sample_plan().calls) * CALL
@@ -277,14 +277,13 @@ DAMAGE = {
     "newer": (_set(8, "<I", VERSION + 1), f"format version {VERSION + 1}, this dvexport reads version {VERSION}"),
     "older": (_set(8, "<I", VERSION - 1), "export it again"),
     "checksum": (lambda plan: plan[:200] + bytes([plan[200] ^ 1]) + plan[201:], "its checksum is wrong"),
-    "another library": (_set(64, "<I", 1), "the plan is for another library"),
-    "reserved": (_set(124, "<I", 1), "reserved bytes are set"),
-    "no thread": (_set(120, "<I", 0), "it is laid out for 0 threads, which are 1 to 32"),
-    "too many threads": (_set(120, "<I", 33), "it is laid out for 33 threads, which are 1 to 32"),
-    "counts": (_set(100, "<I", 4000), "its tables do not fill the file"),
-    "huge arena": (_set(40, "<Q", 1 << 60), "needs more memory than there can be"),
-    "large arena": (_set(40, "<Q", 1 << 50), "MiB of memory for the network are more than this device has"),
-    "small arena": (_set(40, "<Q", 64), "lies outside its memory space"),
+    "another library": (_set(72, "<I", 1), "the plan is for another library"),
+    "no thread": (_set(132, "<I", 0), "it is laid out for 0 threads, which are 1 to 32"),
+    "too many threads": (_set(132, "<I", 33), "it is laid out for 33 threads, which are 1 to 32"),
+    "counts": (_set(108, "<I", 4000), "its tables do not fill the file"),
+    "huge arena": (_set(48, "<Q", 1 << 60), "needs more memory than there can be"),
+    "large arena": (_set(48, "<Q", 1 << 50), "MiB of memory for the network are more than this device has"),
+    "small arena": (_set(48, "<Q", 64), "lies outside its memory space"),
     "weights size": (_set(32, "<Q", 128), "the weights are truncated: 64 of 128 bytes"),
     "first variant for some": (_set(VARIANTS_AT + 12, "<I", 7), "call 0 has no variant for any number of vectors"),
     "port type": (_set(HEADER + 4, "<I", 4), "port 0 has a bad name, type or rank"),
@@ -295,7 +294,7 @@ DAMAGE = {
     "port more sizes": (_set(HEADER + 48, "<q", 1), "port 0 has more sizes than dimensions"),
     "port place": (_set(HEADER + 16, "<Q", 1 << 56 | 8192), "port 0 lies outside its memory space"),
     "port unaligned": (_set(HEADER + 16, "<Q", 1 << 56 | 2), "port 0 is not aligned"),
-    "no space": (_set(HEADER + 16, "<Q", 5 << 56), "port 0 is in no memory space"),
+    "no space": (_set(HEADER + 16, "<Q", 6 << 56), "port 0 is in no memory space"),
     "label": (_set(CALLS_AT + 8, "<I", 1 << 20), "call 0 has a bad label or gate"),
     "no variants": (_set(CALLS_AT + 4, "<I", 0), "call 0 names variants that do not exist"),
     "variants": (_set(CALLS_AT, "<II", 0xFFFFFFFF, 2), "call 0 names variants that do not exist"),

@@ -36,7 +36,7 @@ from dvexport.targets.tvm.kernels.bounds import (
 )
 from dvexport.targets.tvm.machine.machine import Machine, machine_of
 from dvexport.targets.tvm.plan import COST_TERMS, Alternative, Call, Place, Plan, Port, Space
-from dvexport.targets.tvm.plan_file import plan_bytes
+from dvexport.targets.tvm.plan_file import HEADER_BYTES, plan_bytes
 
 CHANNELS = 200
 """Floats of the sample network's frame."""
@@ -249,7 +249,7 @@ def fixed(plan: bytes) -> bytes:
     """A changed plan with its checksum and length made right again."""
     head = bytearray(plan)
     head[16:24] = struct.pack("<Q", len(plan))
-    head[24:28] = struct.pack("<I", zlib.crc32(bytes(plan[128:])))
+    head[24:28] = struct.pack("<I", zlib.crc32(bytes(plan[HEADER_BYTES:])))
     return bytes(head)
 
 

@@ -1,4 +1,4 @@
-"""What a Winograd convolution is called with: its `shape`, its transformed weights, its scratch and its tile lists."""
+"""What a Winograd convolution is called with: its `shape`, its scratch and its tile lists."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from enum import IntEnum
 import numpy as np
 
 from dvexport.targets.tvm.kernels.bounds import LIST_HEAD
-from dvexport.targets.tvm.kernels.conv.winograd_points import weight_matrix
 from dvexport.targets.tvm.kernels.plane import Plane, require_two_axes
 from dvexport.targets.tvm.machine.dtype import F32, DType
 from dvexport.targets.tvm.machine.machine import Machine
 
-__all__ = ["Shape", "dense_tiles", "row_floats", "tile_cells", "winograd_shape", "winograd_weights"]
+__all__ = ["Shape", "dense_tiles", "row_floats", "tile_cells", "winograd_shape"]
 
 
 class Shape(IntEnum):
@@ -57,22 +56,6 @@ def winograd_shape(m: int, plane_in: Plane, plane_out: Plane, cin: int, part: in
     u_row = row_floats(m, cin, plane_in.dtype)
     sizes = (plane_in.size, plane_in.pitch, plane_out.size, plane_out.pitch, u_row, cin, part)
     return np.array(sizes, np.int32)
-
-
-def winograd_weights(weights: np.ndarray, m: int, dtype: DType = F32) -> np.ndarray:
-    """Return the buffer `U`, `[cout, row_floats]` of `dtype`: for every point the weights of the input channels.
-
-    Args:
-        weights: `[cout, cin, 3, 3]`.
-        m: edge of an output tile.
-        dtype: the type of a weight; the transform is computed in float64.
-    """
-    cout, cin = weights.shape[:2]
-    matrix = weight_matrix(m)
-    points = np.einsum("pk,ockl,ql->opqc", matrix, weights.astype(np.float64), matrix)
-    packed = np.zeros((cout, row_floats(m, cin, dtype)), dtype.array)
-    packed[:, : points[0].size] = points.reshape(cout, -1)
-    return packed
 
 
 def dense_tiles(plane_in: Plane, plane_out: Plane, m: int, machine: Machine) -> np.ndarray:
