@@ -25,8 +25,7 @@ from dvexport.dialect.flops import flop_table
 from dvexport.entries import gate_entries, input_entries, output_entries, token_entry
 from dvexport.errors import CheckpointError, TraceError, UsageError, unknown_name
 from dvexport.files import writable_output
-from dvexport.graph.graph import whole_clip_of
-from dvexport.graph.onnx_file import model_apart, model_bytes
+from dvexport.graph.onnx_file import model_apart
 from dvexport.graph.state import states_of
 from dvexport.graph.weights import WEIGHTS, share_weights
 from dvexport.names import MODES
@@ -173,12 +172,10 @@ def export(
 
 
 def _levels(traced: ir.Model, dense: ir.Model | None, built: Built) -> dict[str, Content]:
-    """Return the traced models as files; those of whole clips, which are large, share the artifact's weights."""
-    if whole_clip_of(traced) is None:
-        return {GATE_LEVEL: model_bytes(traced)}
+    """Return the traced models as files, which share the artifact's weights."""
     levels = {GATE_LEVEL: traced} if dense is None else {GATE_LEVEL: traced, DENSE_LEVEL: dense}
     files: dict[str, Content] = {name: model_apart(level, built.weights)[0] for name, level in levels.items()}
-    return {**files, WEIGHTS: built.weights}
+    return {**files, WEIGHTS: built.weights} if built.weights.size else files
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,9 @@ def memory_line(memory: Mapping[str, int]) -> list[str]:
     if not memory:
         return []
     working, states, weights = (file_size(memory[key]) for key in ("arena", "states", "weights"))
-    return [f"memory: {working} for a step, {states} of states, {weights} of weights"]
+    made = memory.get("derived", 0)
+    more = f", {file_size(made)} made of them when it is opened" if made else ""
+    return [f"memory: {working} for a step, {states} of states, {weights} of weights{more}"]
 
 
 def origin_lines(model: ModelEntry) -> list[str]:

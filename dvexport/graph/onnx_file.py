@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import onnx
@@ -10,9 +10,9 @@ import onnx_ir as ir
 
 from dvexport.errors import UsageError
 from dvexport.graph.graph import DECIDES
-from dvexport.graph.weights import WeightFile, split_weights
+from dvexport.graph.weights import Place, WeightFile, split_weights
 
-__all__ = ["MAX_BYTES", "model_apart", "model_bytes"]
+__all__ = ["MAX_BYTES", "model_apart"]
 
 MAX_BYTES = (1 << 31) - (1 << 20)
 """Protocol buffers end at 2 GiB; a margin is left for what is not weights."""
@@ -24,23 +24,18 @@ hold paths of the machine that exported, and would make equal exports differ."""
 
 
 def model_apart(model: ir.Model, file: WeightFile | None = None) -> tuple[bytes, dict[str, np.ndarray]]:
-    """Return the ONNX file of a model at any level without its weights, and these by name; see `emit_apart`."""
-    proto, weights = _proto(model, file or WeightFile())
+    """Return the ONNX file of a model at any level without its weights, for `attach_weights`, and these by name."""
+    proto, weights = _proto(model, (file or WeightFile()).refer)
     return _serialized(proto), weights
 
 
-def model_bytes(model: ir.Model) -> bytes:
-    """Return the ONNX file of a model at any level, dialect nodes included; UsageError as `emit`."""
-    return _serialized(_proto(model, None)[0])
-
-
-def _proto(model: ir.Model, file: WeightFile | None) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
-    """Return a model's text, and its weights where `file` takes them."""
-    if file is None:
+def _proto(model: ir.Model, put: Callable[[np.ndarray], Place] | None) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """Return a model's text, and its weights where `put` takes them (`split_weights`)."""
+    if put is None:
         _check_size(sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None))
         proto, weights = ir.to_proto(model), dict[str, np.ndarray]()
     else:
-        proto, weights = split_weights(model, file)
+        proto, weights = split_weights(model, put)
     proto.producer_name, proto.producer_version = "dvexport", ""
     for graph in _graphs(proto.graph):
         _strip_metadata(graph)

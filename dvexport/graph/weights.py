@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import numpy as np
@@ -56,7 +56,7 @@ def is_weight_file(name: str) -> bool:
     return file == WEIGHTS and not {"", ".", ".."} & set(folders)
 
 
-_PANEL, _TURNED, _PITCH = _OWN = ("dvexport.panel", "dvexport.turned", "dvexport.pitch")
+_OWN = ("dvexport.panel", "dvexport.turned", "dvexport.pitch", "dvexport.order")
 """Keys of external data beside ONNX's own, see `Place`."""
 
 KEYS = frozenset({"location", "offset", "length", *_OWN})
@@ -76,6 +76,7 @@ class Place:
             up with zeros.
         turned: the matrix is the array transposed: K are all axes but the first.
         pitch: 0, or how many elements each row along the first axis lies after the one before.
+        order: the axes in the order in which they lie; empty: as they are.
     """
 
     location: str
@@ -84,6 +85,16 @@ class Place:
     panel: int = 0
     turned: bool = False
     pitch: int = 0
+    order: tuple[int, ...] = ()
+
+    def own(self) -> dict[str, str]:
+        """Return what a graph says of it beside what ONNX knows."""
+        said = (self.panel, int(self.turned), self.pitch, ",".join(map(str, self.order)))
+        return {key: str(value) for key, value in zip(_OWN, said, strict=True) if value}
+
+
+_BY_TAP = (2, 3, 1, 0)
+"""The order of a convolution's weight that multiplies gathered pixels (`dvexport.passes.tiles.tile_products`)."""
 
 
 @dataclass
@@ -100,16 +111,25 @@ class WeightFile:
     _places: dict[str, Place] = field(default_factory=dict)
 
     def add(self, array: np.ndarray) -> Place:
-        """Return the place of an array's bytes, which are added unless they are there."""
+        """Return the place of an array's bytes, which are added unless they are there, for any reader of ONNX."""
         key = digest(array)
-        if key in self.held:
-            return self.held[key]
         if key not in self._places:
             offset = -(-self.size // ALIGNMENT) * ALIGNMENT
             self._places[key] = Place(WEIGHTS, offset, array.nbytes)
             self.arrays.append((offset, array))
             self.size = offset + array.nbytes
         return self._places[key]
+
+    def refer(self, array: np.ndarray) -> Place:
+        """Return the place of an array for `attach_weights`: it may lie otherwise, or in another file (`held`)."""
+        key = digest(array)
+        if key in self.held:
+            return self.held[key]
+        if key not in self._places and array.ndim == len(_BY_TAP):
+            lies = self._places.get(digest(array.transpose(_BY_TAP)))
+            if lies is not None:
+                return replace(lies, order=_BY_TAP)
+        return self.add(array)
 
     def chunks(self) -> Iterator[bytes | memoryview]:
         """Yield the content of the file, array by array."""
@@ -120,13 +140,15 @@ class WeightFile:
             end = offset + array.nbytes
 
 
-def split_weights(model: ir.Model, file: WeightFile | None = None) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+def split_weights(
+    model: ir.Model, put: Callable[[np.ndarray], Place] | None = None
+) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
     """Return a model without its weights, and these by name; those in branches stay where they are.
 
     Args:
         model: not modified.
-        file: gets the weights, and the model their places there. Without one the places mean nothing: a runtime
-            is to be handed the arrays.
+        put: gets each weight and returns its place, which the model tells: a method of `WeightFile`. Without it the
+            places mean nothing: a runtime is to be handed the arrays.
     """
     held: list[tuple[ir.Value, ir.TensorProtocol]] = []
     arrays: dict[str, np.ndarray] = {}
@@ -136,7 +158,7 @@ def split_weights(model: ir.Model, file: WeightFile | None = None) -> tuple[onnx
             tensor, name = value.const_value, value.name
             assert tensor is not None and name is not None
             array = np.ascontiguousarray(tensor.numpy())
-            place = places[name] = Place(WEIGHTS, 0, array.nbytes) if file is None else file.add(array)
+            place = places[name] = Place(WEIGHTS, 0, array.nbytes) if put is None else put(array)
             arrays[name] = array
             held.append((value, tensor))
             value.const_value = ir.ExternalTensor(
@@ -147,10 +169,8 @@ def split_weights(model: ir.Model, file: WeightFile | None = None) -> tuple[onnx
         for value, tensor in held:
             value.const_value = tensor
     for initializer in proto.graph.initializer:
-        place = places.get(initializer.name, Place(WEIGHTS, 0, 0))
-        for key, number in zip(_OWN, (place.panel, int(place.turned), place.pitch), strict=True):
-            if number:
-                initializer.external_data.add(key=key, value=str(number))
+        for key, value in places.get(initializer.name, Place(WEIGHTS, 0, 0)).own().items():
+            initializer.external_data.add(key=key, value=value)
     return proto, arrays
 
 
@@ -202,7 +222,7 @@ def panels_of(matrix: np.ndarray, packed: np.ndarray) -> int:
 
 
 def pitch_of(array: np.ndarray, rows: np.ndarray) -> int:
-    """Return the pitch that an array lies in `rows` with (`Place.pitch`), 0 if `rows` `[N, pitch]` is something else."""
+    """Return the pitch with which an array lies in `rows` (`Place.pitch`), 0 if `rows` is something else."""
     if rows.ndim != 2 or array.ndim < 2 or rows.dtype != array.dtype or len(rows) != len(array):
         return 0
     flat = array.reshape(len(array), -1)
@@ -234,35 +254,63 @@ def digest(array: np.ndarray) -> str:
 
 
 def _view(tensor: onnx.TensorProto, weights: np.ndarray, where: str) -> np.ndarray:
-    entries: Mapping[str, str] = {entry.key: entry.value for entry in tensor.external_data}
     shape = tuple(tensor.dims)
     try:
         dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
-        offset, length = int(entries.get("offset", "0")), int(entries.get("length", "-1"))
-        panel, turned, pitch = (int(entries.get(key, "0")) for key in _OWN)
+        place = _place(tensor)
     except (KeyError, ValueError) as error:
         raise BundleError("a weight can't be read", where=f"{where}, {tensor.name}", why=str(error)) from error
-    rows, columns = _matrix(shape, bool(turned))
-    panels = -(-columns // panel) if panel > 0 else 0
-    size = (panels * panel * rows if panel else shape[0] * pitch if pitch and shape else prod(shape)) * dtype.itemsize
-    odd = min(panel, pitch) < 0 or (panel and pitch) or ((panel or pitch) and not shape) or 0 < pitch < prod(shape[1:])
-    if min(shape, default=0) < 0 or length != size or dtype.hasobject or odd:
-        how = f" in panels of {panel}" if panel else f" in rows of {pitch}" if pitch else ""
+    offset, length = place.offset, place.length
+    if dtype.hasobject or length != _elements(shape, place) * dtype.itemsize:
+        how = "".join(f", {key} {value}" for key, value in place.own().items())
         why = f"{length} bytes are no {dtype} of shape {list(shape)}{how}"
     elif offset < 0 or offset % dtype.itemsize or offset + length > weights.size:
         why = f"bytes {offset} to {offset + length} of {weights.size}"
     else:
-        found = weights[offset : offset + length].view(dtype)
         try:
-            if pitch:
-                return np.ascontiguousarray(found.reshape(shape[0], pitch)[:, : prod(shape[1:])]).reshape(shape)
-            if not panel:
-                return found.reshape(shape)
-            matrix = found.reshape(panels, rows, panel).transpose(1, 0, 2).reshape(rows, panels * panel)[:, :columns]
-            return np.ascontiguousarray(matrix.T if turned else matrix).reshape(shape)
+            return _taken_apart(weights[offset : offset + length].view(dtype), shape, place)
         except (ValueError, OverflowError) as error:  # an empty one whose other sizes are above all bounds
             why = str(error)
     raise BundleError("a weight can't be read", where=f"{where}, {tensor.name}", why=why)
+
+
+def _place(tensor: onnx.TensorProto) -> Place:
+    """Return what a graph says of a weight's place; ValueError for what is no number."""
+    entries: Mapping[str, str] = {entry.key: entry.value for entry in tensor.external_data}
+    panel, turned, pitch, order = (entries.get(key, "") for key in _OWN)
+    return Place(
+        entries.get("location", ""), int(entries.get("offset", "0")), int(entries.get("length", "-1")),
+        int(panel or 0), bool(int(turned or 0)), int(pitch or 0), tuple(map(int, order.split(","))) if order else (),
+    )  # fmt: skip
+
+
+def _elements(shape: tuple[int, ...], place: Place) -> int:
+    """Return how many elements an array takes at its place, gaps included; -1 where the place contradicts itself."""
+    how = [bool(place.panel), bool(place.pitch), bool(place.order)]
+    if min((*shape, place.panel, place.pitch)) < 0 or sum(how) > 1 or (any(how) and not shape):
+        return -1
+    if place.panel:
+        rows, columns = _matrix(shape, place.turned)
+        return -(-columns // place.panel) * place.panel * rows
+    if place.pitch:
+        return shape[0] * place.pitch if place.pitch >= prod(shape[1:]) else -1
+    if place.order and sorted(place.order) != list(range(len(shape))):
+        return -1
+    return prod(shape)
+
+
+def _taken_apart(found: np.ndarray, shape: tuple[int, ...], place: Place) -> np.ndarray:
+    """Return the array that lies in `found`: a view where it lies there as it is."""
+    if place.panel:
+        rows, columns = _matrix(shape, place.turned)
+        whole = found.reshape(-1, rows, place.panel).transpose(1, 0, 2).reshape(rows, -1)[:, :columns]
+        return np.ascontiguousarray(whole.T if place.turned else whole).reshape(shape)
+    if place.pitch:
+        return np.ascontiguousarray(found.reshape(shape[0], place.pitch)[:, : prod(shape[1:])]).reshape(shape)
+    if place.order:
+        lies = found.reshape([shape[axis] for axis in place.order])
+        return np.ascontiguousarray(lies.transpose(np.argsort(place.order)))
+    return found.reshape(shape)
 
 
 def _matrix(shape: tuple[int, ...], turned: bool) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dvexport.bundle.limits import Limits
 from dvexport.decisions import TOKENS
 from dvexport.errors import unknown_name
-from dvexport.graph.graph import depends_on_input, whole_clip_of
+from dvexport.graph.graph import depends_on_input
 from dvexport.graph.weights import WeightFile, external_arrays
 from dvexport.targets.backend import Built, Progress, not_available
 from dvexport.targets.catalogue import Target
@@ -60,7 +60,7 @@ class OnnxBackend:
     ) -> Built:
         """See `Backend`. The dense variant is made from the bundle when it is asked for."""
         from dvexport.graph.state import states_of
-        from dvexport.targets.onnx.emit import ARTIFACT, emit, emit_apart
+        from dvexport.targets.onnx.emit import ARTIFACT, emit_apart
         from dvexport.targets.onnx.passes import lower
         from dvexport.targets.onnx.runtime import OnnxVariant
 
@@ -70,11 +70,8 @@ class OnnxBackend:
         lowered = lower(traced, plan)
         opset, file = said.opset, WeightFile()
         again = replace(plan, forced=True, overrides={choice.gate: choice.lowering for choice in lowered.choices})
-        if whole_clip_of(traced) is None:
-            gated = OnnxVariant(emit(lowered.model, opset=opset), states_of(lowered.model))
-        else:
-            artifact, weights = emit_apart(lowered.model, file, opset=opset)
-            gated = OnnxVariant(artifact, (), weights)
+        artifact, weights = emit_apart(lowered.model, file, opset=opset)
+        gated = OnnxVariant(artifact, states_of(lowered.model), weights)
         forced = partial(_forced_onnx, gated, traced, again)
         return Built(lowered, gated, forced, {ARTIFACT: gated.model}, weights=file)
 

@@ -6,6 +6,8 @@ nothing is converted, but every node is checked to mean the same in both, and re
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -13,7 +15,7 @@ import onnx_ir as ir
 from dvexport.errors import UsageError
 from dvexport.graph.graph import DV, OPSET
 from dvexport.graph.onnx_file import _graphs, _proto, _serialized
-from dvexport.graph.weights import WeightFile
+from dvexport.graph.weights import Place, WeightFile
 
 __all__ = ["ARTIFACT", "emit", "emit_apart"]
 
@@ -58,12 +60,14 @@ def emit_apart(
     Raises:
         UsageError: an operator that `opset` defines otherwise.
     """
-    proto, weights = _at_opset(lowered, opset, file or WeightFile())
+    proto, weights = _at_opset(lowered, opset, (file or WeightFile()).add)
     return _serialized(proto), weights
 
 
-def _at_opset(lowered: ir.Model, opset: int, file: WeightFile | None) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
-    proto, weights = _proto(lowered, file)
+def _at_opset(
+    lowered: ir.Model, opset: int, put: Callable[[np.ndarray], Place] | None
+) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    proto, weights = _proto(lowered, put)
     if opset < OPSET:
         _lower_opset(proto, opset)
     return proto, weights

@@ -73,8 +73,8 @@ class NativeArtifact:
 
     Attributes:
         plans: by name of the variant.
-        memory: bytes that an instance of the gated variant takes: `arena`, `states`, `weights`; and `arena_bound`, what
-            no placement could do without.
+        memory: bytes that an instance of the gated variant takes: `arena`, `states`, `weights`, and `derived` for
+            those that are made of them when it is opened; and `arena_bound`, what no placement could do without.
         held: where the weights of traced graphs are among `weights`, by digest.
     """
 
@@ -143,6 +143,7 @@ def build_artifact(
         "arena_bound": placed["gated"].arena_bound,
         "states": gated.state + 2 * gated.flip,
         "weights": len(weights),
+        "derived": gated.derived,
     }
     return NativeArtifact(
         library=link_library(objects, table, machine),

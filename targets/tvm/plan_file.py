@@ -43,7 +43,7 @@ MAX_RANK = 6
 _HEADER = struct.Struct("<8sIIQIIQQQQQ32s8I")
 """Magic, version, header bytes, plan bytes, CRC-32 of what follows the header, CRC-32 of the weights,
 bytes of weights, of derived ones, of arena, state and one half of the flip space, SHA-256 of the library, numbers of
-inputs, outputs, calls, alternatives, arguments, derivations, bytes of strings, the most threads that may share a step."""
+inputs, outputs, calls, alternatives, arguments, derivations, bytes of strings, the most threads of a step."""
 
 HEADER_BYTES = _HEADER.size
 

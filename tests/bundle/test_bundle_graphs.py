@@ -151,7 +151,8 @@ def test_a_tensor_in_another_file_is_refused(lure, graph, kind):
 
 LOCATIONS = {
     "absolute": "{folder}/secret.bin", "above": "../secret.bin", "working folder": "secret.bin", "url": "file:///{folder}",
-    "through": "./secret.bin", "no name": "", "no location": None, "weights that the manifest has not": WEIGHTS,
+    "through": "./secret.bin", "no name": "", "no location": None, 
+    "weights that the manifest has not": f"other/{WEIGHTS}",
     "native weights that it has not": "native/weights.bin", "another file of the bundle": "golden.safetensors",
     "the graph": "gate_level.onnx", "dots": "./weights.bin", "memory": "*/_ORT_MEM_ADDR_/*", "device": "/dev/zero",
 }  # fmt: skip
@@ -167,7 +168,7 @@ def test_every_spelling_of_another_file_is_refused(lure, graph, location):
     )
     with pytest.raises(BundleError, match="a weight can't be read") as error:
         opening()
-    assert f"'{place}', and the bundle's file of weights is none" in error.value.why
+    assert f"'{place}', and the bundle's file of weights is weights.bin" in error.value.why
     with pytest.raises(BundleError, match="a weight can't be read"):
         verify(bundle)
 
@@ -262,7 +263,9 @@ def test_an_artifact_in_the_runtimes_own_format_is_none(tmp_path):
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "model.ort")
     options.add_session_config_entry("session.save_model_format", "ORT")
-    ort.InferenceSession(bundle.read("model.onnx"), options, providers=["CPUExecutionProvider"])
+    for name in ("model.onnx", WEIGHTS):
+        (tmp_path / name).write_bytes(bundle.read(name))
+    ort.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
     own = (tmp_path / "model.ort").read_bytes()
     assert ort.InferenceSession(own, providers=["CPUExecutionProvider"]).get_inputs()
     with pytest.raises(DeviceError, match="can't load the model"):

@@ -14,6 +14,7 @@ from dvexport.graph.weights import (
     digest,
     external_arrays,
     panels_of,
+    pitch_of,
     split_weights,
 )
 
@@ -52,7 +53,7 @@ def content(file):
 def stored(**arrays):
     """A graph's text, its file, and the weights by name."""
     file = WeightFile()
-    text, _ = split_weights(graph(**arrays), file)
+    text, _ = split_weights(graph(**arrays), file.refer)
     return text, content(file)
 
 
@@ -70,7 +71,7 @@ def test_weights_are_read_out_of_panels(panel):
     }
     file = WeightFile(held=held)
     model = graph(factor=FACTOR, kernel=KERNEL, other=other)
-    text, _ = split_weights(model, file)
+    text, _ = split_weights(model, file.refer)
     assert file.size == other.nbytes
     files = {WEIGHTS: content(file), NATIVE_WEIGHTS: native}
     read = attach_weights(text, files.__getitem__, where="x")
@@ -87,6 +88,29 @@ def test_what_is_packed_otherwise_is_no_panel():
     assert panels_of(FACTOR, np.concatenate([pieces, pieces])) == 0
     assert panels_of(FACTOR, pieces.astype(np.float16)) == 0
     assert panels_of(FACTOR[:-1], pieces) == 0
+
+
+def test_weights_are_read_out_of_rows_with_gaps():
+    rows = np.zeros((len(KERNEL), KERNEL[0].size + 8), np.float32)
+    rows[:, : KERNEL[0].size] = KERNEL.reshape(len(KERNEL), -1)
+    assert pitch_of(KERNEL, rows) == rows.shape[1]
+    assert pitch_of(KERNEL, rows + 1) == pitch_of(KERNEL, rows[:-1]) == pitch_of(KERNEL, rows.ravel()) == 0
+    file = WeightFile(held={digest(KERNEL): Place(NATIVE_WEIGHTS, 0, rows.nbytes, pitch=rows.shape[1])})
+    text, _ = split_weights(graph(kernel=KERNEL), file.refer)
+    arrays = external_arrays(text, lambda _: rows.ravel().view(np.uint8), where="x")
+    assert file.size == 0
+    np.testing.assert_array_equal(arrays["kernel"], KERNEL)
+
+
+def test_a_convolution_s_weight_is_found_by_tap():
+    """As the lowering by tiles lays it out; what any reader of ONNX opens refers to nothing of that kind."""
+    file, matrix = WeightFile(), KERNEL.transpose(2, 3, 1, 0).reshape(-1, len(KERNEL))
+    split_weights(graph(matrix=matrix), file.add)
+    text, _ = split_weights(graph(kernel=KERNEL), file.refer)
+    assert file.size == KERNEL.nbytes
+    np.testing.assert_array_equal(external_arrays(text, lambda _: content(file), where="x")["kernel"], KERNEL)
+    plain, _ = split_weights(graph(kernel=KERNEL), file.add)
+    assert {entry.key for entry in plain.graph.initializer[0].external_data} == {"location", "offset", "length"}
 
 
 def test_equal_arrays_are_stored_once():
@@ -118,9 +142,15 @@ def entry(text, key, value):
         ("length", "2396", "2396 bytes are no float32 of shape [20, 30]"),
         ("length", "-1", "-1 bytes"),
         ("length", "", "invalid literal"),
-        ("dvexport.panel", "16", "in panels of 16"),
-        ("dvexport.panel", "-1", "in panels of -1"),
+        ("dvexport.panel", "16", "dvexport.panel 16"),
+        ("dvexport.panel", "-1", "dvexport.panel -1"),
         ("dvexport.panel", "wide", "invalid literal"),
+        ("dvexport.pitch", "29", "float32 of shape [20, 30], dvexport.pitch 29"),
+        ("dvexport.pitch", "-30", "dvexport.pitch -30"),
+        ("dvexport.pitch", "1" + "0" * 30, "dvexport.pitch 1000"),
+        ("dvexport.order", "0,0", "dvexport.order 0,0"),
+        ("dvexport.order", "1,0,2", "dvexport.order 1,0,2"),
+        ("dvexport.order", "1;0", "invalid literal"),
     ],
 )
 def test_a_place_that_is_not_there(key, value, why):

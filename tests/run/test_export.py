@@ -12,10 +12,12 @@ import onnx_ir as ir
 import pytest
 import torch
 from bundles import FRAMES, SIZE, small_bundle, small_model, torch_logits
+from inlined import inlined
 
 import dvexport
 import dvexport.export
 from dvexport.bundle.archive import Bundle
+from dvexport.bundle.graphs import read_model
 from dvexport.bundle.levels import read_gate_level
 from dvexport.dialect.flops import FlopTable
 from dvexport.errors import CheckFailed, CheckpointError, ClipError, DeviceError, UntoldError, UsageError
@@ -103,7 +105,7 @@ def test_the_golden_frames_are_a_picture_that_moves():
 
 
 def test_the_artifact_is_standard_onnx_at_the_targets_opset(stream):
-    model = onnx.load_from_string(stream.read("model.onnx"))
+    model = onnx.load_from_string(inlined(stream))
     onnx.checker.check_model(model, full_check=True)
     assert {(entry.domain, entry.version) for entry in model.opset_import} == {("", 18)}
     assert {node.domain for node in model.graph.node} == {""}
@@ -263,7 +265,7 @@ def test_an_operator_that_the_targets_opset_lacks_is_refused():
 def test_a_model_above_two_gib_is_refused(stream, monkeypatch):
     monkeypatch.setattr(onnx_file, "MAX_BYTES", 1 << 20)
     with pytest.raises(UsageError, match="ends at 2 GiB"):
-        onnx_file.model_bytes(read_gate_level(stream))
+        emit(read_model(stream, "model.onnx"))
 
 
 def test_a_file_that_is_no_model_is_a_device_error():

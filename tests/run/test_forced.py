@@ -13,6 +13,7 @@ import onnx_ir as ir
 import pytest
 import torch
 import torch.nn.functional as F
+from inlined import inlined
 from onnx import numpy_helper
 from torch import Tensor, nn
 
@@ -200,14 +201,11 @@ def test_a_decision_that_no_call_is_seen_to_make_is_told():
     assert forced_outputs(net, [torch.zeros(2, 3, *SIZE)], given)[1] == {("a", "tiles")}
 
 
-def _heavier(artifact: bytes) -> bytes:
+def _heavier(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Double the weights of the gated convolutions, which only active tiles read."""
-    model = onnx.load_model_from_string(artifact)
-    large = [one for one in model.graph.initializer if np.prod(one.dims) >= CHANNELS * CHANNELS * 9]
+    large = {name: 2 * array for name, array in weights.items() if array.size >= CHANNELS * CHANNELS * 9}
     assert large
-    for one in large:
-        one.CopyFrom(numpy_helper.from_array(2 * numpy_helper.to_array(one), one.name))
-    return model.SerializeToString()
+    return {**weights, **large}
 
 
 @pytest.fixture(scope="module")
@@ -223,8 +221,13 @@ def _with(bundle: Bundle, path, manifest=None, **files: bytes) -> Bundle:
 def test_a_wrong_idle_gate_is_refused_by_export_and_named(tmp_path, monkeypatch):
     from dvexport.targets.onnx import emit as backend
 
-    emit = backend.emit
-    monkeypatch.setattr(backend, "emit", lambda *args, **options: _heavier(emit(*args, **options)))
+    emit = backend.emit_apart
+
+    def emit_heavier(*args, **options):
+        text, weights = emit(*args, **options)
+        return text, _heavier(weights)
+
+    monkeypatch.setattr(backend, "emit_apart", emit_heavier)
     with pytest.raises(CheckFailed, match="gate 'a'") as caught:
         export(net_of("idle"), backend="onnx", output=tmp_path / "x.dvx")
     assert "forced decisions, gate-level oracle: logits" in str(caught.value.why)
@@ -232,7 +235,11 @@ def test_a_wrong_idle_gate_is_refused_by_export_and_named(tmp_path, monkeypatch)
 
 
 def test_a_wrong_idle_gate_fails_verify(idle, tmp_path):
-    report = verify(_with(idle, tmp_path / "x.dvx", model=_heavier(idle.read("model.onnx"))))
+    artifact = onnx.load_model_from_string(inlined(idle))
+    heavier = _heavier({one.name: numpy_helper.to_array(one) for one in artifact.graph.initializer})
+    for one in artifact.graph.initializer:
+        one.CopyFrom(numpy_helper.from_array(heavier[one.name], one.name))
+    report = verify(_with(idle, tmp_path / "x.dvx", model=artifact.SerializeToString()))
     assert {row.name for row in report.rows if not row.ok} == {
         "forced decisions, gate-level oracle: logits",
         "forced decisions, golden data: logits",

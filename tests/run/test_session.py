@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from bundles import FRAMES, SIZE, logits, noise, small_bundle, small_model, torch_logits
+from inlined import inlined
 
 from dvexport import gates
 from dvexport.bundle.levels import read_gate_level
@@ -212,7 +213,7 @@ def test_a_closed_session_says_so(stream):
 
 
 def test_an_open_profile_leaves_no_files_behind(stream):
-    runtime = OrtSession(stream.read("model.onnx"), stream.manifest.states, profile=True)
+    runtime = OrtSession(inlined(stream), stream.manifest.states, profile=True)
     folder = Path(runtime._profile_folder.name)
     assert folder.is_dir()
     runtime.close()
@@ -234,7 +235,7 @@ def test_onnx_runtime_takes_threads_up_to_a_limit(stream):
 def test_states_are_never_copied(stream):
     """What one step writes is what the next one reads, in the same memory."""
     manifest = stream.manifest
-    runtime = OrtSession(stream.read("model.onnx"), manifest.states)
+    runtime = OrtSession(inlined(stream), manifest.states)
     runtime.run({"frames": noise(1)})
     written = runtime._buffers[1]
     assert any(np.any(array) for array in written.values())
@@ -250,9 +251,9 @@ def test_states_that_are_not_the_model_s_are_refused_before_memory_is_taken(stre
     first, *others = stream.manifest.states
     states = [first.model_copy(update=change), *others]
     with pytest.raises(DeviceError, match="the list of states is not the model's"):
-        OrtSession(stream.read("model.onnx"), states)
+        OrtSession(inlined(stream), states)
     with pytest.raises(DeviceError, match="belong to two states"):
-        OrtSession(stream.read("model.onnx"), [first, first])
+        OrtSession(inlined(stream), [first, first])
 
 
 @pytest.mark.parametrize(

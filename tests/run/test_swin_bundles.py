@@ -102,7 +102,7 @@ def test_weights_stand_once(bundle):
     parameters = sum(
         p.numel() * 4 for p in small_swin(**{key: str(v) for key, v in OPTIONS.items()}).float().parameters()
     )
-    assert sizes[WEIGHTS] < 2 * parameters
+    assert sizes.get(WEIGHTS, 0) < 2 * parameters
     if bundle.manifest.backend == "tvm":
         graph = onnx.load_model_from_string(bundle.read(GATE_LEVEL)).graph
         places = [{e.key: e.value for e in t.external_data} for t in graph.initializer if t.external_data]

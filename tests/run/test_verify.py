@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 from bundles import FRAMES, noise, small_bundle, small_model
+from inlined import inlined
 from onnx import numpy_helper
 from safetensors.numpy import save
 
@@ -80,7 +81,7 @@ def test_a_clip_of_the_users_is_compared_too(stream, video):
 
 
 def test_an_altered_weight_is_found(stream, tmp_path, capsys):
-    artifact = _with_weight_changed(stream.read("model.onnx"), "fc.weight", 1.5)
+    artifact = _with_weight_changed(inlined(stream), "fc.weight", 1.5)
     bundle = _changed(stream, tmp_path / "x.dvx", model__onnx=artifact)
     report = verify(bundle)
     failed = {row.name for row in report.rows if not row.ok}
@@ -96,7 +97,7 @@ def test_an_altered_weight_is_found(stream, tmp_path, capsys):
 
 
 def test_an_altered_policy_is_named_by_gate_and_frame(stream, tmp_path):
-    artifact = _with_weight_changed(stream.read("model.onnx"), "layer2.0.gates.policy.fc1.bias.differences", -30.0)
+    artifact = _with_weight_changed(inlined(stream), "layer2.0.gates.policy.fc1.bias.differences", -30.0)
     report = verify(_changed(stream, tmp_path / "x.dvx", model__onnx=artifact))
     assert not report.ok
     assert report.difference is not None
@@ -105,7 +106,7 @@ def test_an_altered_policy_is_named_by_gate_and_frame(stream, tmp_path):
 
 
 def test_an_altered_gate_level_model_is_found_by_what_it_is_the_witness_of(stream, tmp_path):
-    gate_level = _with_weight_changed(stream.read("gate_level.onnx"), "fc.weight", 1.5)
+    gate_level = _with_weight_changed(inlined(stream, "gate_level.onnx"), "fc.weight", 1.5)
     report = verify(_changed(stream, tmp_path / "x.dvx", gate_level__onnx=gate_level))
     failed = {row.name for row in report.rows if not row.ok}
     forced = "forced decisions, gate-level oracle: logits"

@@ -13,11 +13,12 @@
 
 #include "internal.h"
 
-#define HEADER 128
+#define HEADER 136
 #define PORT 80
 #define CALL 64
 #define VARIANT 56
 #define PLACE 16
+#define DERIVATION 80
 #define LINE 64
 #define THREADS 4 /* at least those of the plans that are changed */
 #define RUN_LIMIT (1u << 26)
@@ -66,10 +67,10 @@ void __wrap_dvx_memory_free(memory *m) {
 
 static uint64_t strange_value(void) {
     static const uint64_t values[] = {0, 1, 2, 7, 63, 64, 127, 128, 200, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF,
-                                      0xFFFFFFFE, 1ull << 32, 1ull << 56, 5ull << 56, 1ull << 63, ~0ull, ~63ull};
+                                      0xFFFFFFFE, 1ull << 32, 1ull << 56, 5ull << 56, 6ull << 56, 1ull << 63, ~0ull, ~63ull};
     uint32_t count = sizeof values / sizeof *values, which = random_below(count + 8);
     if (which < count) return values[which];
-    return (uint64_t)random_below(5) << 56 | random_below(9000); /* a place */
+    return (uint64_t)random_below(6) << 56 | random_below(9000); /* a place */
 }
 
 static void change(uint8_t *data, size_t size) {
@@ -100,7 +101,7 @@ static guarded changed(const bytes *file, int changes) {
 /* --- changes that keep the form of a plan ------------------------------------------------------------------------ */
 
 typedef struct {
-    uint32_t ports, calls, variants, arguments;
+    uint32_t ports, calls, variants, arguments, derivations;
 } counts;
 
 static uint32_t u32_at(const uint8_t *data) {
@@ -118,8 +119,8 @@ static uint64_t u64_at(const uint8_t *data) {
 static void set_u64(uint8_t *data, uint64_t value) { memcpy(data, &value, sizeof value); }
 
 static counts counts_of(const guarded *plan) {
-    const uint8_t *at = plan->data + 96;
-    return (counts){u32_at(at) + u32_at(at + 4), u32_at(at + 8), u32_at(at + 12), u32_at(at + 16)};
+    const uint8_t *at = plan->data + 104;
+    return (counts){u32_at(at) + u32_at(at + 4), u32_at(at + 8), u32_at(at + 12), u32_at(at + 16), u32_at(at + 20)};
 }
 
 static uint8_t *calls_of(const guarded *plan, counts n) { return plan->data + HEADER + (size_t)n.ports * PORT; }
@@ -192,12 +193,29 @@ static void change_constant(const guarded *plan, const guarded *weights, counts 
     }
 }
 
+/* Change a place or a number of weights that are made when the plan is opened. */
+static void change_derivation(uint8_t *arguments, counts n) {
+    if (!n.derivations) return;
+    uint8_t *at = arguments + (size_t)n.arguments * PLACE + (size_t)random_below(n.derivations) * DERIVATION;
+    uint32_t which = random_below(9);
+    if (which < 3) {
+        change_place(at + which * PLACE, arguments + (size_t)random_below(n.arguments) * PLACE);
+    } else if (which < 7) {
+        uint8_t *word = at + 3 * PLACE + (which - 3) * 4;
+        uint32_t value = (uint32_t)near(u32_at(word));
+        memcpy(word, &value, sizeof value);
+    } else {
+        uint8_t *row = at + 4 * PLACE + (which - 7) * 8;
+        set_u64(row, near(u64_at(row)));
+    }
+}
+
 static void change_form(guarded *plan, guarded *weights) {
     counts n = counts_of(plan);
     uint8_t *calls = calls_of(plan, n), *variants = variants_of(plan, n), *arguments = arguments_of(plan, n);
     uint8_t *call = calls + (size_t)random_below(n.calls) * CALL;
     uint8_t *variant = variants + (size_t)random_below(n.variants) * VARIANT;
-    switch (random_below(10)) {
+    switch (random_below(11)) {
     case 0:
         swap(call, calls + (size_t)random_below(n.calls) * CALL, CALL);
         break;
@@ -208,12 +226,15 @@ static void change_form(guarded *plan, guarded *weights) {
         change_place(call + 16 + random_below(3) * PLACE, arguments + (size_t)random_below(n.arguments) * PLACE);
         break;
     case 3:
-        set_u64(plan->data + 40 + 8 * random_below(3), near(u64_at(plan->data + 40)));
+        set_u64(plan->data + 40 + 8 * random_below(4), near(u64_at(plan->data + 48)));
         break;
     case 4:
     case 5:
     case 6:
         change_constant(plan, weights, n);
+        break;
+    case 7:
+        change_derivation(arguments, n);
         break;
     default:
         change_place(arguments + (size_t)random_below(n.arguments) * PLACE,

@@ -146,7 +146,8 @@ def winograd_conv(spec: WinogradConv, machine: Machine) -> Kernel:
     """Return the kernel; its buffers are X, U, B, [R], [inside], rows, cols, tiles, scratch, shape and Y.
 
     X, R and Y are planes, `inside` is `Plane.inside()` of the output, B is `[cout]`, U is
-    `[cout, row_floats]`, for every point the weights of the input channels (`plan.Derivation`), `rows` and `cols` are channel lists, `tiles` is a run list of tiles: see `dense_tiles`.
+    `[cout, row_floats]`, for every point the weights of the input channels (`plan.Derivation`), `rows` and `cols` are
+    channel lists, `tiles` is a run list of tiles: see `dense_tiles`.
 
     Raises:
         UsageError: it computes in an element type that there is no code for.
