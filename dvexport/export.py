@@ -112,7 +112,7 @@ def export(
     tell = progress or (lambda _: None)
     device, backend = _check_request(backend, mode, target, lowering or {})
     maker = backend_of(backend)
-    writable_output(output)
+    bundle_output(output)
     tell("load the model")
     source = build_model(model, checkpoint, settings or {}, assume_defaults, _description(description, example, told))
     net = source.model
@@ -176,6 +176,24 @@ def _levels(traced: ir.Model, dense: ir.Model | None, built: Built) -> dict[str,
     levels = {GATE_LEVEL: traced} if dense is None else {GATE_LEVEL: traced, DENSE_LEVEL: dense}
     files: dict[str, Content] = {name: model_apart(level, built.weights)[0] for name, level in levels.items()}
     return {**files, WEIGHTS: built.weights} if built.weights.size else files
+
+
+_FORMATS = (".onnx", ".tflite", ".so", ".pt", ".pth")
+"""What files of a model alone are called."""
+
+
+def bundle_output(path: str | Path) -> Path:
+    """Return `path` after checking that a bundle can be written there; UsageError as `files.writable_output`."""
+    path = writable_output(path)
+    if path.suffix.lower() in _FORMATS:
+        bundle = path.with_suffix(".dvx")
+        raise UsageError(
+            f"an export is a bundle, not a {path.suffix} file",
+            where=str(path),
+            why="the artifact ships with its weights, its manifest and what proves it",
+            hint=f"-o {bundle}; then dvexport unpack {bundle} -o FOLDER gives the files inside",
+        )
+    return path
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dvexport.errors import UsageError
 
-__all__ = ["atomic_write", "writable_output"]
+__all__ = ["atomic_write", "new_folder", "writable_output"]
 
 _CAUSES = {
     errno.ENOSPC: ("the disk is full", "free some space or choose another place"),
@@ -66,6 +66,29 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `path` when the block ends without an error; on one nothing is left.
+
+    Raises:
+        UsageError: `path` is a file or a folder with files in it, its parent is missing or not writable, the disk is
+            full.
+    """
+    path = Path(path)
+    target = _target(path)
+    temporary = target.parent / f".{target.name[:32]}.{secrets.token_hex(4)}"
+    try:
+        if target.exists() and any(target.iterdir()):
+            raise UsageError(f"cannot write {path}", why="it has files already", hint="name a new folder")
+        temporary.mkdir()
+        yield temporary
+        os.replace(temporary, target)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def writable_output(path: str | Path) -> Path:

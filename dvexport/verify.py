@@ -29,6 +29,7 @@ from dvexport.run.open import open_session, session_of
 from dvexport.run.oracle import Oracle
 from dvexport.run.seen import GateSeen, gates_seen
 from dvexport.run.session import Decisions, Session, Step
+from dvexport.slim import compare_with_whole
 from dvexport.targets.onnx.backend import plan_of
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def verify(
     model: str | nn.Module | None = None,
     settings: Mapping[str, Any] | None = None,
     inputs: str | Path | Mapping[str, np.ndarray] | None = None,
+    whole: Bundle | None = None,
 ) -> VerifyReport:
     """Compare a bundle's artifact with its golden data, its oracle, its other mode and PyTorch.
 
@@ -92,13 +94,18 @@ def verify(
             or a module. A bundle's own word for it is neither imported nor opened.
         settings: options for that factory, the same as at export.
         inputs: the inputs beside the clip's video: an .npz file, or arrays by name, one row a frame.
+        whole: for a slim bundle, the one that it was made of: it has what is compared with.
 
     Raises:
         UsageError: `checkpoint` or `settings` are not those that the bundle was made from.
         CheckpointError, ClipError: a file that can't be read.
         BundleError: golden data or the gate-level model is missing or unreadable.
+        CheckFailed: the slim bundle was not made of the whole one.
         DeviceError: ONNX Runtime is missing or fails.
     """
+    if whole is not None:
+        compare_with_whole(bundle, whole)
+        bundle = whole
     manifest = bundle.manifest
     # What may be refused is read first: compiled code of a bundle runs as soon as it is loaded.
     golden_frames, golden_steps = _golden(bundle)

@@ -58,12 +58,14 @@ class Backend(Protocol):
         passes: what it adds to the passes that every backend shares.
         rank: its place where no backend is asked for; the least is tried first.
         remedy: what to try where an artifact is no faster than its dense version, a sentence.
+        loading: how an unpacked artifact is loaded without dvexport, a clause.
     """
 
     tools: tuple[str, ...]
     passes: BackendPasses
     rank: int
     remedy: str
+    loading: str
 
     def check(self, device: Target, lowering: Mapping[str, str]) -> None:
         """Raise UsageError where a request can't be met, DeviceError where a package is missing."""
@@ -82,6 +84,9 @@ class Backend(Protocol):
 
     def variant(self, bundle: Bundle, variant: str) -> Variant:
         """Return a variant of a bundle: `gated`, `dense` or `forced`."""
+
+    def needed(self, bundle: Bundle) -> Mapping[str, int]:
+        """Return the files that a device needs to run the gated variant, and how many bytes of each from its start."""
 
     def runtime(self, manifest: Manifest) -> tuple[str, str]:
         """Return the name and version of what executes a bundle's artifact on this machine."""

@@ -122,6 +122,12 @@ class Bundle:
 
     def _entry(self, name: str) -> FileEntry:
         entry = self.manifest.files.get(name)
+        if entry is None and name in self.manifest.left_out:
+            raise BundleError(
+                f"the bundle is slim: '{name}' was left out of it",
+                where=str(self.path),
+                hint=f"use the whole one; dvexport verify {self.path} --whole WHOLE.dvx compares both",
+            )
         if entry is None:
             known = ", ".join(sorted(self.manifest.files))
             raise BundleError(f"the bundle has no file '{name}'", where=str(self.path), why=f"it has: {known}")

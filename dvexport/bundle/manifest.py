@@ -222,6 +222,7 @@ class Manifest(_Entry):
         labels: class names in the order of the logits.
         flops: multiply-accumulates of the fixed part and of every gate.
         files: by relative POSIX path; filled in when the bundle is written.
+        left_out: files of the bundle that a slim one was made of, where it has them not, or not all of their bytes.
         checkpoint: SHA-256 of the weights the model was given; None for random or shipped ones.
         tools: version of every package that had a part in it.
         passes: in the order they ran.
@@ -242,6 +243,7 @@ class Manifest(_Entry):
     gates: list[GateEntry] = []
     flops: dict[str, Any] = {}
     files: dict[str, FileEntry] = {}
+    left_out: dict[str, FileEntry] = {}
     checkpoint: Digest | None = None
     tools: dict[str, str] = {}
     passes: list[PassEntry] = []

@@ -14,9 +14,11 @@ from dvexport.cli.inspect import inspect
 from dvexport.cli.models import models
 from dvexport.cli.profile import profile
 from dvexport.cli.run import run
+from dvexport.cli.slim import slim
 from dvexport.cli.targets import targets
 from dvexport.cli.train import train
 from dvexport.cli.tune import tune
+from dvexport.cli.unpack import unpack
 from dvexport.cli.verify import verify
 from dvexport.errors import DeviceError, DvexportError, unknown_name
 
@@ -49,7 +51,7 @@ def cli() -> None:
     """
 
 
-for _command in (models, targets, export, inspect, verify, run, profile, tune, train, cache):
+for _command in (models, targets, export, inspect, verify, run, profile, slim, unpack, tune, train, cache):
     cli.add_command(_command)
 
 

@@ -60,9 +60,9 @@ def export(
     options = parse_pairs("--set", settings)
     overrides = parse_pairs("--lowering", lowering)
     description = description_of(**told)
-    from dvexport.files import writable_output
+    from dvexport.export import bundle_output
 
-    writable_output(output)
+    bundle_output(output)
     with _paste_ready(click.get_current_context().params), checklist() as progress:
         from dvexport.export import export as run_export
         from dvexport.run.savings import savings_of

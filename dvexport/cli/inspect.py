@@ -77,6 +77,7 @@ def _summary(manifest: Manifest) -> None:
             ),
             *(("memory", line.removeprefix("memory: ")) for line in memory_line(manifest.memory)),
             ("labels", str(len(manifest.labels))),
+            *((("left out", f"{', '.join(sorted(manifest.left_out))} (slim)"),) if manifest.left_out else ()),
             ("code", _code(manifest)),
             ("checkpoint", manifest.checkpoint or "none given"),
             ("made with", " ".join(f"{name} {version}" for name, version in sorted(manifest.tools.items()))),

@@ -24,6 +24,7 @@ __all__ = ["verify"]
 @path_option("--checkpoint", help="Rebuild the model from these weights and compare with PyTorch.")
 @click.option("--model", help="What it was made from, if not of the zoo: package.module:factory or a directory.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Option for that factory; repeatable.")
+@path_option("--whole", help="For a slim bundle: the whole one that it was made of, which is then verified.")
 @trust_flag
 @json_flag
 def verify(
@@ -33,6 +34,7 @@ def verify(
     checkpoint: Path | None,
     model: str | None,
     settings: tuple[str, ...],
+    whole: Path | None,
     trust: bool,
     as_json: bool,
 ) -> None:
@@ -52,10 +54,13 @@ def verify(
     with checklist() as progress:
         progress("check the bundle's files")
         opened = Bundle.open(bundle, trust=trust)
+        full = None if whole is None else Bundle.open(whole, trust=trust)
         progress("run the artifact and compare")
         from dvexport.verify import verify as run_verify
 
-        report = run_verify(opened, clip=clip, inputs=inputs, checkpoint=checkpoint, model=model, settings=options)
+        report = run_verify(
+            opened, clip=clip, inputs=inputs, checkpoint=checkpoint, model=model, settings=options, whole=full
+        )
     if as_json:
         print_json(report.to_dict())
     else:

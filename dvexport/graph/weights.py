@@ -37,6 +37,7 @@ __all__ = [
     "pitch_of",
     "share_weights",
     "split_weights",
+    "weights_read",
 ]
 
 WEIGHTS = "weights.bin"
@@ -169,8 +170,8 @@ def split_weights(
         for value, tensor in held:
             value.const_value = tensor
     for initializer in proto.graph.initializer:
-        for key, value in places.get(initializer.name, Place(WEIGHTS, 0, 0)).own().items():
-            initializer.external_data.add(key=key, value=value)
+        for key, said in places.get(initializer.name, Place(WEIGHTS, 0, 0)).own().items():
+            initializer.external_data.add(key=key, value=said)
     return proto, arrays
 
 
@@ -209,6 +210,12 @@ def attach_weights(model: onnx.ModelProto, read: Read, *, where: str) -> ir.Mode
     for name, array in arrays.items():
         graph.graph.initializers[name].const_value = ir.tensor(array, name=name)
     return graph
+
+
+def weights_read(model: onnx.ModelProto) -> int:
+    """Return how many bytes of `WEIGHTS` a graph reads, from its start to the end of the last weight."""
+    places = [_place(tensor) for tensor in model.graph.initializer if tensor.external_data]
+    return max((place.offset + place.length for place in places if place.location == WEIGHTS), default=0)
 
 
 def panels_of(matrix: np.ndarray, packed: np.ndarray) -> int:

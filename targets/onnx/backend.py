@@ -12,7 +12,7 @@ from dvexport.bundle.limits import Limits
 from dvexport.decisions import TOKENS
 from dvexport.errors import unknown_name
 from dvexport.graph.graph import depends_on_input
-from dvexport.graph.weights import WeightFile, external_arrays
+from dvexport.graph.weights import WEIGHTS, WeightFile, external_arrays, weights_read
 from dvexport.targets.backend import Built, Progress, not_available
 from dvexport.targets.catalogue import Target
 from dvexport.targets.onnx.passes import PASSES
@@ -36,6 +36,7 @@ class OnnxBackend:
     tools: tuple[str, ...] = ("onnxruntime",)
     passes = PASSES
     rank = 1
+    loading = "onnxruntime.InferenceSession opens model.onnx, which reads weights.bin beside it"
     remedy = (
         "Try --backend tvm, whose kernels follow each decision, or the lowerings named below, "
         "or ship a model without gates."
@@ -90,6 +91,14 @@ class OnnxBackend:
         # Written anew: the runtime gets what was checked, and not what another reader may see in the same bytes.
         gated = OnnxVariant(graph.SerializeToString(deterministic=True), bundle.manifest.states, weights)
         return gated if variant == "gated" else _forced_onnx(gated, read_level(bundle, variant), plan)
+
+    def needed(self, bundle: Bundle) -> Mapping[str, int]:
+        """See `Backend`: the graph, and the weights up to the last that it reads."""
+        from dvexport.bundle.graphs import read_graph
+        from dvexport.targets.onnx.emit import ARTIFACT
+
+        read = weights_read(read_graph(bundle, ARTIFACT))
+        return {ARTIFACT: bundle.manifest.files[ARTIFACT].size, **({WEIGHTS: read} if read else {})}
 
     def runtime(self, manifest: Manifest) -> tuple[str, str]:
         """The package that is installed here."""

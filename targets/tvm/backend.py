@@ -12,6 +12,7 @@ from dvexport.graph.weights import WeightFile
 from dvexport.targets.backend import Built, Progress, not_available
 from dvexport.targets.catalogue import HOST, Target, load, runs_here
 from dvexport.targets.runtime import Variant
+from dvexport.targets.tvm.native_files import HEADER, LIBRARY, NATIVE_WEIGHTS, RUNNER, plan_file
 from dvexport.targets.tvm.passes import PASSES
 from dvexport.targets.tvm.table import TvmTable
 
@@ -31,6 +32,7 @@ class TvmBackend:
     tools: tuple[str, ...] = ("apache-tvm", "ziglang")
     passes = PASSES
     rank = 0  # its kernels follow every decision
+    loading = f"link {LIBRARY} into a program ({HEADER} says how), or run {RUNNER} on the device"
     remedy = "Train sparser decisions, or ship a model without gates."
 
     def check(self, device: Target, lowering: Mapping[str, str]) -> None:
@@ -80,6 +82,11 @@ class TvmBackend:
         from dvexport.targets.tvm.artifact import read_variant
 
         return read_variant(bundle, variant)
+
+    def needed(self, bundle: Bundle) -> Mapping[str, int]:
+        """See `Backend`: the library, its weights and the plan."""
+        names = (LIBRARY, NATIVE_WEIGHTS, plan_file("gated"))
+        return {name: bundle.manifest.files[name].size for name in names}
 
     def runtime(self, manifest: Manifest) -> tuple[str, str]:
         """Our C runtime of the release that exported: it is inside the artifact."""

@@ -151,7 +151,7 @@ def test_a_tensor_in_another_file_is_refused(lure, graph, kind):
 
 LOCATIONS = {
     "absolute": "{folder}/secret.bin", "above": "../secret.bin", "working folder": "secret.bin", "url": "file:///{folder}",
-    "through": "./secret.bin", "no name": "", "no location": None, 
+    "through": "./secret.bin", "no name": "", "no location": None,
     "weights that the manifest has not": f"other/{WEIGHTS}",
     "native weights that it has not": "native/weights.bin", "another file of the bundle": "golden.safetensors",
     "the graph": "gate_level.onnx", "dots": "./weights.bin", "memory": "*/_ORT_MEM_ADDR_/*", "device": "/dev/zero",

@@ -78,6 +78,7 @@ LAYERS = (
     "dvexport.entries",
     "dvexport.export",
     "dvexport.rebuild",
+    "dvexport.slim",
     "dvexport.verify",
     "dvexport.profile",
     "dvexport.cli",

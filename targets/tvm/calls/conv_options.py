@@ -111,8 +111,9 @@ class Option:
         if isinstance(self.spec, DirectConv):
             return source
         matrix, target_row = weight_matrix(self.m), winograd_lists.row_floats(self.m, weight.shape[1])
-        size = *matrix.shape, *weight.shape[:2]
-        return constants.derive(Recipe(source, constants.add(matrix), *size, rows.shape[1], target_row))
+        (points, edge), (cout, cin) = matrix.shape, weight.shape[:2]
+        recipe = Recipe(source, constants.add(matrix), points, edge, cout, cin, rows.shape[1], target_row)
+        return constants.derive(recipe)
 
     def scratch(self, machine: Machine, threads: int) -> int:
         """Return the floats of working memory that the kernel needs."""

@@ -18,9 +18,11 @@ from dvexport.bundle.archive import Bundle
 from dvexport.bundle.levels import read_gate_level
 from dvexport.cli import main
 from dvexport.errors import BundleError, DeviceError, UsageError
+from dvexport.models import zoo
 from dvexport.profile.run import profile
 from dvexport.run.open import open_session
 from dvexport.run.oracle import Oracle
+from dvexport.slim import slim
 from dvexport.targets import catalogue
 from dvexport.targets.tvm.session import NativeSession
 from dvexport.verify import verify
@@ -46,6 +48,25 @@ def test_a_bundle_holds_all_that_a_device_needs(stream):
     memory = stream.manifest.memory
     assert memory["arena_bound"] <= memory["arena"] <= 1.1 * memory["arena_bound"]
     assert memory["weights"] == stream.manifest.files["native/weights.bin"].size
+
+
+def test_weights_stand_once_and_winograd_s_in_no_file(stream):
+    parameters = sum(p.numel() * 4 for p in zoo.create("dstep_resnet18", **MODEL).parameters())
+    stored = sum(entry.size for name, entry in stream.manifest.files.items() if name.endswith("weights.bin"))
+    assert stored < 1.4 * parameters  # of rows with gaps, and of policies whose scores are subtracted at export
+    assert stream.manifest.memory["derived"] > 0
+
+
+def test_a_slim_bundle_runs_where_the_whole_one_does(stream, tmp_path):
+    made = slim(stream, tmp_path / "slim.dvx")
+    assert set(made.manifest.files) == {"native/libdvx.so", "native/weights.bin", "native/gated.plan"}
+    frames = stream.golden()["frames"]
+    with open_session(Bundle.open(made.path)) as mine, open_session(stream) as whole:
+        for got, wanted in zip(mine.run_clip(frames), whole.run_clip(frames), strict=True):
+            np.testing.assert_array_equal(got.logits, wanted.logits)
+    assert verify(made, whole=stream).ok
+    with pytest.raises(BundleError, match=r"'native/dense\.plan' was left out"):
+        open_session(made, variant="dense")
 
 
 @pytest.mark.slow
