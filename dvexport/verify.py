@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dvexport.bundle.levels import read_gate_level
+from dvexport.bundle.slim import compare_with_whole
 from dvexport.decisions import PROBE, TOKENS, decision_key
 from dvexport.errors import BundleError, TraceError, UsageError
 from dvexport.graph.graph import whole_clip_of
@@ -29,7 +30,6 @@ from dvexport.run.open import open_session, session_of
 from dvexport.run.oracle import Oracle
 from dvexport.run.seen import GateSeen, gates_seen
 from dvexport.run.session import Decisions, Session, Step
-from dvexport.slim import compare_with_whole
 from dvexport.targets.onnx.backend import plan_of
 
 if TYPE_CHECKING:

@@ -22,9 +22,11 @@ def slim(bundle: Path, output: Path) -> None:
     or measures it: of these the slim bundle keeps digests. "dvexport verify SLIM.dvx --whole WHOLE.dvx" compares both.
     """
     from dvexport.bundle.archive import Bundle
-    from dvexport.slim import slim as make_slim
+    from dvexport.bundle.slim import slim as make_slim
+    from dvexport.targets.registry import backend_of
 
-    made = make_slim(Bundle.open(bundle), output)
+    whole = Bundle.open(bundle)
+    made = make_slim(whole, output, backend_of(whole.manifest.backend).needed(whole))
     sizes = [file_size(path.stat().st_size) for path in (output, bundle)]
     print_lines(
         f"{output}: {sizes[0]}, {bundle.name} has {sizes[1]}",

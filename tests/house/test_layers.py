@@ -78,7 +78,6 @@ LAYERS = (
     "dvexport.entries",
     "dvexport.export",
     "dvexport.rebuild",
-    "dvexport.slim",
     "dvexport.verify",
     "dvexport.profile",
     "dvexport.cli",

@@ -11,11 +11,12 @@ import pytest
 from bundles import noise, small_bundle
 
 from dvexport.bundle.archive import GOLDEN, MANIFEST, Bundle, write_bundle
+from dvexport.bundle.slim import slim
 from dvexport.bundle.unpack import unpack
 from dvexport.cli import main
 from dvexport.errors import BundleError, CheckFailed, UsageError
 from dvexport.run.open import open_session
-from dvexport.slim import slim
+from dvexport.targets.registry import backend_of
 from dvexport.verify import verify
 
 DSTEP = "dstep_resnet18"
@@ -28,7 +29,7 @@ def whole() -> Bundle:
 
 @pytest.fixture(scope="module")
 def small(whole, tmp_path_factory) -> Bundle:
-    return slim(whole, tmp_path_factory.mktemp("slim") / "slim.dvx")
+    return slim(whole, tmp_path_factory.mktemp("slim") / "slim.dvx", backend_of("onnx").needed(whole))
 
 
 def logits(bundle: Bundle) -> np.ndarray:
@@ -73,7 +74,7 @@ def test_whole_and_slim_are_told_apart(whole, small, tmp_path):
     with pytest.raises(UsageError, match="what is given as the whole bundle is slim"):
         verify(small, whole=small)
     with pytest.raises(UsageError, match="slim already"):
-        slim(small, tmp_path / "again.dvx")
+        slim(small, tmp_path / "again.dvx", {})
 
 
 def test_slim_and_unpack_at_the_command_line(whole, tmp_path, capsys):

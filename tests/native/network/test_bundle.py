@@ -16,14 +16,15 @@ import pytest
 import dvexport
 from dvexport.bundle.archive import Bundle
 from dvexport.bundle.levels import read_gate_level
+from dvexport.bundle.slim import slim
 from dvexport.cli import main
 from dvexport.errors import BundleError, DeviceError, UsageError
 from dvexport.models import zoo
 from dvexport.profile.run import profile
 from dvexport.run.open import open_session
 from dvexport.run.oracle import Oracle
-from dvexport.slim import slim
 from dvexport.targets import catalogue
+from dvexport.targets.registry import backend_of
 from dvexport.targets.tvm.session import NativeSession
 from dvexport.verify import verify
 from dvexport.video.clips import write_clip
@@ -58,7 +59,7 @@ def test_weights_stand_once_and_winograd_s_in_no_file(stream):
 
 
 def test_a_slim_bundle_runs_where_the_whole_one_does(stream, tmp_path):
-    made = slim(stream, tmp_path / "slim.dvx")
+    made = slim(stream, tmp_path / "slim.dvx", backend_of("tvm").needed(stream))
     assert set(made.manifest.files) == {"native/libdvx.so", "native/weights.bin", "native/gated.plan"}
     frames = stream.golden()["frames"]
     with open_session(Bundle.open(made.path)) as mine, open_session(stream) as whole:

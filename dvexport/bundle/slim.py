@@ -8,7 +8,7 @@ compared with the whole one byte by byte.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 from dvexport.bundle.archive import MANIFEST, Bundle, write_bundle
 from dvexport.bundle.trust import has_code, made_here, remember
 from dvexport.errors import CheckFailed, UsageError
-from dvexport.targets.registry import backend_of
 
 if TYPE_CHECKING:
     from dvexport.bundle.archive import Content
@@ -25,8 +24,11 @@ if TYPE_CHECKING:
 __all__ = ["compare_with_whole", "slim"]
 
 
-def slim(bundle: Bundle, output: str | Path) -> Bundle:
+def slim(bundle: Bundle, output: str | Path, needed: Mapping[str, int]) -> Bundle:
     """Write what a device needs of a bundle to another one, and return that.
+
+    Args:
+        needed: files, and how many bytes of each from its start: `Backend.needed` tells.
 
     Raises:
         UsageError: it is slim already, or the output can't be written.
@@ -34,9 +36,8 @@ def slim(bundle: Bundle, output: str | Path) -> Bundle:
     """
     if bundle.manifest.left_out:
         raise UsageError("the bundle is slim already", where=str(bundle.path))
-    kept = backend_of(bundle.manifest.backend).needed(bundle)
-    files: dict[str, Content] = {name: bundle.array(name)[:size].data for name, size in kept.items()}
-    left_out = {name: entry for name, entry in bundle.manifest.files.items() if kept.get(name) != entry.size}
+    files: dict[str, Content] = {name: bundle.array(name)[:size].data for name, size in needed.items()}
+    left_out = {name: entry for name, entry in bundle.manifest.files.items() if needed.get(name) != entry.size}
     made = write_bundle(output, bundle.manifest.model_copy(update={"left_out": left_out}), files)
     if has_code(made.manifest) and made_here(bundle.manifest):
         remember(made.manifest)
