@@ -38,6 +38,7 @@ __all__ = ["export", "memory_line", "origin_lines", "trust_line"]
 @inputs_option
 @description_options
 @path_option("-o", "--output", help="Bundle to write.", required=True)
+@click.option("-v", "--verbose", is_flag=True, help="Name each kernel that is compiled.")
 def export(
     model: str,
     checkpoint: Path | None,
@@ -50,6 +51,7 @@ def export(
     calibrate: Path | None,
     inputs: Path | None,
     output: Path,
+    verbose: bool,
     **told: Any,
 ) -> None:
     """Export MODEL to a bundle.
@@ -63,7 +65,7 @@ def export(
     from dvexport.export import bundle_output
 
     bundle_output(output)
-    with _paste_ready(click.get_current_context().params), checklist() as progress:
+    with _paste_ready(click.get_current_context().params), checklist(verbose) as progress:
         from dvexport.export import export as run_export
         from dvexport.run.savings import savings_of
         from dvexport.targets import catalogue

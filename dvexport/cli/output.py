@@ -6,11 +6,12 @@ Results go to the standard output, progress to the standard error.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
@@ -79,25 +80,73 @@ def _print(table: Table) -> None:
 
 
 @contextmanager
-def checklist() -> Iterator[Callable[[str], None]]:
-    """Yield the progress callback of a long command: each call begins a step and ends the one before."""
-    steps = _TerminalSteps() if sys.stderr.isatty() else _PipedSteps()
+def checklist(verbose: bool = False) -> Iterator[Callable[[str], None]]:
+    """Yield the progress callback of a long command: each call begins a step and ends the one before.
+
+    A text such as "compile kernels: 12 of 60, NAME" is a step that goes on. What follows the comma is shown if
+    `verbose`.
+    """
+    steps: _Steps = _TerminalSteps() if sys.stderr.isatty() else _PipedSteps()
+
+    def tell(text: str) -> None:
+        counted = _COUNTED.fullmatch(text)
+        if counted is None:
+            steps.begin(text)
+            return
+        step, count, name = counted.groups()
+        steps.go_on(step, count, name if verbose and name else "")
+
     try:
-        yield steps.begin
+        yield tell
     except BaseException:
         steps.end("✗")
         raise
     steps.end("✓")
 
 
+_COUNTED = re.compile(r"(.+): (\d+ of \d+)(?:, (.+))?")
+
+_SECONDS = 10.0
+"""Between two lines of one step where no line can be written over."""
+
+
+class _Steps(Protocol):
+    def begin(self, text: str) -> None:
+        """Begin a step, and end the one before."""
+
+    def go_on(self, text: str, count: str, name: str) -> None:
+        """Say how far a step is, which begins if it is another one; `name`, if told, is what was done last."""
+
+    def end(self, mark: str) -> None:
+        """End the step."""
+
+
 class _PipedSteps:
-    """One line a step."""
+    """One line a step; one that goes on says how far it is now and then, or each time where it names what was done."""
+
+    def __init__(self) -> None:
+        self._step, self._told, self._left = "", 0.0, ""
 
     def begin(self, text: str) -> None:
+        self.end("")
+        self._step = text
         click.echo(text, err=True)
 
+    def go_on(self, text: str, count: str, name: str) -> None:
+        now = time.monotonic()
+        if text != self._step:
+            self.end("")
+            self._step = text
+        elif not name and now < self._told + _SECONDS:
+            self._left = count
+            return
+        self._told, self._left = now, ""
+        click.echo(f"{text}: {count}  {name}".rstrip(), err=True)
+
     def end(self, _mark: str) -> None:
-        pass
+        if self._left:
+            click.echo(f"{self._step}: {self._left}", err=True)
+            self._left = ""
 
 
 class _TerminalSteps:
@@ -108,16 +157,26 @@ class _TerminalSteps:
 
         self._console = Console(stderr=True, highlight=False)
         self._status: Any = None
-        self._text = ""
+        self._text = self._step = ""
         self._start = 0.0
 
     def begin(self, text: str) -> None:
         from rich.markup import escape
 
         self.end("✓")
-        self._text, self._start = escape(text), time.perf_counter()
+        self._text, self._step, self._start = escape(text), text, time.perf_counter()
         self._status = self._console.status(self._text)
         self._status.start()
+
+    def go_on(self, text: str, count: str, name: str) -> None:
+        from rich.markup import escape
+
+        if text != self._step or self._status is None:
+            self.begin(text)
+        self._text = escape(f"{text}: {count}")
+        self._status.update(self._text)
+        if name:
+            self._console.print(f"  [dim]{escape(name)}[/]")
 
     def end(self, mark: str) -> None:
         if self._status is None:

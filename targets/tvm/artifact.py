@@ -19,7 +19,7 @@ from dvexport.graph.graph import gate_name
 from dvexport.graph.weights import Place
 from dvexport.targets.runtime import DEFAULT_THREADS, Port, Runtime
 from dvexport.targets.tvm.build.compile import compile_kernels
-from dvexport.targets.tvm.build.link import kernel_table, library_id, link_library, link_runner
+from dvexport.targets.tvm.build.link import kernel_table, library_id, library_tasks, link_all
 from dvexport.targets.tvm.calls.draft import ALGORITHMS
 from dvexport.targets.tvm.calls.memory import Constants
 from dvexport.targets.tvm.machine.machine import Machine
@@ -132,11 +132,12 @@ def build_artifact(
     }
     placed = {name: place(draft) for name, draft in drafts.items()}
     kernels = {name: kernel for draft in drafts.values() for name, kernel in draft.calls.kernels.items()}
-    objects = compile_kernels(kernels.values(), machine, tell)
+    objects = compile_kernels(kernels.values(), machine, tell, library_tasks(machine))
     tell("link")
     table = kernel_table(kernels.values())
     weights = constants.file()
     identity = library_id(objects, table, machine)
+    library, runner = link_all(objects, table, machine)
     gated = placed["gated"].plan
     memory = {
         "arena": gated.arena,
@@ -146,8 +147,8 @@ def build_artifact(
         "derived": gated.derived,
     }
     return NativeArtifact(
-        library=link_library(objects, table, machine),
-        runner=link_runner(objects, table, machine),
+        library=library,
+        runner=runner,
         weights=weights,
         plans={name: plan_bytes(each.plan, table, identity, weights) for name, each in placed.items()},
         memory=memory,

@@ -214,6 +214,33 @@ def test_progress_is_plain_lines_when_piped(capsys):
     assert capsys.readouterr() == ("", "first\nsecond\n")
 
 
+def count_to(many, verbose):
+    with checklist(verbose) as progress:
+        progress("first")
+        for done in range(many + 1):
+            progress(f"compile: {done} of {many}" + (f", k{done}" if done else ""))
+        progress("last: with a colon")
+
+
+def test_a_step_that_goes_on_is_told_now_and_then(capsys):
+    count_to(3, verbose=False)
+    assert capsys.readouterr().err.splitlines() == ["first", "compile: 0 of 3", "compile: 3 of 3", "last: with a colon"]
+    count_to(2, verbose=True)
+    assert capsys.readouterr().err.splitlines()[1:4] == [
+        "compile: 0 of 2",
+        "compile: 1 of 2  k1",
+        "compile: 2 of 2  k2",
+    ]
+
+
+def test_a_step_that_goes_on_is_one_line_of_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "dumb")
+    count_to(2, verbose=False)
+    lines = re.findall(r"✓ (.+) \d\.\d s", capsys.readouterr().err)
+    assert lines == ["first", "compile: 2 of 2", "last: with a colon"]
+
+
 def test_progress_is_a_checklist_on_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "dumb")

@@ -28,8 +28,8 @@ from dvexport.targets.tvm.build.cache_files import (
 )
 
 __all__ = [
-    "KEPT_BYTES", "KEPT_DAYS", "VARIABLE", "cache_folder", "cached", "clear", "entries", "keep", "trouble",
-    "usable_folder",
+    "KEPT_BYTES", "KEPT_DAYS", "VARIABLE", "cache_folder", "cached", "clear", "entries", "keep", "keep_entry",
+    "kept", "trouble", "usable_folder",
 ]  # fmt: skip
 
 VARIABLE = "DVEXPORT_CACHE"
@@ -104,13 +104,25 @@ def cached(kind: str, key: str, make: Callable[[], bytes]) -> bytes:
         key: 64 hexadecimal digits that stand for all that the content depends on.
         make: its errors are passed on, and nothing is kept.
     """
-    name, folder = entry_name(kind, key), usable_folder()
-    data = None if folder is None else read_entry(folder / name)
+    data = kept(kind, key)
     if data is None:
         data = make()
-        if folder is not None:
-            keep(lambda: write_entry(folder / name, data))
+        keep_entry(kind, key, data)
     return data
+
+
+def kept(kind: str, key: str) -> bytes | None:
+    """Return what is kept as `key`; see `cached`."""
+    folder = usable_folder()
+    return None if folder is None else read_entry(folder / entry_name(kind, key))
+
+
+def keep_entry(kind: str, key: str, data: bytes) -> None:
+    """Keep what was made; see `cached`."""
+    folder = usable_folder()
+    if folder is not None:
+        path = folder / entry_name(kind, key)
+        keep(lambda: write_entry(path, data))
 
 
 def keep(write: Callable[[], None]) -> None:
@@ -162,11 +174,11 @@ def _tidy() -> None:
     if folder is None or folder in _tidied:
         return
     _tidied.add(folder)
-    kept, oldest = 0, time.time() - KEPT_DAYS * 86400
+    total, oldest = 0, time.time() - KEPT_DAYS * 86400
     with suppress(OSError):
         for entry in sorted(entries(), key=lambda entry: entry.used, reverse=True):
-            kept += entry.size
-            if kept > KEPT_BYTES or entry.used < oldest:
+            total += entry.size
+            if total > KEPT_BYTES or entry.used < oldest:
                 remove_entry(entry.path)
         older = _older(folder)
         for entry in [*list_leftovers(folder / _FORMAT, _UNFINISHED_SECONDS), *older]:

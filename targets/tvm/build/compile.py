@@ -10,19 +10,24 @@ import hashlib
 import importlib.util
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dvexport.errors import DeviceError
-from dvexport.targets.tvm.build.cache import cached
+from dvexport.targets.tvm.build.cache import keep_entry, kept
+from dvexport.targets.tvm.build.workers import Task, done_in_parallel
 from dvexport.targets.tvm.kernels.abi import Kernel
 from dvexport.targets.tvm.machine.machine import Machine
 
 __all__ = ["check_tools", "compile_kernel", "compile_kernels", "scratch_folder"]
 
 Progress = Callable[[str], None]
+
+_KIND = "kernel"
+"""What the cache calls them."""
 
 
 def check_tools() -> None:
@@ -36,30 +41,40 @@ def check_tools() -> None:
             )
 
 
-def compile_kernels(kernels: Iterable[Kernel], machine: Machine, progress: Progress | None = None) -> dict[str, bytes]:
-    """Return the object file of every kernel, by name.
+def compile_kernels(
+    kernels: Iterable[Kernel], machine: Machine, progress: Progress | None = None, beside: Sequence[Task] = ()
+) -> dict[str, bytes]:
+    """Return the object file of every kernel, by name, compiled on all cores.
 
     Args:
         kernels: equal names once.
         machine: what to generate code for.
-        progress: called with the name of each kernel that was not in the cache.
+        progress: told how many of the kernels that are not in the cache are done, and the last one's name.
+        beside: what is worth doing at the same time if there is anything to compile; its results are dropped.
 
     Raises:
         DeviceError: LLVM does not know the machine.
     """
     unique = {kernel.name: kernel for kernel in kernels}
-    return {name: compile_kernel(unique[name], machine, progress) for name in sorted(unique)}
+    keys = {name: _key(unique[name], machine) for name in sorted(unique)}
+    objects = {name: data for name, key in keys.items() if (data := kept(_KIND, key)) is not None}
+    missing = sorted(keys.keys() - objects.keys(), key=lambda name: (-len(unique[name].text), name))
+    tell = progress or (lambda _: None)
+    if missing:
+        tell(f"compile kernels: 0 of {len(missing)}")
+        tasks: list[Task] = [*beside, *(partial(_compile, unique[name], machine) for name in missing)]
+        for number, data in done_in_parallel(tasks):
+            if number >= len(beside):
+                name = missing[number - len(beside)]
+                objects[name] = data
+                keep_entry(_KIND, keys[name], data)
+                tell(f"compile kernels: {len(missing) - len(keys.keys() - objects.keys())} of {len(missing)}, {name}")
+    return {name: objects[name] for name in keys}
 
 
 def compile_kernel(kernel: Kernel, machine: Machine, progress: Progress | None = None) -> bytes:
     """Return the object file of one kernel; see `compile_kernels`."""
-
-    def make() -> bytes:
-        if progress is not None:
-            progress(f"compile {kernel.name}")
-        return _compile(kernel, machine)
-
-    return cached("kernel", _key(kernel, machine), make)
+    return compile_kernels([kernel], machine, progress)[kernel.name]
 
 
 def _compile(kernel: Kernel, machine: Machine) -> bytes:

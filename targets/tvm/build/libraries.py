@@ -27,7 +27,7 @@ from dvexport.targets.tvm.build.cache_files import (
     write_entry,
 )
 
-__all__ = ["compiler_environment", "with_libraries"]
+__all__ = ["compiler_environment", "has_libraries", "with_libraries"]
 
 _SHARED, _OWN = ".libraries", ".cache"
 """In a link's folder: what this module keeps, or a link to it; what is of this link alone."""
@@ -68,6 +68,12 @@ def with_libraries(key: str, folder: Path, link: Callable[[], None]) -> None:
         return
     link()
     keep(lambda: _keep(entry, shared))
+
+
+def has_libraries(key: str) -> bool:
+    """Return whether the libraries are kept as `key`, or can't be kept at all."""
+    kept = usable_folder()
+    return kept is None or _is_whole(kept / entry_name("zig", key))
 
 
 def _is_whole(entry: Path) -> bool:

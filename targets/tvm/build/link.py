@@ -14,18 +14,23 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from dvexport.errors import DeviceError
 from dvexport.targets.tvm.build.cache import cached
 from dvexport.targets.tvm.build.compile import check_tools, scratch_folder
-from dvexport.targets.tvm.build.libraries import compiler_environment, with_libraries
+from dvexport.targets.tvm.build.libraries import compiler_environment, has_libraries, with_libraries
 from dvexport.targets.tvm.build.link_bounds import bounds_source
+from dvexport.targets.tvm.build.workers import Task, done_in_parallel
 from dvexport.targets.tvm.kernels.abi import Kernel
 from dvexport.targets.tvm.kernels.bounds import Contract
 from dvexport.targets.tvm.machine.machine import Machine
 
-__all__ = ["Entry", "kernel_table", "library_id", "link_library", "link_runner", "required_features", "table_source"]
+__all__ = [
+    "Entry", "kernel_table", "library_id", "library_tasks", "link_all", "link_library", "link_runner",
+    "required_features", "table_source",
+]  # fmt: skip
 
 RUNTIME = Path(__file__).parents[1] / "runtime"
 
@@ -153,9 +158,7 @@ def link_library(objects: Mapping[str, bytes], table: Sequence[Entry], machine: 
     Raises:
         DeviceError: a package is missing, or the linker fails, as on a kernel that calls what no library has.
     """
-    if "android" in machine.triple:
-        return _cached("android", objects, table, machine, _link_android)
-    return _cached("library", objects, table, machine, _link_shared)
+    return _cached(_library_kind(machine), objects, table, machine)
 
 
 def link_runner(objects: Mapping[str, bytes], table: Sequence[Entry], machine: Machine) -> bytes:
@@ -163,7 +166,21 @@ def link_runner(objects: Mapping[str, bytes], table: Sequence[Entry], machine: M
 
     Args, Raises: as `link_library`.
     """
-    return _cached("runner", objects, table, machine, _link_static)
+    return _cached(_RUNNER, objects, table, machine)
+
+
+def link_all(objects: Mapping[str, bytes], table: Sequence[Entry], machine: Machine) -> tuple[bytes, bytes]:
+    """Return the shared library and the runner, linked side by side; see `link_library` and `link_runner`."""
+    tasks = [partial(link, objects, table, machine) for link in (link_runner, link_library)]
+    done = dict(done_in_parallel(tasks))
+    return done[1], done[0]
+
+
+def library_tasks(machine: Machine) -> list[Task]:
+    """Return what is worth doing before the first link for a machine: its C libraries, which take half a minute."""
+    kinds = [_RUNNER, _library_kind(machine)]
+    missing = [kind for kind in kinds if not has_libraries(_libraries_key(kind, machine))]
+    return [partial(_make_libraries, kind, machine) for kind in missing]
 
 
 def table_source(table: Sequence[Entry], identity: bytes, features: Iterable[str]) -> str:
@@ -249,7 +266,29 @@ def _sources(folder: Path, *more: str) -> list[str]:
     return [*SOURCES, *more, _TABLE]
 
 
-def _cached(kind: str, objects: Mapping[str, bytes], table: Sequence[Entry], machine: Machine, link: _Link) -> bytes:
+_RUNNER = "runner"
+
+_LINKS: dict[str, _Link] = {"library": _link_shared, "android": _link_android, _RUNNER: _link_static}
+"""How each kind of output is linked."""
+
+
+def _library_kind(machine: Machine) -> str:
+    return "android" if "android" in machine.triple else "library"
+
+
+def _libraries_key(kind: str, machine: Machine) -> str:
+    return _key(kind, _architecture(machine))
+
+
+def _make_libraries(kind: str, machine: Machine) -> bytes:
+    """Link a library of no kernels, for what the linker keeps of it."""
+    with scratch_folder() as folder:
+        (folder / _TABLE).write_text(table_source([], bytes(32), ()), encoding="utf-8")
+        with_libraries(_libraries_key(kind, machine), folder, lambda: _LINKS[kind](folder, [], machine))
+    return b""
+
+
+def _cached(kind: str, objects: Mapping[str, bytes], table: Sequence[Entry], machine: Machine) -> bytes:
     identity = library_id(objects, table, machine)
 
     def make() -> bytes:
@@ -259,7 +298,7 @@ def _cached(kind: str, objects: Mapping[str, bytes], table: Sequence[Entry], mac
             files = [f"k{i}.o" for i in range(len(table))]
             for file, entry in zip(files, table, strict=True):
                 (folder / file).write_bytes(objects[entry.name])
-            with_libraries(_key(kind, _architecture(machine)), folder, lambda: link(folder, files, machine))
+            with_libraries(_libraries_key(kind, machine), folder, lambda: _LINKS[kind](folder, files, machine))
             return (folder / "out").read_bytes()
 
     return cached(kind, _key(kind, machine.triple, identity), make)
