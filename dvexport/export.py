@@ -70,6 +70,7 @@ def export(
     backend: str | None = None,
     mode: str | None = None,
     lowering: Mapping[str, str] | None = None,
+    opset: int | None = None,
     calibrate: str | Path | None = None,
     inputs: str | Path | Mapping[str, np.ndarray] | None = None,
     description: Description | None = None,
@@ -88,8 +89,9 @@ def export(
         target: name in the device catalogue, `host`, or a TOML file.
         backend: `tvm` or `onnx`; by default the best that is installed and fits (`targets.registry.best_backend`).
         mode: `stream` (a frame a step, explicit state) or `clip` (all frames at once); by default `stream`, and `clip`
-            for a model that reads a clip as one.
+            for a model that is not causal.
         lowering: lowering by gate, or by `*` for every gate that allows it; overrules the choice.
+        opset: of ONNX, for backend `onnx`; by default the target's.
         calibrate: a video; the rates of its decisions decide the lowerings. By default the shipped
             clip of the model's labels, if there is one; otherwise half of everything is assumed.
         inputs: an .npz file, or arrays by name: the inputs beside the video to calibrate on, one row a frame.
@@ -112,6 +114,8 @@ def export(
     tell = progress or (lambda _: None)
     device, backend = _check_request(backend, mode, target, lowering or {})
     maker = backend_of(backend)
+    if opset is not None:
+        device = maker.at_opset(device, opset)
     bundle_output(output)
     tell("load the model")
     source = build_model(model, checkpoint, settings or {}, assume_defaults, _description(description, example, told))
@@ -328,13 +332,13 @@ def _check_request(
 
 def _mode_of(net: Any, mode: str | None) -> str:
     if mode is None:
-        return "clip" if net.whole_clip else "stream"
-    if net.whole_clip and mode == "stream":
-        raise UsageError(
-            f"{net.name} can't be exported in stream mode",
-            why=f"it reads a clip of {net.preprocess.frames} frames as one, and gives one result for it",
-            hint="use --mode clip",
-        )
+        return "stream" if net.causal else "clip"
+    if mode == "stream" and not net.causal:
+        frames = net.preprocess.frames
+        why = "a frame's result depends on later frames"
+        if net.whole_clip:
+            why = f"it reads a clip of {frames} frames as one, and gives one result for it"
+        raise UsageError(f"{net.name} can't be exported in stream mode", why=why, hint="use --mode clip")
     return mode
 
 

@@ -70,6 +70,9 @@ class Backend(Protocol):
     def check(self, device: Target, lowering: Mapping[str, str]) -> None:
         """Raise UsageError where a request can't be met, DeviceError where a package is missing."""
 
+    def at_opset(self, device: Target, opset: int) -> Target:
+        """Return a device whose artifacts are written in an opset of ONNX; UsageError where it can't read that."""
+
     def limits(self, outputs: Sequence[str]) -> Limits:
         """Return how far an artifact may be from its model, by the names of the model's outputs."""
 

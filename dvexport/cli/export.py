@@ -34,6 +34,7 @@ __all__ = ["export", "memory_line", "origin_lines", "trust_line"]
 @parse_choice("backend", BACKENDS, default=None, otherwise="; the best that is installed and fits the target")
 @parse_choice("mode", MODES, default=None, otherwise="; stream where the model can")
 @click.option("--lowering", multiple=True, metavar="GATE=KIND", help="Overrule the lowering of one gate; repeatable.")
+@click.option("--opset", type=int, help="Opset of ONNX to write, for backend onnx.  [default: the target's]")
 @path_option("--calibrate", help="Video whose decisions say what to expect of each gate.")
 @inputs_option
 @description_options
@@ -48,6 +49,7 @@ def export(
     backend: str | None,
     mode: str | None,
     lowering: tuple[str, ...],
+    opset: int | None,
     calibrate: Path | None,
     inputs: Path | None,
     output: Path,
@@ -83,6 +85,7 @@ def export(
             mode=mode,
             output=output,
             lowering=overrides,
+            opset=opset,
             calibrate=calibrate,
             inputs=inputs,
             description=description,

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 from dvexport.bundle.limits import Limits
 from dvexport.decisions import TOKENS
 from dvexport.errors import unknown_name
-from dvexport.graph.graph import depends_on_input
+from dvexport.graph.graph import OPSET, depends_on_input
 from dvexport.graph.weights import WEIGHTS, WeightFile, external_arrays, weights_read
+from dvexport.numbers import whole_number
 from dvexport.targets.backend import Built, Progress, not_available
 from dvexport.targets.catalogue import Target
+from dvexport.targets.onnx.opset import OLDEST
 from dvexport.targets.onnx.passes import PASSES
-from dvexport.targets.onnx.table import OnnxTable
+from dvexport.targets.onnx.table import OnnxTable, newest_opset
 from dvexport.targets.runtime import Variant
 
 if TYPE_CHECKING:
@@ -51,6 +53,16 @@ class OnnxBackend:
                 raise unknown_name("lowering", kind, LOWERINGS)
         if device.runtime(OnnxTable) is None:
             raise not_available("ONNX Runtime", device)
+
+    def at_opset(self, device: Target, opset: int) -> Target:
+        """See `Backend`."""
+        said = device.runtime(OnnxTable)
+        assert said is not None
+        newest = min(OPSET, newest_opset(said.min_version))
+        whole_number(opset, "an opset", least=OLDEST, most=newest, why=f"'{device.name}' reads no others")
+        told = said.model_copy(update={"opset": opset})
+        runtimes = {name: told if each is said else each for name, each in device.runtimes.items()}
+        return device.model_copy(update={"runtimes": runtimes})
 
     def limits(self, outputs: Sequence[str]) -> Limits:
         """See `Backend`: what float32 keeps."""

@@ -49,6 +49,10 @@ class TvmBackend:
             )
         check_tools()
 
+    def at_opset(self, device: Target, opset: int) -> Target:
+        """See `Backend`: there is none."""
+        raise UsageError("backend 'tvm' writes machine code, which has no opset", hint="leave out --opset")
+
     def limits(self, outputs: Sequence[str]) -> Limits:
         """See `Backend`: what float32 keeps."""
         return Limits().naming(outputs)
