@@ -12,6 +12,8 @@ BIN := $(VENV)/bin
 PEERS := $(VENV)/peers
 READY := $(VENV)/.ready
 EMULATORS := $(VENV)/.emulators
+MINIMUM := $(VENV)/minimum
+RUNTIME := $(VENV)/oldest-runtime
 # The package as it is installed: mypy follows folders, not the import hooks of an editable install.
 TYPED := .mypy_cache/tree/dvexport
 FIND_PYTHON := for p in $(PYTHON) python3.11 python3; do \
@@ -21,7 +23,7 @@ FIND_PYTHON := for p in $(PYTHON) python3.11 python3; do \
 # Two test processes of one thread each: more threads than that only contend on small machines.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-fast bench lint clean
+.PHONY: demo test test-fast test-minimum bench lint clean
 
 # Where a home can't be written, what this checkout exports is remembered in it.
 ifneq ($(shell test -w "$$HOME" && echo yes),yes)
@@ -41,6 +43,13 @@ test: lint $(EMULATORS)
 
 test-fast: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
+
+# With the lowest version of every dependency that pyproject.toml allows, and artifacts in the oldest runtime of the
+# catalogue.
+test-minimum: $(MINIMUM)/.ready $(RUNTIME)/.ready
+	DVEXPORT_OLDEST_RUNTIME=$(RUNTIME)/bin/python $(MINIMUM)/bin/python -m pytest -n 2 --dist worksteal \
+		-m 'not slow' tests/bundle tests/cli tests/graph tests/passes tests/profile tests/run tests/video \
+		tests/models/test_huggingface.py tests/native/network/test_bundle.py
 
 bench: $(READY) $(PEERS)/.ready
 	$(BIN)/python -m benchmarks --peer-python $(PEERS)/bin/python
@@ -72,6 +81,21 @@ $(EMULATORS): $(READY)
 		for p in qemu-user-static qemu-user; do \
 			install $$p || { apt-get update -qq >/dev/null 2>&1 && install $$p; } || true; \
 		done; fi
+	@touch $@
+
+$(MINIMUM)/.ready: pyproject.toml | $(READY)
+	@echo "setting up $(MINIMUM), the lowest versions, once"
+	@$(BIN)/python -m venv $(MINIMUM)
+	@$(MINIMUM)/bin/python -m pip install --quiet --progress-bar on '$(TORCH)'
+	@$(BIN)/python tests/support/lowest.py > $(MINIMUM)/lowest.txt
+	@$(MINIMUM)/bin/python -m pip install --quiet --progress-bar on --requirement $(MINIMUM)/lowest.txt
+	@$(MINIMUM)/bin/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+$(RUNTIME)/.ready: pyproject.toml | $(READY)
+	@$(BIN)/python -m venv $(RUNTIME)
+	@version=$$($(BIN)/python -c 'from dvexport.targets.onnx.table import oldest_version; print(oldest_version())') && \
+	$(RUNTIME)/bin/python -m pip install --quiet --progress-bar on "onnxruntime==$$version" 'numpy<2'
 	@touch $@
 
 # Apart, since what they depend on would set back packages of ours. Without them only our own sides are measured.

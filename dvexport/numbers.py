@@ -33,7 +33,7 @@ def whole_number(
         UsageError: it is no integer (a bool, a float and a text are none), or outside the range, which is named.
     """
     number = None
-    if not isinstance(value, bool):
+    if not isinstance(value, bool) and getattr(getattr(value, "dtype", None), "kind", "") != "b":
         with suppress(TypeError):
             number = operator.index(cast(SupportsIndex, value))
     if number is not None and least <= number <= most:

@@ -88,12 +88,7 @@ class ResNetConfig:
     dropout: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_common(self.classes, self.frames, self.size, self.shift_div, self.width)
-        if not set(self.enabled_stages) <= {0, 1, 2, 3}:
-            raise UsageError(f"enabled_stages={self.enabled_stages} names a stage that ResNet has not",
-                             hint="stages are 0, 1, 2, 3")  # fmt: skip
-        if self.hidden < 1 or self.hidden_quota < 0:
-            raise UsageError(f"a policy net needs hidden units, not {self.hidden}", hint="hidden=1024")
+        _check_ranges(self)
 
     @property
     def actions(self) -> tuple[int, ...]:
@@ -135,7 +130,7 @@ class MobileNetConfig:
     dropout: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_common(self.classes, self.frames, self.size, self.shift_div, self.width)
+        _check_ranges(self)
 
     @property
     def causal(self) -> bool:
@@ -211,10 +206,7 @@ class ViTConfig:
     sta_seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_common(self.classes, self.frames, self.size)
-        for name in ("depth", "embed_dim", "heads", "patch", "tubelet"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name}={getattr(self, name)} is not a positive number")
+        _check_ranges(self)
         if self.embed_dim % self.heads:
             raise UsageError(f"embed_dim={self.embed_dim} is not a multiple of heads={self.heads}")
         if self.frames % self.tubelet:
@@ -282,9 +274,7 @@ class VideoSwinConfig:
     sta_seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_common(self.classes, self.frames, self.size)
-        if min(self.embed_dim, *self.depths, *self.heads, *self.patch, *self.window) < 1:
-            raise UsageError("sizes of Video-Swin are positive numbers")
+        _check_ranges(self)
         if len(self.depths) != 4 or len(self.heads) != 4:
             raise UsageError(f"depths={self.depths} and heads={self.heads} need a number for each of 4 stages")
         for stage, heads in enumerate(self.heads):
@@ -292,8 +282,6 @@ class VideoSwinConfig:
                 raise UsageError(f"stage {stage + 1} has {self.embed_dim * 2**stage} channels, not whole {heads} heads")
         if self.frames % self.patch[0]:
             raise UsageError(f"frames={self.frames} are not whole patches of {self.patch[0]} frames")
-        if self.sta_r < 0:
-            raise UsageError(f"sta.r={self.sta_r} is negative", hint="sta.r=0 prunes nothing")
 
     @property
     def causal(self) -> bool:
@@ -306,16 +294,54 @@ class VideoSwinConfig:
         return self.frames // self.patch[0], -(-height // 2**stage), -(-width // 2**stage)
 
 
-def _check_common(classes: int, frames: int, size: tuple[int, ...], shift_div: int = 8, width: float = 1.0) -> None:
-    for name, value in (("classes", classes), ("frames", frames)):
-        if value < 1:
-            raise UsageError(f"{name}={value} is not a positive number")
-    if len(size) != 2 or min(size) < 1:
-        raise UsageError(f"size={size} is not a height and a width", hint="size=224 or size=224x160")
-    if shift_div < 2:
-        raise UsageError(f"shift_div={shift_div} leaves no channel unshifted", hint="shift_div=8")
-    if width <= 0:
-        raise UsageError(f"width={width} is not a positive multiplier", hint="width=1.0")
+_COUNT = "more is no model that a machine can hold"
+_RANGES: dict[str, tuple[float, float, str]] = {
+    "width": (0.01, 16, _COUNT),
+    "classes": (1, 1_000_000, _COUNT),
+    "frames": (1, 4096, "more is no clip that fits into memory"),
+    "size": (1, 8192, "more is no picture of a video"),
+    "shift_div": (2, 1024, "a shift moves a share of the channels in each direction, at most half"),
+    "hidden": (1, 1_000_000, "a policy net needs hidden units"),
+    "hidden_quota": (0, 1_000_000_000, _COUNT),
+    "enabled_stages": (0, 3, "ResNet has four stages"),
+    "tau": (1e-6, 1e6, "it divides scores"),
+    "dropout": (0, 0.99, "a rate"),
+    "drop_path": (0, 0.99, "a rate"),
+    "depth": (1, 1000, _COUNT),
+    "depths": (1, 1000, _COUNT),
+    "embed_dim": (1, 65_536, _COUNT),
+    "heads": (1, 4096, _COUNT),
+    "mlp_ratio": (1e-3, 64, _COUNT),
+    "patch": (1, 1024, "more is no part of a picture"),
+    "tubelet": (1, 1024, "more is no part of a clip"),
+    "window": (1, 1024, "more is no part of a clip"),
+    "norm_eps": (1e-30, 1, "it keeps a norm from dividing by zero"),
+    "head_eps": (1e-30, 1, "it keeps a norm from dividing by zero"),
+    "sta_r": (0, 1_000_000, "0 prunes nothing"),
+    "sta_groups": (1, 4096, "frames are joined to groups"),
+    "sta_stages": (0, 999, "they are blocks, counted from 0"),
+    "sta_seed": (0, 2**63 - 1, "seeds are such numbers"),
+}
+"""From which to which number an option goes, both included, and why; of options with several, each of them."""
+
+
+def _check_ranges(config: Any) -> None:
+    """Raise UsageError for an option of a config that is out of its range."""
+    for option in dataclasses.fields(config):
+        if option.name not in _RANGES:
+            continue
+        least, most, why = _RANGES[option.name]
+        value = getattr(config, option.name)
+        if not all(least <= each <= most for each in (value if isinstance(value, tuple) else (value,))):
+            raise UsageError(
+                f"{option.name.replace('sta_', 'sta.')}={_shown(value)} is out of range",
+                why=f"it goes from {least:,} to {most:,}: {why}".replace(",", " "),
+            )
+
+
+def _shown(value: Any) -> str:
+    text = "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def option_names(config: type) -> list[str]:

@@ -22,6 +22,7 @@ from dvexport.errors import DvexportError, UsageError, unknown_name
 from dvexport.models.checkpoints.checkpoint import read_metadata
 from dvexport.models.checkpoints.families import FAMILIES
 from dvexport.models.config import option_names, parse_settings
+from dvexport.models.fits import check_fits, weight_bytes_of
 from dvexport.video.preprocess import Preprocess
 
 if TYPE_CHECKING:
@@ -198,18 +199,9 @@ def weight_bytes(name: str, settings: Mapping[str, Any]) -> int:
     Raises:
         UsageError: an option that is unknown or unfit, or sizes that no model can have.
     """
-    import torch
-
     info = describe(name)
     parsed = parse_settings(FAMILIES[info.family].config, settings)
-    try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            model = _build(info, name, {**info.options, **parsed})
-    except (RuntimeError, ValueError, TypeError, OverflowError, MemoryError) as error:
-        raise UsageError(f"no {name} can be built with these options", why=str(error).splitlines()[0]) from error
-    return sum(
-        value.numel() * value.element_size() for values in (model.parameters(), model.buffers()) for value in values
-    )
+    return weight_bytes_of(name, lambda: _build(info, name, {**info.options, **parsed}))
 
 
 def options(name: str) -> list[str]:
@@ -311,6 +303,8 @@ def _from_zoo(
     path = info.weights or checkpoint
     if path is not None:
         return _from_file(info, Path(path), parsed, assume_defaults)
+    if parsed:
+        check_fits(info.name, lambda: _build(info, info.name, {**info.options, **parsed}))
     return _build(info, info.name, {**info.options, **parsed})
 
 

@@ -37,11 +37,13 @@ _CONFIG = {
     "image_size": 224,
     "num_channels": 3,
     "layer_norm_eps": 1e-12,
-    "qv_bias": True,
     "use_mean_pooling": True,
     "hidden_act": "gelu",
 }
 """The library's defaults, for keys that a config leaves out."""
+_BIASES = ("qkv_bias", "qv_bias")
+"""Whether queries and values have biases, as its versions call it, the first before the second; by default they do."""
+_CLASSIFIER = "classifier.weight"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _PREPROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json")
 _BILINEAR = 2
@@ -89,19 +91,22 @@ def load_directory(folder: str | Path, settings: Mapping[str, Any], *, assume_de
         UsageError: an option that is unknown or contradicts the config.
     """
     from dvexport.models.checkpoints.importers import ImportReport, contradiction, load_weights
+    from dvexport.models.fits import check_fits
     from dvexport.models.networks.vit import VisionTransformer
 
     folder = Path(folder)
     about = _config(folder)
-    options = _options(about, folder)
+    state, source = _weights(folder)
+    options = _options(about, state, folder)
     parsed = parse_settings(ViTConfig, settings)
     for option, value in parsed.items():
         if option in options and options[option] != value:
             said = {option: options[option]}
             raise contradiction({option: value}, said, "directory", str(folder / "config.json"), "its config says")
-    state, source = _weights(folder)
     weights = _own_names(state, options, about, str(source))
-    model = VisionTransformer(ViTConfig(**{**options, **parsed}), "huggingface")
+    config = ViTConfig(**{**options, **parsed})
+    check_fits(str(folder), lambda: VisionTransformer(config, "huggingface"))
+    model = VisionTransformer(config, "huggingface")
     load_weights(model, weights, where=str(source))
     if labels := _labels(about, options["classes"], folder):
         model.set_labels(labels)
@@ -143,7 +148,8 @@ def _config(folder: Path) -> dict[str, Any]:
             hint="give the directory that save_pretrained wrote, or a zoo name and --checkpoint FILE",
         )
     about = _json(path)
-    named = about.get("architectures") or [about.get("model_type", "nothing")]
+    named = about.get("architectures") or about.get("model_type", "nothing")
+    named = named if isinstance(named, list) else [named]
     if about.get("model_type", "videomae") != "videomae" or named != [_ARCHITECTURE]:
         raise CheckpointError(
             "the directory holds a model that dvexport does not read",
@@ -154,8 +160,8 @@ def _config(folder: Path) -> dict[str, Any]:
     return {**_CONFIG, **{key: value for key, value in about.items() if value is not None}}
 
 
-def _options(about: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the options of `ViTConfig` that a config tells."""
+def _options(about: Mapping[str, Any], state: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the options of `ViTConfig` that a config tells; where it is silent about classes, the weights do."""
     path = str(folder / "config.json")
     for key, wanted in (("hidden_act", "gelu"), ("num_channels", 3)):
         if about[key] != wanted:
@@ -172,7 +178,7 @@ def _options(about: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             "mlp_ratio": about["intermediate_size"] / about["hidden_size"],
             "patch": int(*patch),
             "tubelet": int(about["tubelet_size"]),
-            "classes": _classes(about),
+            "classes": _classes(about, state),
             "frames": int(about["num_frames"]),
             "size": (size, size) if isinstance(size, int) else (int(size[0]), int(size[1])),
             "norm_eps": float(about["layer_norm_eps"]),
@@ -180,14 +186,18 @@ def _options(about: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             "mean_pooling": bool(about["use_mean_pooling"]),
         }
         ViTConfig(**options)
-    except (TypeError, ValueError, IndexError, ZeroDivisionError, UsageError) as error:
+    except (TypeError, ValueError, IndexError, ZeroDivisionError, OverflowError, UsageError) as error:
         raise CheckpointError("the config describes no VideoMAE", where=path, why=str(error).splitlines()[0]) from None
     return options
 
 
-def _classes(about: Mapping[str, Any]) -> int:
-    """Return the number of classes; a config without names has two, as the library has it."""
-    return len(about["id2label"]) if "id2label" in about else int(about.get("num_labels", 2))
+def _classes(about: Mapping[str, Any], state: Mapping[str, Any]) -> int:
+    """Return the number of classes: that of the names, the one that is told, or that of the classifier's rows."""
+    if "id2label" in about:
+        return len(about["id2label"])
+    if "num_labels" in about:
+        return int(about["num_labels"])
+    return len(state[_CLASSIFIER]) if _CLASSIFIER in state and state[_CLASSIFIER].dim() else 2
 
 
 def _labels(about: Mapping[str, Any], classes: int, folder: Path) -> list[str]:
@@ -239,7 +249,10 @@ def _own_names(
     from dvexport.models.checkpoints.layouts import renamed
 
     state = renamed(state, lambda key: re.sub(r"attention\.(query|value)\.bias$", _old_bias, key), where)
-    sources = _sources(options, bool(about["qv_bias"]))
+    # A bias of the keys adds the same to every logit of a query, which its softmax takes off again.
+    state = {key: value for key, value in state.items() if not key.endswith("attention.key.bias")}
+    biased = bool(next((about[key] for key in _BIASES if key in about), True))
+    sources = _sources(options, biased)
     wanted = {key for keys in sources.values() for key in keys}
     missing, extra = sorted(wanted - set(state)), sorted(set(state) - wanted)
     found = [f"{len(keys)} {kind}: {', '.join(keys[:3])}" for kind, keys in (("missing", missing), ("left over", extra))
@@ -252,7 +265,7 @@ def _own_names(
             hint="save the model and its config together, with save_pretrained",
         )
     weights = {own: torch.cat([state[key] for key in keys]) for own, keys in sources.items()}
-    if not about["qv_bias"]:
+    if not biased:
         for layer in range(options["depth"]):
             for name in ("q_bias", "v_bias"):
                 weights[f"blocks.{layer}.attn.{name}"] = torch.zeros(options["embed_dim"])

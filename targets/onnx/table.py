@@ -38,4 +38,12 @@ def newest_opset(version: str) -> int:
     return max((opset for first, opset in _OPSETS.items() if first <= numbers), default=0)
 
 
+def oldest_version() -> str:
+    """Return the oldest version of ONNX Runtime that a device of the catalogue may have."""
+    from dvexport.targets import catalogue
+
+    tables = [catalogue.load(name).runtime(OnnxTable) for name in catalogue.names()]
+    return min((said.min_version for said in tables if said), key=lambda text: [int(each) for each in text.split(".")])
+
+
 TABLE = OnnxTable

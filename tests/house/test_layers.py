@@ -36,6 +36,7 @@ LAYERS = (
     "dvexport.models.base",
     "dvexport.models.described",
     "dvexport.models.config",
+    "dvexport.models.fits",
     "dvexport.models.pruning",
     "dvexport.models.networks",
     "dvexport.models.checkpoints",

@@ -29,7 +29,7 @@ def close(model, oracle, frames=4, size=32):
     [
         {},
         {"num_attention_heads": 6},
-        {"qv_bias": False},
+        {"qkv_bias": False},
         {"use_mean_pooling": False},
         {"tubelet_size": 4},
         {"patch_size": 8, "num_hidden_layers": 1},
@@ -56,13 +56,84 @@ def test_shards(tmp_path):
     assert close(zoo.create(str(tmp_path)), oracle)
 
 
-def test_an_old_pickle_with_other_names_of_the_biases(tmp_path):
-    oracle = save_videomae(tmp_path)
+@pytest.mark.parametrize("names", [("q_bias", "v_bias"), ("query.bias", "value.bias")])
+def test_biases_under_every_name_that_the_library_has_had(tmp_path, names):
+    """For a while it stored one of the keys too, which changes nothing."""
+    oracle, keys = save_videomae(tmp_path), {}
     (tmp_path / "model.safetensors").unlink()
-    keys = oracle.state_dict()
-    assert "videomae.encoder.layer.0.attention.attention.query.bias" in keys
+    for key, value in oracle.state_dict().items():
+        stem, _, last = key.rpartition("attention.attention.")
+        which = {"q_bias": 0, "query.bias": 0, "v_bias": 1, "value.bias": 1}.get(last) if stem else None
+        keys[key if which is None else f"{stem}attention.attention.{names[which]}"] = value
+        keys[f"{stem}attention.attention.key.bias"] = torch.randn(24)
+    del keys["attention.attention.key.bias"]
     torch.save(keys, tmp_path / "pytorch_model.bin")
     assert close(zoo.create(str(tmp_path)), oracle)
+
+
+@pytest.mark.parametrize("said", [{"qkv_bias": False}, {"qv_bias": False}, {"qkv_bias": False, "qv_bias": True}])
+def test_biases_that_the_config_denies(tmp_path, said):
+    save_videomae(tmp_path, qkv_bias=False)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config = {key: value for key, value in config.items() if key not in ("qkv_bias", "qv_bias")}
+    (tmp_path / "config.json").write_text(json.dumps({**config, **said}))
+    model = zoo.create(str(tmp_path))
+    assert not model.blocks[0].attn.q_bias.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_half_precision(tmp_path, dtype, file):
+    oracle = save_videomae(tmp_path).to(dtype)
+    (tmp_path / "model.safetensors").unlink()
+    (save_file if file.endswith("tensors") else torch.save)(dict(oracle.state_dict()), tmp_path / file)
+    edit_config(tmp_path, torch_dtype=str(dtype).removeprefix("torch."))
+    assert close(zoo.create(str(tmp_path)), oracle.float())
+
+
+def test_shards_of_pickles(tmp_path):
+    oracle = save_videomae(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    keys = list(oracle.state_dict().items())
+    index = {}
+    for number, part in enumerate((keys[:20], keys[20:])):
+        name = f"pytorch_model-{number + 1:05}-of-00002.bin"
+        torch.save(dict(part), tmp_path / name)
+        index |= {key: name for key, _ in part}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    assert close(zoo.create(str(tmp_path)), oracle)
+
+
+def test_classes_are_those_of_the_weights_where_the_config_is_silent(tmp_path):
+    oracle = save_videomae(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if "label" not in k}))
+    model = zoo.create(str(tmp_path))
+    assert model.config.classes == 3
+    assert close(model, oracle)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"hidden_size": float("inf")}, "infinity"),
+        ({"hidden_size": 0}, "division"),
+        ({"num_hidden_layers": 10**7}, "depth=10000000"),
+        ({"num_labels": 10**12, "id2label": None}, "classes=1000000000000"),
+        ({"image_size": 10**9}, "size="),
+        ({"num_frames": 10**12}, "frames=1000000000000"),
+        ({"layer_norm_eps": "much"}, "much"),
+        ({"architectures": 5}, "5"),
+        ({"architectures": {"a": 1}}, "a"),
+        ({"id2label": 5}, "int"),
+    ],
+)
+def test_a_config_that_describes_no_model_is_refused_before_one_is_built(tmp_path, change, why):
+    save_videomae(tmp_path)
+    edit_config(tmp_path, **change)
+    with pytest.raises(CheckpointError) as caught:
+        zoo.create(str(tmp_path))
+    assert why in f"{caught.value.why}"
 
 
 def test_preprocessing(tmp_path):

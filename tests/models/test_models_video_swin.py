@@ -219,11 +219,11 @@ def test_published_sizes(name, millions):
     [
         ({"sta.r": 10}, "sta.r=10 does not fit Video-Swin: stage 2 has 64"),
         ({"sta.r": 48}, "sta.r=48 does not fit Video-Swin: stage 2 has 64"),
-        ({"sta.r": -4}, "sta.r=-4 is negative"),
+        ({"sta.r": -4}, "sta.r=-4 is out of range"),
         ({"depths": "2,2"}, "a number for each of 4 stages"),
         ({"heads": "3,2,2,4"}, "stage 1 has 8 channels, not whole 3 heads"),
         ({"frames": 7}, "frames=7 are not whole patches of 2"),
-        ({"window": "0,7,7"}, "positive numbers"),
+        ({"window": "0,7,7"}, "window=0x7x7 is out of range"),
         ({"sta.groups": "4"}, "unknown option 'sta.groups'"),
     ],
 )

@@ -108,7 +108,7 @@ def test_first_token_and_stochastic_depth():
         ({"heads": 5}, "embed_dim=24 is not a multiple of heads=5"),
         ({"frames": 5}, "frames=5 are not whole tubelets of 2"),
         ({"size": 40}, "size=40x40 is not whole patches of 16"),
-        ({"depth": 0}, "depth=0 is not a positive number"),
+        ({"depth": 0}, "depth=0 is out of range"),
         ({"dpeth": 3}, "unknown option 'dpeth'"),
     ],
 )

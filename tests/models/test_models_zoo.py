@@ -258,3 +258,28 @@ def test_labels_from_a_file_or_a_list(tmp_path):
     assert zoo.create("tsn_resnet18", labels=["a", "b", "c"], **settings).labels == ["a", "b", "c"]
     with pytest.raises(UsageError, match="can't read the labels"):
         zoo.create("tsn_resnet18", labels=tmp_path / "absent.txt", **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "what"),
+    [
+        ("tsn_resnet18", {"frames": 99999999999999999999}, "frames=99999999999999999999 is out of range"),
+        ("tsn_resnet18", {"classes": 10**12}, "classes=1000000000000 is out of range"),
+        ("tsn_resnet18", {"size": "8193x8"}, "size=8193x8 is out of range"),
+        ("tsn_resnet18", {"width": "nan"}, "width=nan is out of range"),
+        ("tsn_resnet18", {"dropout": 1.5}, "dropout=1.5 is out of range"),
+        ("adafuse_resnet18", {"enabled_stages": "0,4"}, "enabled_stages=0x4 is out of range"),
+        ("adafuse_resnet18", {"hidden": 0}, "hidden=0 is out of range"),
+        ("adafuse_resnet18", {"tau": 0}, "tau=0.0 is out of range"),
+        ("vit_small", {"norm_eps": "inf"}, "norm_eps=inf is out of range"),
+        ("vit_small", {"sta.groups": "8,4,0"}, "sta.groups=8x4x0 is out of range"),
+        ("vit_small", {"sta.seed": -1}, "sta.seed=-1 is out of range"),
+        ("video_swin_tiny", {"depths": "1,1,1,1001"}, "depths=1x1x1x1001 is out of range"),
+        ("vit_small", {"embed_dim": 65_536, "depth": 1000, "heads": 64}, "does not fit into this machine"),
+    ],
+)
+def test_numbers_have_ranges(name, settings, what):
+    with pytest.raises(UsageError) as caught:
+        zoo.create(name, **settings)
+    assert what in caught.value.what
+    assert caught.value.why

@@ -247,7 +247,7 @@ def test_tokens_of_another_number_than_the_grid():
     ("options", "what", "hint"),
     [
         ({"sta.r": 9}, "sta.r=9 is too large: a group of pruning 0 has 16 tokens", "sta.r=8 or less"),
-        ({"sta.r": -1}, "sta.r=-1 is negative", "sta.r=0"),
+        ({"sta.r": -1}, "sta.r=-1 is out of range", "0 prunes nothing"),
         ({"frames": 8}, "a clip of 4 frames of tokens can't be joined to 8 groups", "the first divides 4"),
         ({"sta.groups": "8,3,1"}, "8 groups can't be joined to 3 groups", "each number divides the one before"),
         ({"sta.groups": "8,4"}, "3 stages, 2 groups and 3 directions", "equally many"),
@@ -264,7 +264,7 @@ def test_options_that_do_not_fit(options, what, hint):
     with pytest.raises(UsageError) as error:
         small(**{"sta.r": 2, **options})
     assert what in error.value.what
-    assert hint in error.value.hint
+    assert hint in f"{error.value.hint} {error.value.why}"
 
 
 def test_the_smallest_group_that_r_fits():

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import tomllib
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -9,7 +14,9 @@ import onnxruntime as ort
 import pytest
 from bundles import noise, small_model
 from inlined import inlined
+from lowest import EXTRAS, lowest
 
+from dvexport.bundle.unpack import unpack
 from dvexport.errors import UsageError
 from dvexport.export import export
 from dvexport.graph.graph import OPSET
@@ -17,7 +24,7 @@ from dvexport.run.open import open_session
 from dvexport.targets import catalogue
 from dvexport.targets.onnx.emit import emit
 from dvexport.targets.onnx.opset import OLDEST
-from dvexport.targets.onnx.table import OnnxTable, newest_opset
+from dvexport.targets.onnx.table import OnnxTable, newest_opset, oldest_version
 from dvexport.verify import verify
 
 NODES = {
@@ -122,3 +129,49 @@ def test_every_target_s_runtime_reads_its_opset():
 def test_a_target_whose_runtime_does_not_is_refused():
     with pytest.raises(ValueError, match=r"ONNX Runtime 1\.13 reads opsets up to 17"):
         OnnxTable(opset=18, min_version="1.13")
+
+
+RUN = """
+import sys, numpy as np, onnxruntime as ort
+session = ort.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+states = dict(pair.split("=") for pair in sys.argv[4:])
+types = {"tensor(float)": np.float32, "tensor(bool)": bool, "tensor(int64)": np.int64}
+held = {one.name: np.zeros(one.shape, types[one.type]) for one in session.get_inputs() if one.name in states}
+names, rows = [one.name for one in session.get_outputs()], []
+for frame in np.load(sys.argv[2]):
+    got = dict(zip(names, session.run(names, {"frames": frame[None], **held})))
+    held = {name: got[after] for name, after in states.items()}
+    rows.append(got["logits"][0])
+np.save(sys.argv[3], rows)
+print(ort.__version__)
+"""
+"""A stream by hand, as on a device: states in, states out."""
+
+
+@pytest.mark.parametrize("name", ["dstep_resnet18", "adafuse_resnet18"])
+def test_the_oldest_runtime_of_the_catalogue_runs_artifacts(name, tmp_path):
+    python = os.environ.get("DVEXPORT_OLDEST_RUNTIME")
+    if python is None:
+        pytest.skip("make test-minimum has the environment with the oldest runtime")
+    target = next(
+        each for each in catalogue.names() if (said := catalogue.load(each).runtime(OnnxTable))
+        and said.min_version == oldest_version()
+    )  # fmt: skip
+    bundle = export(small_model(name), backend="onnx", target=target, output=tmp_path / "x.dvx")
+    unpack(bundle, tmp_path / "files")
+    np.save(tmp_path / "frames.npy", noise())
+    states = [f"{one.input}={one.output}" for one in bundle.manifest.states]
+    files = [tmp_path / "files" / "model.onnx", tmp_path / "frames.npy", tmp_path / "logits.npy"]
+    done = subprocess.run([python, "-c", RUN, *files, *states], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith(oldest_version())
+    with open_session(bundle) as session:
+        wanted = [step.logits for step in session.run_clip(noise())]
+    np.testing.assert_allclose(np.load(files[2]), wanted, atol=1e-4)
+
+
+def test_the_lowest_versions_are_those_of_the_project():
+    found = dict(requirement.split("==") for requirement in lowest())
+    table = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert len(found) == sum(map(len, (table["dependencies"], *(table["optional-dependencies"][e] for e in EXTRAS))))
+    assert found["torch"] == "2.13"
