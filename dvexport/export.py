@@ -66,6 +66,7 @@ def export(
     checkpoint: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
     assume_defaults: bool = False,
+    weights_key: str | None = None,
     target: str = catalogue.HOST,
     backend: str | None = None,
     mode: str | None = None,
@@ -85,7 +86,7 @@ def export(
             a `VideoModel`, or any module, which then needs `example`.
         output: written whole or not at all; the same export gives the same bytes. Native code is remembered as made
             here (`dvexport.bundle.trust`), if the user's list of exports can be written.
-        checkpoint, settings, assume_defaults: weights and options, see `dvexport.models.zoo.create`.
+        checkpoint, settings, assume_defaults, weights_key: weights and options, see `dvexport.models.zoo.create`.
         target: name in the device catalogue, `host`, or a TOML file.
         backend: `tvm` or `onnx`; by default the best that is installed and fits (`targets.registry.best_backend`).
         mode: `stream` (a frame a step, explicit state) or `clip` (all frames at once); by default `stream`, and `clip`
@@ -118,7 +119,8 @@ def export(
         device = maker.at_opset(device, opset)
     bundle_output(output)
     tell("load the model")
-    source = build_model(model, checkpoint, settings or {}, assume_defaults, _description(description, example, told))
+    told_of_it = _description(description, example, told)
+    source = build_model(model, checkpoint, settings or {}, assume_defaults, told_of_it, weights_key)
     net = source.model
     mode = _mode_of(net, mode)
     preprocess = net.preprocess
@@ -207,12 +209,14 @@ class Source:
     Attributes:
         settings: the options given, as JSON values.
         digest: SHA-256 of the weights given; None where name and settings alone rebuild the model.
+        weights_key: where they stand in their file, if that was said.
     """
 
     model: Any
     name: str
     settings: dict[str, Any]
     digest: str | None
+    weights_key: str | None = None
 
 
 def build_model(
@@ -221,6 +225,7 @@ def build_model(
     settings: Mapping[str, Any],
     assume_defaults: bool = False,
     description: Description | None = None,
+    weights_key: str | None = None,
 ) -> Source:
     """Return the model to export, in evaluation mode.
 
@@ -240,9 +245,10 @@ def build_model(
         name, checkpoint = zoo.saved_directory(model, checkpoint)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            net = zoo.create(name, checkpoint, assume_defaults=assume_defaults, description=description, **settings)
+            how = {"assume_defaults": assume_defaults, "description": description, "weights_key": weights_key}
+            net = zoo.create(name, checkpoint, **how, **settings)  # type: ignore[arg-type]
         digest = None if checkpoint is None else file_digest(checkpoint)
-        source = Source(net, name, _json_values(settings), digest)
+        source = Source(net, name, _json_values(settings), digest, weights_key)
     _check_weights(source.model)
     return source
 
@@ -307,7 +313,11 @@ def _model_entry(source: Source) -> ModelEntry:
     report = source.model.import_report
     told = {} if report is None else {"inferred": report.inferred, "assumed": report.assumed}
     return ModelEntry(
-        name=source.name, settings=source.settings, **{key: _json_values(options) for key, options in told.items()}
+        name=source.name,
+        settings=source.settings,
+        weights_key=source.weights_key,
+        notes=[] if report is None else list(report.notes),
+        **{key: _json_values(options) for key, options in told.items()},
     )
 
 

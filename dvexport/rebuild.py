@@ -237,4 +237,5 @@ def _built(name: str, checkpoint: str | Path | None, options: Mapping[str, Any],
         if (size := zoo.weight_bytes(name, options)) > most:
             raise _unfit("*", f"its weights and tables take {size} bytes, more than {most} for a bundle of its size")
     description = _description(manifest) if ":" in name else None
-    return build_model(name, checkpoint, options, assume_defaults=True, description=description).model
+    key = manifest.model.weights_key
+    return build_model(name, checkpoint, options, assume_defaults=True, description=description, weights_key=key).model

@@ -13,6 +13,7 @@ from dvexport.errors import UsageError, unknown_name
 from dvexport.video.preprocess import Preprocess
 
 __all__ = [
+    "OFFICIAL_NAMES",
     "MobileNetConfig",
     "Preprocess",
     "ResNetConfig",
@@ -344,6 +345,31 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:40]}..."
 
 
+OFFICIAL_NAMES = {
+    **dict.fromkeys(("num_segments", "num_frames", "clip_len", "num_frame"), "frames"),
+    **dict.fromkeys(("num_class", "num_classes", "nb_classes", "num_labels"), "classes"),
+    **dict.fromkeys(("input_size", "crop_size", "image_size", "img_size"), "size"),
+    **dict.fromkeys(("r", "sta", "tokens"), "sta.r"),
+    "gate_hidden_dim": "hidden",
+    "gbn": "gate_bn",
+    "grelu": "gate_relu",
+    "gate_reduce_type": "gate_pool",
+    "gate_history": "history",
+    "shared_policy_net": "shared_policies",
+    "hidden_size": "embed_dim",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "heads",
+    "num_heads": "heads",
+    "patch_size": "patch",
+    "tubelet_size": "tubelet",
+    "window_size": "window",
+}
+"""What official code and other libraries call options, by what they are called here."""
+
+_SHIFTS = {"offline": "bidirectional", "official": "bidirectional", "TSM": "bidirectional"}
+"""Other names of a shift: official training has this one, and calls it nothing."""
+
+
 def option_names(config: type) -> list[str]:
     """Return the names of the options of a config class."""
     return [field.name for field in dataclasses.fields(config)]
@@ -365,6 +391,9 @@ def parse_settings(config: type, settings: Mapping[str, Any]) -> dict[str, Any]:
     for given, value in settings.items():
         name = given.replace(".", "_")  # sta.r is the field sta_r
         if name not in known:
+            ours = OFFICIAL_NAMES.get(name)
+            if ours is not None and ours.replace(".", "_") in known:
+                raise UsageError(f"unknown option '{given}'", hint=f"it is called {ours} here: {ours}={value}")
             raise unknown_name("option", given, known)
         parsed[name] = _parse_value(name, value, types[name])
     return parsed
@@ -391,6 +420,8 @@ def _parse_value(name: str, value: Any, kind: Any) -> Any:
 
 def _parse_choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
     by_text = {str(choice): choice for choice in choices}
+    if name == "shift":
+        value = _SHIFTS.get(str(value), value)
     if str(value) not in by_text:
         raise unknown_name(f"value of {name}", str(value), by_text)
     return by_text[str(value)]

@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import inspect
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -149,6 +150,20 @@ _ZOO: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
+_PLANNED = {
+    "arnet": "AR-Net",
+    "vared2": "VA-RED2",
+    "vared": "VA-RED2",
+    "frameexit": "FrameExit",
+    "dynconv": "DynConv",
+    "dgnet": "DGNet",
+    "cgnet": "CGNet",
+    "x3d": "X3D",
+    "i3d": "I3D",
+}
+"""Models that people will ask for, by their names without marks."""
+
+
 def weights_folder() -> Path:
     """Return where the shipped weights lie."""
     return Path(__file__).parent / "weights"
@@ -171,6 +186,12 @@ def describe(name: str) -> ModelInfo:
         return ModelInfo(name, summary, family, options, architecture=name)
     path = _shipped().get(name)
     if path is None:
+        if (planned := _PLANNED.get(re.sub("[^a-z0-9]", "", name.lower()).removesuffix("resnet50"))) is not None:
+            raise UsageError(
+                f"{planned} is not in this release",
+                hint="dvexport models lists what is; a model of your own is exported by a factory, "
+                "see docs/adding-a-model.md",
+            )
         raise unknown_name("model", name, names())
     about = read_metadata(path) or {}
     architecture = about.get("architecture", "")
@@ -217,6 +238,7 @@ def create(
     *,
     labels: str | Path | Sequence[str] | None = None,
     assume_defaults: bool = False,
+    weights_key: str | None = None,
     description: Description | None = None,
     **settings: Any,
 ) -> VideoModel:
@@ -233,6 +255,7 @@ def create(
         labels: class names, or a text file with one a line.
         assume_defaults: where nothing tells an option that changes the numbers, take the official default
             instead of raising UntoldError (`dvexport.models.checkpoints.untold`).
+        weights_key: where the weights stand in the checkpoint, such as `model_ema`, if it holds several.
         description: what a module that a factory returns does not tell of itself, if it is no `VideoModel`.
         settings: options as in `describe(name).options`; strings are parsed as in `--set key=value`.
 
@@ -245,14 +268,16 @@ def create(
     model: VideoModel
     if description is not None and ":" not in name:
         raise UsageError(f"'{name}' says itself what it takes and gives", hint="leave out its example and description")
+    if weights_key is not None and (checkpoint is None or name == DIRECTORY):
+        raise UsageError("a weights key is for a checkpoint's file", hint="leave it out, or give --checkpoint FILE")
     if name == DIRECTORY:
         model = _from_directory(checkpoint, settings, assume_defaults)
     elif ":" in name:
         from dvexport.models.described import described
 
-        model = described(_from_factory(name, checkpoint, settings), name, description)
+        model = described(_from_factory(name, checkpoint, settings, weights_key), name, description)
     else:
-        model = _from_zoo(describe(name), checkpoint, settings, assume_defaults)
+        model = _from_zoo(describe(name), checkpoint, settings, assume_defaults, weights_key)
     if labels is not None:
         model.set_labels(_read_labels(labels) if isinstance(labels, (str, Path)) else list(labels))
     return model.eval()
@@ -292,7 +317,11 @@ def _read_labels(path: str | Path) -> list[str]:
 
 
 def _from_zoo(
-    info: ModelInfo, checkpoint: str | Path | None, settings: Mapping[str, Any], assume_defaults: bool
+    info: ModelInfo,
+    checkpoint: str | Path | None,
+    settings: Mapping[str, Any],
+    assume_defaults: bool,
+    weights_key: str | None,
 ) -> VideoModel:
     if info.weights is not None and checkpoint is not None:
         raise UsageError(
@@ -302,7 +331,7 @@ def _from_zoo(
     parsed = parse_settings(FAMILIES[info.family].config, settings)
     path = info.weights or checkpoint
     if path is not None:
-        return _from_file(info, Path(path), parsed, assume_defaults)
+        return _from_file(info, Path(path), parsed, assume_defaults, weights_key)
     if parsed:
         check_fits(info.name, lambda: _build(info, info.name, {**info.options, **parsed}))
     return _build(info, info.name, {**info.options, **parsed})
@@ -313,13 +342,16 @@ def _build(info: ModelInfo, name: str, options: Mapping[str, Any]) -> VideoModel
     return family.build(family.config(**parse_settings(family.config, options)), name)
 
 
-def _from_file(info: ModelInfo, path: Path, settings: Mapping[str, Any], assume_defaults: bool) -> VideoModel:
+def _from_file(
+    info: ModelInfo, path: Path, settings: Mapping[str, Any], assume_defaults: bool, weights_key: str | None
+) -> VideoModel:
     """Make a model and load its weights; what dvexport's own files say of input and labels holds."""
     from dvexport.models.checkpoints.importers import load_weights, plan_import
 
-    plan = plan_import(path, info.architecture, info.family, info.options, settings, assume_defaults=assume_defaults)
+    how = {"assume_defaults": assume_defaults, "weights_key": weights_key}
+    plan = plan_import(path, info.architecture, info.family, info.options, settings, **how)  # type: ignore[arg-type]
     model = _build(info, info.name, plan.options)
-    load_weights(model, plan.state, where=str(path))
+    load_weights(model, plan.state, where=str(path), names=plan.names)
     model.import_report = plan.report
     about = read_metadata(path) if plan.report.layout == "dvexport" else None
     if about:
@@ -341,7 +373,9 @@ def _trained_input(trained: Mapping[str, Any], built: Preprocess, settings: Mapp
     return preprocess
 
 
-def _from_factory(name: str, checkpoint: str | Path | None, settings: Mapping[str, Any]) -> Any:
+def _from_factory(
+    name: str, checkpoint: str | Path | None, settings: Mapping[str, Any], weights_key: str | None
+) -> Any:
     """Call `package.module:factory` of the user's; the working folder is searched too."""
     from torch import nn
 
@@ -376,7 +410,7 @@ def _from_factory(name: str, checkpoint: str | Path | None, settings: Mapping[st
         from dvexport.models.checkpoints.checkpoint import read_checkpoint
         from dvexport.models.checkpoints.importers import load_weights
 
-        load_weights(weights, read_checkpoint(checkpoint).state, where=str(checkpoint))
+        load_weights(weights, read_checkpoint(checkpoint, weights_key).state, where=str(checkpoint))
     return model
 
 

@@ -191,12 +191,16 @@ class ModelEntry(_Entry):
         settings: options given by name.
         inferred: options that the weights told, and the model's name.
         assumed: options that nothing told, at their defaults.
+        weights_key: where the weights stand in the checkpoint's file, if that was said.
+        notes: how the weights were found, and what an assumption means.
     """
 
     name: str
     settings: dict[str, Any] = {}
     inferred: dict[str, Any] = {}
     assumed: dict[str, Any] = {}
+    weights_key: str | None = None
+    notes: list[str] = []
 
 
 class PassEntry(_Entry):

@@ -9,6 +9,7 @@ from contextlib import suppress
 import click
 
 from dvexport.cli.cache import cache
+from dvexport.cli.checkpoint import checkpoint
 from dvexport.cli.export import export
 from dvexport.cli.inspect import inspect
 from dvexport.cli.models import models
@@ -51,7 +52,7 @@ def cli() -> None:
     """
 
 
-for _command in (models, targets, export, inspect, verify, run, profile, slim, unpack, tune, train, cache):
+for _command in (models, targets, checkpoint, export, inspect, verify, run, profile, slim, unpack, tune, train, cache):
     cli.add_command(_command)
 
 

@@ -28,6 +28,7 @@ __all__ = ["export", "memory_line", "origin_lines", "trust_line"]
 @click.command()
 @click.argument("model")
 @path_option("--checkpoint", help="Weights of the model, in the layout of its authors or of dvexport.")
+@click.option("--weights-key", metavar="KEY", help="Where the weights stand in it, such as model_ema; a.b is b in a.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Option of the model; repeatable.")
 @click.option("--assume-defaults", is_flag=True, help="Take official defaults of options that nothing tells.")
 @click.option("--target", default="host", show_default=True, help="Device, see `dvexport targets`, or a .toml file.")
@@ -43,6 +44,7 @@ __all__ = ["export", "memory_line", "origin_lines", "trust_line"]
 def export(
     model: str,
     checkpoint: Path | None,
+    weights_key: str | None,
     settings: tuple[str, ...],
     assume_defaults: bool,
     target: str,
@@ -80,6 +82,7 @@ def export(
             checkpoint=checkpoint,
             settings=options,
             assume_defaults=assume_defaults,
+            weights_key=weights_key,
             target=target,
             backend=taken,
             mode=mode,
@@ -131,14 +134,20 @@ def origin_lines(model: ModelEntry) -> list[str]:
     """Return lines that say where the options of an imported model come from, none if nothing was imported."""
     from dvexport.models.checkpoints.untold import as_settings
 
+    overrule = (
+        "overrule with --set"
+        if not {"mean", "std"} & model.assumed.keys()
+        else "a preprocessor_config.json beside config.json would"
+    )
     parts = (
         ("inferred", model.inferred, ""),
         ("given", model.settings, ""),
-        ("assumed", model.assumed, "  (nothing tells it; overrule with --set)"),
+        ("assumed", model.assumed, f"  (nothing tells it; {overrule})"),
     )
     if not model.inferred and not model.assumed:
         return []
-    return [f"{name}: {' '.join(as_settings(options))}{note}" for name, options, note in parts if options]
+    lines = [f"{name}: {' '.join(as_settings(options))}{note}" for name, options, note in parts if options]
+    return lines + [f"note: {note}" for note in model.notes]
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from dvexport.errors import CheckpointError, UsageError
 from dvexport.models.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from dvexport.models.checkpoints.families import FAMILIES, layout_of
 from dvexport.models.checkpoints.layouts import Layout
-from dvexport.models.checkpoints.untold import as_settings, questions, refusal
+from dvexport.models.checkpoints.untold import as_settings, has_effect, questions, refusal
 from dvexport.models.config import ViTConfig, parse_settings
 
 __all__ = ["ImportPlan", "ImportReport", "contradiction", "load_weights", "plan_import"]
@@ -37,6 +37,7 @@ class ImportReport:
         inferred: options that the weights tell, and that the name of the model tells.
         given: options set by name that the weights do not tell.
         assumed: options that nothing told, at the official defaults; set them by name to overrule.
+        notes: how the weights were found in the file, and what an assumption means; a sentence each.
     """
 
     path: str
@@ -44,6 +45,7 @@ class ImportReport:
     inferred: dict[str, Any] = field(default_factory=dict)
     given: dict[str, Any] = field(default_factory=dict)
     assumed: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """Return the report for a person."""
@@ -54,7 +56,7 @@ class ImportReport:
             lines.append("  given:    " + _joined(self.given))
         if self.assumed:
             lines.append("  assumed:  " + _joined(self.assumed) + "  (overrule with --set)")
-        return lines
+        return lines + [f"  note:     {note}" for note in self.notes]
 
 
 def _joined(options: Mapping[str, Any]) -> str:
@@ -69,11 +71,19 @@ class ImportPlan:
         options: every option of the model, explicit ones first, then inferred, then defaults.
         state: the weights under dvexport's names.
         report: what was inferred and assumed.
+        names: what the file calls them, by dvexport's name.
     """
 
     options: dict[str, Any]
     state: dict[str, Tensor]
     report: ImportReport
+    names: Mapping[str, str] = field(default_factory=dict)
+
+
+_DIRECTION = (
+    "these weights are of a shifted model, and don't tell the direction; official training shifts both ways "
+    "(shift=bidirectional, clip mode), and with weights of that kind the logits of shift=online are others"
+)
 
 
 def plan_import(
@@ -84,6 +94,7 @@ def plan_import(
     settings: Mapping[str, Any],
     *,
     assume_defaults: bool = False,
+    weights_key: str | None = None,
 ) -> ImportPlan:
     """Read a checkpoint for the zoo model `name` and settle every option.
 
@@ -92,13 +103,14 @@ def plan_import(
         name, family, defaults: the zoo model, its family and its options.
         settings: options given by name, which outrank what is assumed.
         assume_defaults: take the defaults of what nothing tells instead of asking.
+        weights_key: where the weights stand in the file, see `read_checkpoint`.
 
     Raises:
         UntoldError: if nothing tells an option that changes the numbers.
         CheckpointError: if the file can't be read safely or is of another model.
         UsageError: if a setting contradicts the weights.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, weights_key)
     if checkpoint.metadata is not None:
         return _plan_own(checkpoint, name, family, settings)
     layout = layout_of(checkpoint.state, str(path))
@@ -114,21 +126,32 @@ def plan_import(
             hint=_other_model(layout.family, facts),
         )
     told = {**_named(defaults), **facts}
+    assumed, notes = {}, checkpoint.found.lines()
     if facts.get("shift") == "bidirectional":
         # The official layout marks that a block is shifted, not the direction: that is for the name to say.
         told["shift"] = facts["shift"] = settings.get("shift", defaults["shift"])
+        if facts["shift"] == "online" and "shift" not in settings:
+            assumed["shift"] = told.pop("shift")
+            notes.append(_DIRECTION)
     for option, value in facts.items():
         if option in settings and settings[option] != value:
             raise contradiction({option: settings[option]}, {option: value}, "checkpoint", str(path), "its weights say")
     options = {**defaults, **told, **settings}
-    asked = questions(family, options, told, settings)
+    asked = questions(family, options, {**told, **assumed}, settings)
     if asked and not assume_defaults:
         raise refusal(asked, f"{path} ({layout.kind} layout)")
     _check_tokens(layout, options, str(path))
     given = {option: value for option, value in settings.items() if option not in facts}
-    inferred = {option: value for option, value in told.items() if option not in given}
-    assumed = {question.option: question.default for question in asked}
-    return ImportPlan(options, layout.state, ImportReport(str(path), layout.kind, inferred, given, assumed))
+    inferred = {o: value for o, value in told.items() if o not in given and has_effect(family, o, options)}
+    assumed |= {question.option: question.default for question in asked}
+    report = ImportReport(str(path), layout.kind, inferred, given, assumed, tuple(notes))
+    return ImportPlan(options, layout.state, report, _names(checkpoint, layout.state))
+
+
+def _names(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return what the file calls each weight, by dvexport's name; tensors are the same objects in both."""
+    known = {id(value): checkpoint.found.prefix + key for key, value in checkpoint.state.items()}
+    return {own: known[id(value)] for own, value in state.items() if id(value) in known}
 
 
 def _named(defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,7 +192,10 @@ def _other_model(family: str, facts: Mapping[str, Any]) -> str:
     likely = FAMILIES[family].likely(facts)
     if likely:
         return f"use {likely}, the most likely model"
-    return "--set shift=none" if family == "mobilenet" else "give its size with --set, see the options"
+    if family == "mobilenet":
+        return "--set shift=none"
+    sizes = {option: facts[option] for option in FAMILIES[family].identity if option in facts}
+    return "give its sizes: " + " ".join(f"--set {pair}" for pair in as_settings(sizes))
 
 
 def _plan_own(checkpoint: Checkpoint, name: str, family: str, settings: Mapping[str, Any]) -> ImportPlan:
@@ -198,19 +224,25 @@ def _mismatch(family: str, defaults: Mapping[str, Any], layout: Layout, facts: M
     if layout.family != family:
         return f"its layers are those of a {layout.family}"
     differing = [o for o in FAMILIES[family].identity if o in facts and facts[o] != defaults[o]]
+    said = ["its weights say " + _joined({o: facts[o] for o in differing})] if differing else []
     if "shift" in facts and _shifts(facts) != _shifts(defaults):
-        differing.append("shift")
-    return "its weights say " + _joined({o: facts[o] for o in differing}) if differing else ""
+        said.append("its blocks are shifted" if _shifts(facts) else "its blocks are not shifted")
+    return ", and ".join(said)
 
 
 def _shifts(options: Mapping[str, Any]) -> bool:
     return options["shift"] != "none"
 
 
-def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, where: str) -> None:
+def load_weights(
+    model: nn.Module, state: Mapping[str, Tensor], *, where: str, names: Mapping[str, str] | None = None
+) -> None:
     """Put `state` into `model`, every key of it.
 
     Layers that blocks share may stand under the first block only.
+
+    Args:
+        names: what the file calls weights, by the model's name, for messages.
 
     Raises:
         CheckpointError: if keys are missing or left over, or shapes differ; the first few are named.
@@ -246,12 +278,37 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, where: str) -
             ],
         ),
     ]
-    found = [f"{len(keys)} {kind}: {', '.join(keys[:3])}" for kind, keys in problems if keys]
+    found = [
+        f"{len(keys)} {kind}: {', '.join(_in_file(key, names or {}) for key in keys[:3])}"
+        for kind, keys in problems
+        if keys
+    ]
     if found:
         raise CheckpointError(
             "the checkpoint's keys don't fit the model", where=where, why="; ".join(found), hint=_hint(state)
         )
     model.load_state_dict(complete)
+
+
+def _alike(first: str, second: str) -> int:
+    """Return how many characters two names begin with alike."""
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
+
+
+def _in_file(key: str, names: Mapping[str, str]) -> str:
+    """Return what the file calls a weight, or would: as it calls the one whose name is most alike."""
+    own, rest = key.partition(" ")[0], key.partition(" ")[1] + key.partition(" ")[2]
+    if own in names:
+        return names[own] + rest
+    alike = max(names, key=lambda name: _alike(name, own), default=None)
+    if alike is None:
+        return key
+    stored = names[alike]
+    same = _alike(alike[::-1], stored[::-1])
+    before, ours = stored[: len(stored) - same], alike[: len(alike) - same]
+    return before + own[len(ours) :] + rest if own.startswith(ours) else key
 
 
 def _hint(state: Mapping[str, Tensor]) -> str | None:

@@ -23,7 +23,7 @@ from typing import Any
 from dvexport.errors import UntoldError
 from dvexport.models.checkpoints.families import FAMILIES
 
-__all__ = ["Question", "as_settings", "questions", "refusal"]
+__all__ = ["Question", "as_settings", "has_effect", "questions", "refusal"]
 
 
 @dataclass(frozen=True)
@@ -100,15 +100,23 @@ def questions(
         settings: what was given by name.
     """
     asked = [option for option, role in FAMILIES[family].roles.items() if role == "asked"]
-    open_ones = [o for o in asked if o not in told and o not in settings and _matters(family, o, options)]
+    open_ones = [o for o in asked if o not in told and o not in settings and has_effect(family, o, options)]
     return [Question(option, *_text(family, option, options), options[option]) for option in open_ones]
 
 
-def _matters(family: str, option: str, options: Mapping[str, Any]) -> bool:
+def has_effect(family: str, option: str, options: Mapping[str, Any]) -> bool:
     """Return whether another value of `option` gives other numbers."""
+    if FAMILIES[family].roles[option] == "training":
+        return False
     if option in ("shift_div", "shift_place"):
         return bool(options["shift"] != "none")
-    return option not in ("gate_relu", "gate_pool") or bool(options["channel_gates"])
+    return option not in _OF_POLICIES or bool(options["channel_gates"])
+
+
+_OF_POLICIES = frozenset(
+    ("history", "skipping", "hidden", "hidden_quota", "gate_bn", "gate_relu", "gate_pool", "shared_policies")
+)
+"""Options without effect where there are no policies."""
 
 
 def _text(family: str, option: str, options: Mapping[str, Any]) -> tuple[str, tuple[tuple[str, str], ...]]:

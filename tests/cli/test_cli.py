@@ -57,7 +57,21 @@ def test_help_imports_nothing_heavy():
 
 @pytest.mark.parametrize(
     "command",
-    ["models", "targets", "export", "inspect", "verify", "run", "profile", "slim", "unpack", "tune", "train", "cache"],
+    [
+        "models",
+        "targets",
+        "checkpoint",
+        "export",
+        "inspect",
+        "verify",
+        "run",
+        "profile",
+        "slim",
+        "unpack",
+        "tune",
+        "train",
+        "cache",
+    ],
 )
 def test_every_command_has_help(call, command):
     code, out, _ = call(command, "--help")
@@ -108,7 +122,7 @@ def test_wrong_use(call):
 def test_runs_as_a_module(module):
     done = subprocess.run([sys.executable, "-m", module, "exprot"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: unknown command 'exprot'\n  try: did you mean export, profile?\n"
+    assert done.stderr == "error: unknown command 'exprot'\n  try: did you mean export, checkpoint, profile?\n"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")

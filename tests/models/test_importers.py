@@ -97,7 +97,13 @@ def test_official_tsm(tmp_path, name):
     assert loaded.config == model.config
     assert same_function(loaded, model)
     assert loaded.import_report.layout == "official TSM / TSN"
-    assert loaded.import_report.inferred["shift"] == model.config.shift
+    report = loaded.import_report
+    if model.config.shift == "online":  # the file says that blocks are shifted, not in which direction
+        assert report.assumed["shift"] == "online" and "shift" not in report.inferred
+        assert "the logits of shift=online are others" in report.notes[-1]
+    else:
+        assert report.inferred["shift"] == model.config.shift and "shift" not in report.assumed
+    assert report.notes[:2] == ("the weights are those under 'state_dict'", "'module.' was taken off every name")
 
 
 @pytest.mark.parametrize("name", ["tsm_mobilenetv2", "tsm_online_mobilenetv2"])
@@ -220,8 +226,8 @@ def test_missing_and_unexpected_keys_are_listed(tmp_path):
     path = official.save(tmp_path / "c.pth", keys)
     with pytest.raises(CheckpointError, match="don't fit the model") as error:
         imported("adafuse_resnet18", path)
-    assert "1 missing: layer2.0.bn2.weight" in error.value.why
-    assert "1 unexpected: layer2.0.surplus" in error.value.why
+    assert "1 missing: module.base_model.layer2.0.bn2.weight" in error.value.why
+    assert "1 unexpected: module.base_model.layer2.0.surplus" in error.value.why
     assert "adafuse_resnet18" in error.value.hint
 
 

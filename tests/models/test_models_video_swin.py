@@ -261,5 +261,5 @@ def test_a_checkpoint_of_another_size_or_with_missing_weights(tmp_path):
         zoo.create("vit_small", path)
     del keys["backbone.layers.1.blocks.1.attn.proj.bias"]
     path = official.save(tmp_path / "swin.pth", keys, wrapped="state_dict")
-    with pytest.raises(CheckpointError, match=r"1 missing: layers.1.blocks.1.attn.proj.bias"):
+    with pytest.raises(CheckpointError, match=r"1 missing: backbone.layers.1.blocks.1.attn.proj.bias"):
         zoo.create("video_swin_tiny", path, frames=8, size=64, **SIZE)
