@@ -19,7 +19,8 @@ from math import prod
 from typing import Any
 
 from dvexport.models import zoo
-from dvexport.models.config import VideoSwinConfig, ViTConfig, parse_settings
+from dvexport.models.config import VideoSwinConfig, ViTConfig
+from dvexport.models.settings import parse_settings
 
 __all__ = ["PUBLISHED", "TokenFigure", "operators", "token_figures", "video_swin_flops", "vit_flops"]
 

@@ -5,25 +5,18 @@ Nothing here imports torch before a model is made, so that names can be listed a
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import dataclasses
-import importlib
-import inspect
-import os
 import re
-import sys
-import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dvexport.errors import DvexportError, UsageError, unknown_name
+from dvexport.errors import UsageError, unknown_name
 from dvexport.models.checkpoints.checkpoint import read_metadata
 from dvexport.models.checkpoints.families import FAMILIES
-from dvexport.models.config import option_names, parse_settings
 from dvexport.models.fits import check_fits, weight_bytes_of
+from dvexport.models.settings import option_names, parse_settings
 from dvexport.video.preprocess import Preprocess
 
 if TYPE_CHECKING:
@@ -274,8 +267,9 @@ def create(
         model = _from_directory(checkpoint, settings, assume_defaults)
     elif ":" in name:
         from dvexport.models.described import described
+        from dvexport.models.factory import model_of_factory
 
-        model = described(_from_factory(name, checkpoint, settings, weights_key), name, description)
+        model = described(model_of_factory(name, checkpoint, settings, weights_key), name, description)
     else:
         model = _from_zoo(describe(name), checkpoint, settings, assume_defaults, weights_key)
     if labels is not None:
@@ -371,83 +365,3 @@ def _trained_input(trained: Mapping[str, Any], built: Preprocess, settings: Mapp
         names = ("resize", "sampling", "stride", "clips", "crops")
         preprocess = dataclasses.replace(preprocess, **{name: getattr(built, name) for name in names})
     return preprocess
-
-
-def _from_factory(
-    name: str, checkpoint: str | Path | None, settings: Mapping[str, Any], weights_key: str | None
-) -> Any:
-    """Call `package.module:factory` of the user's; the working folder is searched too."""
-    from torch import nn
-
-    from dvexport.models.described import Described
-
-    module_name, _, attribute = name.partition(":")
-    with _working_folder_first():
-        try:
-            factory = getattr(importlib.import_module(module_name), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise UsageError(
-                f"can't find the model factory '{name}'",
-                why=str(error),
-                hint="package.module:factory, importable from here or installed",
-            ) from error
-        except Exception as error:
-            raise _broken_factory(name, error) from error
-    options = {key: _literal(value) for key, value in settings.items()}
-    _check_options(name, factory, options)
-    try:
-        model = factory(**options)
-    except DvexportError:
-        raise
-    except Exception as error:
-        raise _broken_factory(name, error) from error
-    weights = model.unwrapped if isinstance(model, Described) else model
-    if not isinstance(weights, nn.Module):
-        raise UsageError(
-            f"'{name}' returned a {type(model).__name__}, not a torch module", hint="see docs/adding-a-model.md"
-        )
-    if checkpoint is not None:
-        from dvexport.models.checkpoints.checkpoint import read_checkpoint
-        from dvexport.models.checkpoints.importers import load_weights
-
-        load_weights(weights, read_checkpoint(checkpoint, weights_key).state, where=str(checkpoint))
-    return model
-
-
-def _check_options(name: str, factory: Any, options: Mapping[str, Any]) -> None:
-    """Raise UsageError if the factory takes no such options; one without a signature says so itself."""
-    with contextlib.suppress(ValueError):
-        signature = inspect.signature(factory)
-        try:
-            signature.bind(**options)
-        except TypeError as error:
-            takes = f"{name.partition(':')[2]}{signature}"
-            raise UsageError(f"the options don't fit the model factory '{name}'", where=takes, why=str(error)) from None
-
-
-def _broken_factory(name: str, error: Exception) -> UsageError:
-    """Return the error for a user's module or factory that raised, with the line that did."""
-    last = error if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1]
-    return UsageError(
-        f"the model factory '{name}' failed",
-        where=f"{last.filename}:{last.lineno}",
-        why=f"{type(error).__name__}: {error}",
-    )
-
-
-def _literal(value: Any) -> Any:
-    """Return the Python value that a string of `--set` writes, the string itself if it writes none."""
-    try:
-        return ast.literal_eval(value) if isinstance(value, str) else value
-    except (ValueError, SyntaxError):
-        return value
-
-
-@contextlib.contextmanager
-def _working_folder_first() -> Iterator[None]:
-    folder = os.getcwd()
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)

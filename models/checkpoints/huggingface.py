@@ -18,7 +18,8 @@ from typing import Any
 
 from dvexport.errors import CheckpointError, UntoldError, UsageError
 from dvexport.models.checkpoints.checkpoint import read_checkpoint
-from dvexport.models.config import ViTConfig, parse_settings
+from dvexport.models.config import ViTConfig
+from dvexport.models.settings import parse_settings
 from dvexport.video.preprocess import Preprocess
 
 __all__ = ["directory_digest", "load_directory"]

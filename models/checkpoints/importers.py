@@ -19,7 +19,8 @@ from dvexport.models.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from dvexport.models.checkpoints.families import FAMILIES, layout_of
 from dvexport.models.checkpoints.layouts import Layout
 from dvexport.models.checkpoints.untold import as_settings, has_effect, questions, refusal
-from dvexport.models.config import ViTConfig, parse_settings
+from dvexport.models.config import ViTConfig
+from dvexport.models.settings import parse_settings
 
 __all__ = ["ImportPlan", "ImportReport", "contradiction", "load_weights", "plan_import"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dvexport.errors import UsageError
-from dvexport.models.config import parse_settings
+from dvexport.models.settings import parse_settings
 
 __all__ = [
     "RECIPES",

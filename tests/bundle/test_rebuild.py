@@ -14,7 +14,8 @@ from dvexport.bundle.manifest import Manifest, ModelEntry
 from dvexport.cli import main
 from dvexport.errors import BundleError, DvexportError, UsageError
 from dvexport.export import build_model
-from dvexport.models.config import ResNetConfig, parse_settings
+from dvexport.models.config import ResNetConfig
+from dvexport.models.settings import parse_settings
 from dvexport.rebuild import rebuild
 from dvexport.verify import verify
 from dvexport.video.preprocess import MAX_SIDE, Preprocess

@@ -11,7 +11,8 @@ from dvexport.errors import CheckpointError, UsageError
 from dvexport.models import zoo
 from dvexport.models.base import VideoModel
 from dvexport.models.checkpoints.checkpoint import save_checkpoint
-from dvexport.models.config import MobileNetConfig, ResNetConfig, parse_settings
+from dvexport.models.config import MobileNetConfig, ResNetConfig
+from dvexport.models.settings import parse_settings
 
 ARCHITECTURES = [name for name in zoo.names() if zoo.describe(name).weights is None]
 

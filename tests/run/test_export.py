@@ -10,8 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from bundles import FRAMES, SIZE, small_bundle, small_model, torch_logits
-from inlined import inlined
+from bundles import FRAMES, SIZE, inlined, small_bundle, small_model, torch_logits
 
 import dvexport
 import dvexport.export

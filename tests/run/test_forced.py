@@ -13,7 +13,7 @@ import onnx_ir as ir
 import pytest
 import torch
 import torch.nn.functional as F
-from inlined import inlined
+from bundles import inlined
 from onnx import numpy_helper
 from torch import Tensor, nn
 

@@ -12,8 +12,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from bundles import noise, small_model
-from inlined import inlined
+from bundles import inlined, noise, small_model
 from lowest import EXTRAS, lowest
 
 from dvexport.bundle.unpack import unpack

@@ -10,8 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from bundles import FRAMES, SIZE, logits, noise, small_bundle, small_model, torch_logits
-from inlined import inlined
+from bundles import FRAMES, SIZE, inlined, logits, noise, small_bundle, small_model, torch_logits
 
 from dvexport import gates
 from dvexport.bundle.levels import read_gate_level

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from bundles import FRAMES, noise, small_bundle, small_model
-from inlined import inlined
+from bundles import FRAMES, inlined, noise, small_bundle, small_model
 from onnx import numpy_helper
 from safetensors.numpy import save
 

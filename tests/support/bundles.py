@@ -10,10 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from onnx import numpy_helper
 from random_gates import randomize_gates
 
 from dvexport.bundle.archive import Bundle
+from dvexport.bundle.graphs import read_graph
 from dvexport.export import export
+from dvexport.graph.weights import external_arrays
 from dvexport.models import zoo
 from dvexport.models.base import VideoModel
 
@@ -64,3 +67,13 @@ def torch_logits(model: VideoModel, frames: np.ndarray) -> np.ndarray:
     """PyTorch's logits `[T, classes]`."""
     with torch.no_grad():
         return model(torch.from_numpy(frames)).numpy()
+
+
+def inlined(bundle: Bundle, name: str = "model.onnx") -> bytes:
+    """Return a graph of a bundle that refers to no other file."""
+    model = read_graph(bundle, name)
+    arrays = external_arrays(model, bundle.array, where=name)
+    for tensor in model.graph.initializer:
+        if tensor.name in arrays:
+            tensor.CopyFrom(numpy_helper.from_array(arrays[tensor.name], tensor.name))
+    return model.SerializeToString()
