@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dvexport.errors import UsageError
 
-__all__ = ["atomic_write", "new_folder", "writable_output"]
+__all__ = ["atomic_write", "check_file", "new_folder", "read_text", "writable_output"]
 
 _CAUSES = {
     errno.ENOSPC: ("the disk is full", "free some space or choose another place"),
@@ -33,6 +33,32 @@ _CAUSES = {
 
 _LONGEST_SUFFIX = 16
 """Bytes; no format that a writer knows has more, and the temporary file's name has to stay legal."""
+
+
+MOST_TEXT = 16 << 20
+"""Bytes of a text that somebody wrote: labels, a target, a recipe, a config."""
+
+
+def check_file(path: str | Path) -> None:
+    """Raise OSError for what is read as a file and is none: a pipe or a device may never end."""
+    if Path(path).exists() and not Path(path).is_file():
+        what = "it is a folder" if Path(path).is_dir() else "it is a pipe or a device, which may never end"
+        raise OSError(errno.EINVAL, what, str(path))
+
+
+def read_text(path: str | Path) -> str:
+    """Return a text file, UTF-8.
+
+    Raises:
+        OSError: it can't be read, is no file, or is larger than `MOST_TEXT`.
+        UnicodeDecodeError: it is no text.
+    """
+    check_file(path)
+    with open(path, "rb") as file:
+        content = file.read(MOST_TEXT + 1)
+    if len(content) > MOST_TEXT:
+        raise OSError(errno.EFBIG, f"it has more than {MOST_TEXT >> 20} MiB, and should be a short text", str(path))
+    return content.decode("utf-8")
 
 
 @contextmanager

@@ -8,9 +8,12 @@ from typing import SupportsIndex, cast
 
 from dvexport.errors import UsageError
 
-__all__ = ["INT_MAX", "whole_number"]
+__all__ = ["INT_MAX", "MOST_RUNS", "whole_number"]
 
 INT_MAX = 2**31 - 1
+
+MOST_RUNS = 10_000
+"""Passes of a profile over its clip: every call of every pass is kept until the end."""
 """The largest C `int` of every target."""
 
 _SHOWN = 40

@@ -71,7 +71,13 @@ def model_of_factory(
 
 
 def _check_options(name: str, factory: Any, options: Mapping[str, Any]) -> None:
-    """Raise UsageError if the factory takes no such options; one without a signature says so itself."""
+    """Raise UsageError if it is no factory or takes no such options; one without a signature says so itself."""
+    if not callable(factory):
+        raise UsageError(
+            f"'{name}' is no model factory",
+            why=f"it is a {type(factory).__name__}, which can't be called",
+            hint="name a function or class that returns the module",
+        )
     with contextlib.suppress(ValueError):
         signature = inspect.signature(factory)
         try:

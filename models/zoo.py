@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dvexport.errors import UsageError, unknown_name
+from dvexport.files import read_text
 from dvexport.models.checkpoints.checkpoint import read_metadata
 from dvexport.models.checkpoints.families import FAMILIES
 from dvexport.models.fits import check_fits, weight_bytes_of
@@ -304,9 +305,10 @@ def _from_directory(folder: str | Path | None, settings: Mapping[str, Any], assu
 
 def _read_labels(path: str | Path) -> list[str]:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError("can't read the labels", where=str(path), why=str(error)) from None
+        why = getattr(error, "strerror", None) or str(error)
+        raise UsageError("can't read the labels", where=str(path), why=why) from None
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 

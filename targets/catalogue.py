@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from dvexport.errors import UsageError, unknown_name
+from dvexport.files import read_text
 from dvexport.targets.discover import BACKENDS, PLANNED, part_of
 from dvexport.targets.runtime import DEFAULT_THREADS, MOST_THREADS
 from dvexport.targets.table import Positive, Table
@@ -212,7 +213,7 @@ def path_of(name_or_path: str | Path) -> Path:
 def load_file(path: Path) -> Target:
     """Return the device that the TOML file at `path` describes; UsageError as `load`."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(read_text(path))
     except FileNotFoundError as error:
         raise UsageError("there is no such target file", where=str(path)) from error
     except (OSError, UnicodeDecodeError) as error:

@@ -22,7 +22,7 @@ from weakref import WeakValueDictionary
 
 from dvexport.bundle.manifest import FileEntry, Manifest, check_member_name, parse_manifest
 from dvexport.errors import BundleError, DeviceError
-from dvexport.files import atomic_write
+from dvexport.files import atomic_write, check_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -242,6 +242,7 @@ def _padding(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
 def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
     """Open the zip and turn whatever damage raises, here or in the block, into BundleError."""
     try:
+        check_file(path)
         with zipfile.ZipFile(path) as archive:
             yield archive
     except OSError as error:

@@ -9,9 +9,10 @@ location that is an address in memory. All of it is refused here, before onnx-ir
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx
 from google.protobuf.message import DecodeError, Message
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from dvexport.bundle.archive import Bundle
 
 __all__ = ["read_graph", "read_model"]
+
+_MOST_TURNS = 1 << 20
+"""Turns of all loops inside each other: windows of a transformer's blocks are some hundreds."""
 
 _OPTIONS = "ort_config"
 """Metadata that ONNX Runtime can be made to take session options from, the names of files to write among them."""
@@ -66,8 +70,41 @@ def _check_operators(graph: onnx.ModelProto, where: str) -> None:
     for node in _messages(graph, onnx.NodeProto):
         if node.domain not in DOMAINS:
             raise _refused("it has an operator that no bundle has", where, f"{node.op_type} of domain '{node.domain}'")
+    _check_loops(graph.graph, _constants(graph.graph), _MOST_TURNS, where)
     if any(entry.key == _OPTIONS for entry in graph.metadata_props):
         raise _refused("it brings options for the runtime", where, f"metadata '{_OPTIONS}'")
+
+
+def _check_loops(graph: onnx.GraphProto, constants: Mapping[str, int], most: int, where: str) -> None:
+    """Refuse a loop that may not end: its number of turns has to be a constant, and all of them together few."""
+    for node in graph.node:
+        inner, left = [attribute.g for attribute in node.attribute if attribute.HasField("g")], most
+        if node.op_type == "Loop":
+            turns = constants.get(node.input[0])
+            if turns is None or not 0 <= turns <= most:
+                said = "no constant number of turns" if turns is None else f"{turns} turns, of {most} that it may have"
+                raise _refused("it has a loop that may not end", where, f"Loop '{node.name}' has {said}")
+            left = most // max(turns, 1)
+        for each in inner:
+            _check_loops(each, {**constants, **_constants(each)}, left, where)
+
+
+def _constants(graph: onnx.GraphProto) -> dict[str, int]:
+    """Return the whole numbers that a graph holds as constants, by name."""
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    tensors |= {
+        node.output[0]: attribute.t
+        for node in graph.node
+        if node.op_type == "Constant" and node.output
+        for attribute in node.attribute
+        if attribute.name == "value"
+    }
+    single = {name: t for name, t in tensors.items() if t.data_type == onnx.TensorProto.INT64 and not _refers(t)}
+    return {
+        name: int(onnx.numpy_helper.to_array(tensor).ravel()[0])
+        for name, tensor in single.items()
+        if int(np.prod(tensor.dims, dtype=object)) == 1 and len(tensor.raw_data) in (0, 8)
+    }
 
 
 def _check_references(graph: onnx.ModelProto, bundle: Bundle, where: str) -> None:

@@ -62,6 +62,10 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _exit_code(args: list[str] | None) -> int:
+    if sys.stdout is None or sys.stderr is None:  # the shell's >&-
+        closed, sys.stdout = sys.stdout is None, sys.stdout or sys.stderr
+        sys.stderr = sys.stderr or sys.stdout
+        return _report("standard output is closed", DeviceError.exit_code) if closed else DeviceError.exit_code
     try:
         code = int(cli.main(args=args, prog_name="dvexport", standalone_mode=False) or 0)
         sys.stdout.flush()
@@ -69,6 +73,8 @@ def _exit_code(args: list[str] | None) -> int:
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return error.exit_code
+    except click.NoSuchOption as error:
+        return _report(f"{error.format_message()}{_as_setting(error.option_name)}", error.exit_code)
     except click.ClickException as error:
         return _report(error.format_message(), error.exit_code)
     except DvexportError as error:
@@ -83,6 +89,17 @@ def _exit_code(args: list[str] | None) -> int:
         _drop_output()
         where = f" ({error.filename})" if error.filename else ""
         return _report(f"{error.strerror or error}{where}", DeviceError.exit_code)
+
+
+def _as_setting(option: str) -> str:
+    """Return what to do about an option that is one of a model, such as official code's --shift; nothing for others."""
+    from dvexport.models.checkpoints.families import FAMILIES
+    from dvexport.models.settings import OFFICIAL_NAMES, option_names
+
+    name = option.lstrip("-").replace("-", "_")
+    name = OFFICIAL_NAMES.get(name, name)
+    known = {each for family in FAMILIES.values() for each in option_names(family.config)}
+    return f"\n  try: it is an option of the model: --set {name}=..." if name.replace(".", "_") in known else ""
 
 
 def _drop_output() -> None:

@@ -101,7 +101,7 @@ def export(
         f"{output}: {manifest.model.name} for {manifest.target} ({manifest.backend}, {manifest.mode}), "
         f"{file_size(bundle.path.stat().st_size)}",
         f"gates: {gates}",
-        *saved_lines(savings_of(bundle), manifest.backend, device),
+        *(saved_lines(savings_of(bundle), manifest.backend, device) if output.is_file() else []),
         *([] if backend else [backend_line(taken, refused)]),
         *memory_line(manifest.memory),
         *origin_lines(manifest.model),

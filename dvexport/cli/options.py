@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import click
 from dvexport.errors import UsageError, unknown_name
 
 __all__ = [
+    "Seconds",
     "bundle_argument",
     "inputs_option",
     "json_flag",
@@ -25,6 +27,21 @@ __all__ = [
 
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class Seconds(click.FloatRange):
+    """A duration from 0 to an hour; what is no number is none."""
+
+    def __init__(self) -> None:
+        super().__init__(min=0, max=3600)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the seconds; click's own range lets NaN through."""
+        seconds = float(super().convert(value, param, ctx))
+        if math.isnan(seconds):
+            self.fail(f"{value} is no number of seconds.", param, ctx)
+        return seconds
+
 
 plain_path = click.Path(path_type=Path)
 """A path; whether it exists is for the command to say, in dvexport's own words."""

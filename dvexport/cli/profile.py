@@ -6,9 +6,18 @@ from pathlib import Path
 
 import click
 
-from dvexport.cli.options import bundle_argument, inputs_option, parse_force, path_option, threads_option, trust_flag
+from dvexport.cli.options import (
+    Seconds,
+    bundle_argument,
+    inputs_option,
+    parse_force,
+    path_option,
+    threads_option,
+    trust_flag,
+)
 from dvexport.cli.output import checklist, print_lines
 from dvexport.errors import DeviceError
+from dvexport.numbers import MOST_RUNS
 
 __all__ = ["profile"]
 
@@ -24,12 +33,12 @@ LOCAL = "local"
 @click.option("--device", default=LOCAL, show_default=True, help="Where to run; this release: local.")
 @threads_option
 @click.option("--force", metavar="channels=P,tiles=P", help="Replace the decisions by random ones at these rates.")
-@click.option("--runs", default=10, show_default=True, type=click.IntRange(min=1), help="Passes over the clip.")
+@click.option("--runs", default=10, show_default=True, type=click.IntRange(1, MOST_RUNS), help="Passes over the clip.")
 @click.option(
     "--warmup",
     default=1.0,
     show_default=True,
-    type=click.FloatRange(min=0, max=3600),
+    type=Seconds(),
     help="Seconds run before measuring.",
 )
 @path_option("--json", "json_file", help="Write the result as JSON.")

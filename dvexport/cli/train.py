@@ -16,7 +16,7 @@ __all__ = ["train"]
 @path_option("-o", "--output", help="Folder for weights, curves and the state.", required=True)
 @click.option("--resume/--restart", default=True, show_default=True, help="Go on with what OUTPUT has, or begin anew.")
 @click.option("--device", help="cpu or cuda.  [default: cuda where there is one]")
-@click.option("--epochs", type=click.IntRange(min=1), help="In place of the recipe's.")
+@click.option("--epochs", type=click.IntRange(1, 100_000), help="In place of the recipe's.")
 def train(recipe: str, output: Path, resume: bool, device: str | None, epochs: int | None) -> None:
     """Train a model by a recipe.
 

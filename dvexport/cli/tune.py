@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dvexport.cli.options import json_flag, path_option
+from dvexport.cli.options import Seconds, json_flag, path_option
 from dvexport.cli.output import checklist, print_json, print_lines
 from dvexport.errors import DeviceError, UsageError
 
@@ -29,7 +29,7 @@ __all__ = ["tune"]
     "--seconds",
     default=60.0,
     show_default=True,
-    type=click.FloatRange(min=0, max=3600),
+    type=Seconds(),
     help="How long to repeat each of the two measurements.",
 )
 @click.option("--keep-parameters", is_flag=True, help="Measure the rates of the kernels as they are.")

@@ -11,6 +11,7 @@ import numpy as np
 from dvexport.decisions import ACTION, OVER, TILES, TOKENS, Action
 from dvexport.dialect.flops import ExecutedFlops, FlopTable
 from dvexport.errors import DeviceError, UsageError, unknown_name
+from dvexport.numbers import MOST_RUNS, whole_number
 from dvexport.profile.clip import ProfileClip, load_clip
 from dvexport.profile.environment import device_info
 from dvexport.profile.measure import Measured, interleaved, random_decisions, warm_up
@@ -26,6 +27,7 @@ from dvexport.profile.result import (
 from dvexport.profile.token_stages import token_stages
 from dvexport.run.classes import best_class
 from dvexport.run.feeds import at
+from dvexport.run.finite import check_finite
 from dvexport.run.open import open_variant, variant_of
 from dvexport.run.session import Decisions, Session, Step
 from dvexport.targets.registry import backend_of
@@ -99,6 +101,9 @@ def profile(
     tell(f"measure {repeats} x {len(played.frames)} frames, gated and dense in turn")
     device_state = device_info(threads, backend_of(manifest.backend).runtime(manifest), manifest.target)
     measured, measured_dense = interleaved(gated, dense, played.feeds, forced, repeats)
+    for index, step in enumerate(measured.steps):
+        feeds = played.feeds if gated.mode == "clip" else at(played.feeds, slice(index, index + 1))
+        check_finite(bundle, step, index, feeds)
     tell("time every node")
     recordings = _recorded(manifest, threads, played, ((gated_model, forced), (dense_model, None)))
     nodes, dense_nodes = (
@@ -130,8 +135,7 @@ def profile(
 def _check_request(manifest: Manifest, device: str, rates: Mapping[str, float], runs: int) -> None:
     if device != "local":
         raise DeviceError(f"profiling on '{device}' is not available in this release", hint="device='local'")
-    if runs < 1:
-        raise UsageError("runs are at least 1", why=f"runs={runs}")
+    whole_number(runs, "runs", least=1, most=MOST_RUNS)
     for kind, rate in rates.items():
         if kind not in OVER:
             raise unknown_name("kind of decision", kind, OVER)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dvexport.errors import UsageError
+from dvexport.files import check_file
 from dvexport.ports import VIDEO
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def count(given: Given) -> int:
 def read_arrays(path: str | Path) -> Feeds:
     """Return the arrays of an .npz file by name; UsageError if it is none, or holds Python objects."""
     try:
+        check_file(path)
         with np.load(path, allow_pickle=False) as stored:
             if not isinstance(stored, np.lib.npyio.NpzFile):
                 raise ValueError("it holds one array without a name")

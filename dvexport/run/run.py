@@ -14,6 +14,7 @@ from dvexport.errors import ClipError, UsageError
 from dvexport.ports import Output
 from dvexport.run.classes import best_class, label_of, logits_output, probabilities
 from dvexport.run.feeds import Feeds, by_name, read_arrays, with_arrays
+from dvexport.run.finite import check_finite
 from dvexport.run.open import open_session
 from dvexport.run.session import Session, Step, stacked_outputs
 from dvexport.video.clips import read_views, stream_frames
@@ -121,6 +122,7 @@ def run(
 
     Raises:
         ClipError: the video can't be read, or has too few frames.
+        BundleError: an output has NaN or infinite values.
         UsageError: `inputs` do not fit the model or the video; `limit` for a bundle that reads clips; several clips or
             crops for a model that is no classifier of a video alone; and as `open_session`.
         DeviceError: as `open_session`.
@@ -134,8 +136,10 @@ def run(
         return _clips(seen, session, bundle, clip, given, images)
     endless = is_camera(clip) and limit is None
     try:
-        for frame, feeds in _stream(bundle, clip, session, given, limit):
-            seen.add(session.step(feeds), frame.time, frame.image if images else None, alone=endless)
+        for index, (frame, feeds) in enumerate(_stream(bundle, clip, session, given, limit)):
+            step = session.step(feeds)
+            check_finite(bundle, step, index, feeds)
+            seen.add(step, frame.time, frame.image if images else None, alone=endless)
             if tell is not None and seen.frames:
                 tell(seen.frames[-1])
     except KeyboardInterrupt:
@@ -199,7 +203,10 @@ def _clips(
     if len(views) > 1 and (seen.classifier is None or len(session.inputs) > 1):
         raise UsageError("only a classifier of a video alone takes several clips or crops", where=str(clip))
     for view in views:
-        steps = session.run_clip(with_arrays(view, list(session.inputs), given, clip))
+        feeds = with_arrays(view, list(session.inputs), given, clip)
+        steps = session.run_clip(feeds)
+        for index, step in enumerate(steps):
+            check_finite(bundle, step, index, feeds)
         times = view.times[-len(steps) :]  # one step where the model reads a clip as one
         for step, time in zip(steps, times, strict=True):
             seen.add(step, time, None)

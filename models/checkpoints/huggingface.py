@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dvexport.errors import CheckpointError, UntoldError, UsageError
+from dvexport.files import read_text
 from dvexport.models.checkpoints.checkpoint import read_checkpoint
 from dvexport.models.config import ViTConfig
 from dvexport.models.settings import parse_settings
@@ -131,7 +132,7 @@ def directory_digest(folder: str | Path) -> str:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise CheckpointError("can't read a file of the model", where=str(path), why=str(error)) from None
     if not isinstance(content, dict):

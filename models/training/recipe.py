@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dvexport.errors import UsageError
+from dvexport.files import read_text
 from dvexport.models.settings import parse_settings
 
 __all__ = [
@@ -193,7 +194,7 @@ def load_recipe(recipe: str | Path) -> Recipe:
     """
     path = RECIPES / f"{recipe}.toml" if str(recipe) in recipe_names() else Path(recipe)
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(read_text(path))
     except FileNotFoundError:
         raise UsageError(f"no recipe '{recipe}'", hint=f"a TOML file, or one of: {', '.join(recipe_names())}") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

@@ -7,7 +7,8 @@ import ctypes
 import os
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -277,21 +278,45 @@ class _CallInfo(ctypes.Structure):
 
 def _load(data: bytes) -> ctypes.CDLL:
     """Load a library that is no file: through one that is gone when this returns."""
-    library = None
-    try:
-        with tempfile.TemporaryDirectory(prefix="dvexport-") as folder:
-            path = Path(folder) / "network.so"
-            path.write_bytes(data)
+    with _written(data) as path:
+        library = None
+        try:
             library = ctypes.CDLL(str(path))
             return _declare(library)
-    except (OSError, AttributeError) as error:
-        if library is not None:
-            _ctypes.dlclose(library._handle)
+        except (OSError, AttributeError) as error:
+            if library is not None:
+                _ctypes.dlclose(library._handle)
+            noexec = _NOEXEC in str(error)
+            raise DeviceError(
+                "the network's library can't be loaded on this machine",
+                where=str(path.parent.parent) if noexec else None,
+                why="programs may not run from the folder of temporary files" if noexec else str(error),
+                hint="name another folder with TMPDIR" if noexec else _HERE,
+            ) from error
+
+
+_NOEXEC = "failed to map segment from shared object"
+"""What the loader says of a file system without programs (noexec)."""
+
+_HERE = "it runs on the target it was exported for; --target host exports for this machine"
+
+
+@contextmanager
+def _written(data: bytes) -> Iterator[Path]:
+    """Yield a library's file, gone afterwards; DeviceError if it can't be written."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="dvexport-", ignore_cleanup_errors=True)
+        path = Path(folder.name) / "network.so"
+        path.write_bytes(data)
+    except OSError as error:
         raise DeviceError(
-            "the network's library can't be loaded on this machine",
-            why=str(error),
-            hint="it runs on the target it was exported for; --target host exports for this machine",
+            "the network's library can't be written to a temporary file",
+            where=error.filename or tempfile.gettempdir(),
+            why=error.strerror or str(error),
+            hint="free some space, or name another folder with TMPDIR",
         ) from error
+    with folder:
+        yield path
 
 
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:

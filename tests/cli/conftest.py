@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,19 +88,3 @@ def folder(tmp_path, monkeypatch) -> Path:
     for name, nothing in (("_said", set()), ("_tidied", set()), ("_seen", {})):
         monkeypatch.setattr(cache, name, nothing)
     return tmp_path / "cache"
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A function that mounts a disk of 64 KiB, or none; unmounted afterwards."""
-    place = tmp_path / "disk"
-    place.mkdir()
-
-    def mount(*options: str) -> Path:
-        command = ["mount", "-t", "tmpfs", "-o", ",".join(["size=64k,mode=0700", *options]), "tmpfs", place]
-        if subprocess.run(command, capture_output=True, check=False).returncode:
-            pytest.skip("disks can't be mounted here")
-        return place
-
-    yield mount
-    subprocess.run(["umount", place], capture_output=True, check=False)

@@ -6,6 +6,7 @@ import concurrent.futures
 import dataclasses
 import os
 import struct
+import tempfile
 import zlib
 
 import numpy as np
@@ -248,6 +249,26 @@ def test_numbers_of_numpy_are_numbers():
 def test_a_library_for_another_machine():
     with pytest.raises(DeviceError, match="can't be loaded on this machine"):
         NativeSession(b"\x7fELF" + bytes(100), b"", b"")
+
+
+def test_a_temporary_folder_that_libraries_can_t_run_from(small_disk, monkeypatch):
+    disk, net = small_disk("size=64m", "noexec"), sample_network()
+    monkeypatch.setattr(tempfile, "tempdir", str(disk))
+    with pytest.raises(DeviceError, match="can't be loaded on this machine") as caught:
+        opened(net)
+    assert caught.value.where == str(disk)
+    assert caught.value.why == "programs may not run from the folder of temporary files"
+    assert "TMPDIR" in caught.value.hint
+
+
+def test_a_temporary_folder_that_is_full(small_disk, monkeypatch):
+    disk, net = small_disk(), sample_network()
+    (disk / "filler").write_bytes(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - 8192))
+    monkeypatch.setattr(tempfile, "tempdir", str(disk))
+    with pytest.raises(DeviceError, match="can't be written to a temporary file") as caught:
+        opened(net)
+    assert caught.value.why == "No space left on device"
+    assert [path.name for path in disk.iterdir()] == ["filler"]
 
 
 # --- damaged files
