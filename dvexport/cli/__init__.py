@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
 
 import click
 
@@ -58,10 +62,34 @@ for _command in (models, targets, checkpoint, export, inspect, verify, run, prof
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line and leave with its exit code; a user's mistake gives one message, no traceback."""
-    sys.exit(_exit_code(args))
+    with _interrupts() as interrupted:
+        code = _exit_code(args, interrupted)
+    sys.exit(code)
 
 
-def _exit_code(args: list[str] | None) -> int:
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Yield what tells whether an interrupt has arrived: what libraries make of one may be any other error."""
+    arrived = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal arrived
+        arrived = True
+        signal.default_int_handler(number, frame)
+
+    # Elsewhere than in the main thread, and where somebody else listens, this is not ours to do.
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ours = ours and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: arrived
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _exit_code(args: list[str] | None, interrupted: Callable[[], bool]) -> int:
     if sys.stdout is None or sys.stderr is None:  # the shell's >&-
         closed, sys.stdout = sys.stdout is None, sys.stdout or sys.stderr
         sys.stderr = sys.stderr or sys.stdout
@@ -78,7 +106,7 @@ def _exit_code(args: list[str] | None) -> int:
     except click.ClickException as error:
         return _report(error.format_message(), error.exit_code)
     except DvexportError as error:
-        return _report(str(error), error.exit_code)
+        return _report("interrupted", _INTERRUPTED) if interrupted() else _report(str(error), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         return _report("interrupted", _INTERRUPTED)
     except BrokenPipeError:

@@ -304,11 +304,14 @@ _HERE = "it runs on the target it was exported for; --target host exports for th
 @contextmanager
 def _written(data: bytes) -> Iterator[Path]:
     """Yield a library's file, gone afterwards; DeviceError if it can't be written."""
+    folder = None
     try:
         folder = tempfile.TemporaryDirectory(prefix="dvexport-", ignore_cleanup_errors=True)
         path = Path(folder.name) / "network.so"
         path.write_bytes(data)
     except OSError as error:
+        if folder is not None:
+            folder.cleanup()
         raise DeviceError(
             "the network's library can't be written to a temporary file",
             where=error.filename or tempfile.gettempdir(),
