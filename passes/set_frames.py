@@ -15,14 +15,9 @@ from dvexport.dialect.spec import operator_of
 from dvexport.errors import TraceError, UsageError
 from dvexport.graph.graph import FRAMES, array_of, source_of, whole_clip_of
 from dvexport.graph.match import is_op
+from dvexport.passes.frame_axis import frame_dims, frames_stay_apart
 
 __all__ = ["SetClip", "SetStream"]
-
-_ALONG_AXIS = {
-    "Gather": 0, "GatherElements": 0, "ScatterElements": 0, "Softmax": -1, "LogSoftmax": -1, "Hardmax": -1,
-    "TopK": -1, "LayerNormalization": -1, "LpNormalization": -1,
-}  # fmt: skip
-"""Operators that keep a shape and yet compute along an axis, with the axis they take by default."""
 
 _ALIKE = ("Expand", "ConstantOfShape")
 """Operators that make a frame axis on which all frames are alike."""
@@ -73,17 +68,17 @@ class SetStream(ir.passes.InPlacePass):
 
 
 def _refuse_mixing(node: ir.Node) -> None:
-    """Refuse a node that changes or drops the frame axis."""
+    """Refuse a node by which one frame's numbers get into another's, or that drops or counts the frame axis."""
     if operator_of(node) is not None or is_op(node, "Shape", "Size"):
         return
-    reads_frames = any(v is not None and _frame_dims(v) for v in node.inputs)
-    makes_frames = any(_frame_dims(v) for v in node.outputs)
+    reads_frames = any(v is not None and frame_dims(v) for v in node.inputs)
+    makes_frames = any(frame_dims(v) for v in node.outputs)
     if not reads_frames and (not makes_frames or is_op(node, *_ALIKE)):
         return
-    mixes = not reads_frames or _works_along_frames(node)
     for value in node.outputs:
-        dims = _frame_dims(value)
-        if dims == [(0, FRAMES)] and not mixes:
+        dims = frame_dims(value)
+        whole = len(dims) == 1 and dims[0][1] == FRAMES
+        if whole and reads_frames and frames_stay_apart(node, dims[0][0]):
             continue
         starts = array_of(node.inputs[1]) if is_op(node, "Slice") else None
         ahead = starts is not None and np.any(starts > 0)
@@ -92,43 +87,12 @@ def _refuse_mixing(node: ir.Node) -> None:
             f"the model can't run in stream mode: a node {verb}",
             where=source_of(node),
             why="it works along the frame axis, or counts it"
-            if mixes
+            if whole
             else f"its output has shape {value.shape}, where the frame axis must stay '{FRAMES}'",
             hint="export with --mode clip, or use the online variant of the model"
             if ahead
             else "export with --mode clip, or use dvexport.gates.delay and frame_mean",
         )
-
-
-def _works_along_frames(node: ir.Node) -> bool:
-    """Tell whether a node that keeps the shape of its first input computes across its axis 0."""
-    value = node.inputs[0]
-    if value is None or (0, FRAMES) not in _frame_dims(value):
-        return False
-    axes: list[int] = []
-    if is_op(node, "CumSum"):
-        axes = [int(np.ravel(_known(node, 1))[0])]
-    elif is_op(node, "Slice") and len(node.inputs) > 4:  # a flip is a slice of step -1
-        stepped = zip(np.ravel(_known(node, 3)), np.ravel(_known(node, 4)), strict=True)
-        axes = [int(axis) for axis, step in stepped if step != 1]
-    elif is_op(node, *_ALONG_AXIS):
-        axes = [node.attributes.get_int("axis", _ALONG_AXIS[node.op_type])]
-    assert value.shape is not None
-    return any(axis % len(value.shape) == 0 for axis in axes)
-
-
-def _known(node: ir.Node, position: int) -> np.ndarray:
-    """Return a constant input; an unknown one might be the frame axis, which is 0."""
-    array = array_of(node.inputs[position])
-    return np.zeros(1, np.int64) if array is None else array
-
-
-def _frame_dims(value: ir.Value) -> list[tuple[int, str]]:
-    """Return the (axis, text) of the dimensions that speak of the frame symbol."""
-    if value.shape is None:
-        return []
-    texts = [(axis, str(dim)) for axis, dim in enumerate(value.shape) if not isinstance(dim, int)]
-    return [(axis, text) for axis, text in texts if FRAMES in text]
 
 
 def _substitute(model: ir.Model, frames: int) -> None:

@@ -89,7 +89,7 @@ MIXING = {
         zero = Constant<value_ints=[0]>() s = Slice(v, one, end, zero, one) y = Concat<axis=0>(s, z)"""),
     "frame before, not by delay": ("Slice", """zero = Constant<value_ints=[0]>() end = Constant<value_ints=[-1]>()
         s = Slice(v, zero, end, zero) y = Concat<axis=0>(z, s)"""),
-    "attention": ("Transpose", """t = Transpose<perm=[1,0]>(v) a = MatMul(v, t) b = Softmax<axis=-1>(a)
+    "attention": ("MatMul", """t = Transpose<perm=[1,0]>(v) a = MatMul(v, t) b = Softmax<axis=-1>(a)
         y = MatMul(b, v)"""),
     "softmax over frames": ("Softmax", "y = Softmax<axis=0>(v)"),
     "sum over frames": ("CumSum", "zero = Constant<value_int=0>() y = CumSum(v, zero)"),
