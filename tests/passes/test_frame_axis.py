@@ -12,8 +12,8 @@ from dvexport.passes.frame_axis import frame_dims, frames_stay_apart
 
 FRAMES = 3
 CONSTANTS = """int64[2] ends = {1, 0}, int64[1] zero = {0}, int64[1] one = {1}, int64[1] two = {2},
-    int64[1] step = {-1}, int64[1] far = {-9}, int64[2,2] pairs = {0, 1, 2, 0}, int64[2,1] rows = {1, 0}, int64[2] inner = {0, 2},
-    int64[3] joined = {6, -1, 4}, float[4] c = {1.0, 2.0, 3.0, 4.0}"""
+    int64[1] step = {-1}, int64[1] far = {-9}, int64[2,2] pairs = {0, 1, 2, 0}, int64[2,1] rows = {1, 0},
+    int64[2] inner = {0, 2}, int64[3] joined = {6, -1, 4}, float[4] c = {1.0, 2.0, 3.0, 4.0}"""
 
 # Each reads v [2, 3, frames, 4] and gives y with the frames on the axis named; None: they don't stay apart.
 CASES = {
