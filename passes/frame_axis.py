@@ -68,8 +68,8 @@ def _gather(node: ir.Node, frames: Mapping[int, int], axis: int) -> bool:
 
 def _gather_nd(node: ir.Node, frames: Mapping[int, int], axis: int) -> bool:
     """Indices of the first axes take whole slices of the others."""
-    indices = node.inputs[1]
-    if set(frames) != {0} or node.attributes.get_int("batch_dims", 0) or indices is None or indices.shape is None:
+    indices, batched = node.inputs[1], node.attributes.get_int("batch_dims", 0)
+    if set(frames) != {0} or batched or indices is None or indices.shape is None:
         return False
     taken = indices.shape[-1]
     return isinstance(taken, int) and frames[0] >= taken and axis == _rank(indices) - 1 + frames[0] - taken
@@ -80,7 +80,7 @@ def _reduce(node: ir.Node, frames: Mapping[int, int], axis: int) -> bool:
     if axes is None or set(frames) != {0}:
         return False
     reduced = {int(each) % _rank(node.inputs[0]) for each in axes.ravel()}
-    kept = node.attributes.get_int("keepdims", 1)
+    kept = node.attributes.get_int("keepdims", 1) != 0
     return frames[0] not in reduced and axis == frames[0] - (0 if kept else sum(each < frames[0] for each in reduced))
 
 

@@ -9,8 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dvexport.dialect.spec import specification
-from dvexport.errors import UsageError
-from dvexport.graph.graph import array_of, source_of
+from dvexport.graph.graph import array_of
 from dvexport.graph.match import is_op, made_by, only_user, other_input
 from dvexport.targets.tvm.kernels.plane import MOST_STEP
 from dvexport.targets.tvm.units.kinds import Family, Image, Role
@@ -71,14 +70,6 @@ def _sparse(node: ir.Node) -> ConvUnit:
     inputs, attributes = operator.bind(node), operator.attributes_of(node)
     weight = array_of(inputs["W"])
     assert weight is not None and inputs["X"] is not None
-    step = attributes["strides"][1]
-    if step > MOST_STEP:
-        raise UsageError(
-            f"the native backend has no kernel for a gated convolution with a stride of {step} across",
-            where=f"gate {attributes['gate']}, {source_of(node)}",
-            why=f"its kernels step over at most {MOST_STEP} columns",
-            hint="take a smaller stride, or export with another backend: --backend onnx",
-        )
     return ConvUnit(
         kind="conv", nodes=[node], x=inputs["X"], weight=weight, bias=_bias(inputs["B"], len(weight)),
         strides=tuple(attributes["strides"]), pads=tuple(attributes["pads"]), dilations=tuple(attributes["dilations"]),

@@ -31,6 +31,7 @@ from dvexport.targets.tvm.kernels.conv.direct_ahead import ask_for_tile, ask_for
 from dvexport.targets.tvm.kernels.conv.direct_bounds import state_direct
 from dvexport.targets.tvm.kernels.conv.direct_data import HALVES, Shape
 from dvexport.targets.tvm.kernels.conv.direct_spec import BEYOND, COLUMNS, DirectConv, spec_for
+from dvexport.targets.tvm.kernels.plane import MOST_STEP
 from dvexport.targets.tvm.kernels.vectors import (
     ceil_div,
     choose,
@@ -74,7 +75,7 @@ def direct_conv(spec: DirectConv, machine: Machine) -> Kernel:
 
 def _check(spec: DirectConv, machine: Machine) -> None:
     require_dtype("direct convolution", spec.dtype)
-    if machine.lanes % spec.run or spec.step not in (1, 2) or spec.taps not in ((0, 1) if spec.packed else (1, 9)):
+    if machine.lanes % spec.run or spec.step < 1 or spec.taps not in ((0, 1) if spec.packed else (1, 9)):
         raise ValueError(f"no direct convolution has {spec} with {machine.lanes} lanes")
     if spec.inside and spec.run != machine.lanes:
         raise ValueError("runs shorter than a vector cover no padding")
@@ -192,6 +193,8 @@ class _Writer:
         run, X = self.spec.run, self.frame.X
         if self.spec.step == 1 or run == 1:
             return load(X, offset, run)
+        if self.spec.step > MOST_STEP:
+            return X[tx.Ramp(offset, self.spec.step, run)]
         return tx.Shuffle([load(X, offset, run), load(X, offset + run, run)], list(range(0, 2 * run, 2)))
 
     def _panels(self, first: Any, count: int, vectors: Groups, start: Any, stop: Any) -> None:

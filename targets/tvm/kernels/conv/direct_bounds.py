@@ -22,6 +22,7 @@ from dvexport.targets.tvm.kernels.bounds import (
 )
 from dvexport.targets.tvm.kernels.conv.direct_data import HALVES, Shape
 from dvexport.targets.tvm.kernels.conv.direct_spec import BEYOND, DirectConv
+from dvexport.targets.tvm.kernels.plane import MOST_STEP
 from dvexport.targets.tvm.machine.machine import Machine
 
 __all__ = ["state_direct"]
@@ -67,12 +68,19 @@ def _pixels_read(spec: DirectConv, cols: Size, lines: Size, lanes: int) -> Size:
     if spec.columns:
         tap, beyond = largest(first, lines, spec.columns), 2 * lanes + BEYOND
     elif spec.packed:
-        tap, beyond = largest(first, lines), spec.run * (1 if spec.run == 1 else spec.step)
+        tap, beyond = largest(first, lines), _under_a_tap(spec)
     elif spec.taps == 1:
         tap, beyond = size(0), spec.run
     else:
         tap, beyond = largest(first, 3, 3), spec.run + 2
     return (cols - 1) * _entry(Shape.X_PLANE) + tap + (known("runs", "inputs") - 1) + beyond
+
+
+def _under_a_tap(spec: DirectConv) -> int:
+    """Elements of a row from the first that a run reads under one tap: whole vectors up to a stride of 2."""
+    if spec.run == 1 or spec.step > MOST_STEP:
+        return (spec.run - 1) * spec.step + 1
+    return spec.run * spec.step
 
 
 def _memory(spec: DirectConv, lines: Size, lanes: int) -> tuple[Size, Size, Size]:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from dvexport.targets.tvm.kernels.conv.direct_data import HALVES, Runs, Window
-from dvexport.targets.tvm.kernels.plane import MOST_STEP
 from dvexport.targets.tvm.machine.dtype import F32, DType
 from dvexport.targets.tvm.machine.machine import Machine
 from dvexport.targets.tvm.machine.parameters import TALL, parameters_of
@@ -31,7 +30,7 @@ class DirectConv:
     Attributes:
         taps: pixels of the window: 1; 9, for a 3 x 3 window without dilation (unpacked); 0, as many as `shape` says
             (packed).
-        step: columns from one output pixel's window to the next: 1 or 2.
+        step: columns from one output pixel's window to the next; above `MOST_STEP` each pixel is loaded by itself.
         run: neighbouring output pixels of one entry of the run list, a power of two up to the lanes.
         inside: choose by the float plane `inside` between sums and zero, because runs cover padding. What lies in the
             padding of X and R may be any bits then, where windows don't reach beyond the image.
@@ -98,13 +97,8 @@ def spec_for(
         machine: what to generate code for.
         residual, relu: what is fused.
         dtype: the type of pixels, weights and sums.
-
-    Raises:
-        ValueError: windows lie too far apart.
     """
     step = window.strides[-1]
-    if step > MOST_STEP:
-        raise ValueError(f"no direct convolution has a stride of {step}")
     packed = not (step == 1 and _reads_planes(window, runs, channels[1], machine))
     point = window.size == 1
     taps = 1 if point else 0 if packed else 9
