@@ -42,7 +42,7 @@ MOST_TEXT = 16 << 20
 def check_file(path: str | Path) -> None:
     """Raise OSError for what is read as a file and is none: a pipe or a device may never end."""
     if Path(path).exists() and not Path(path).is_file():
-        what = "it is a folder" if Path(path).is_dir() else "it is a pipe or a device, which may never end"
+        what = "it is a directory" if Path(path).is_dir() else "it is a pipe or a device, which may never end"
         raise OSError(errno.EINVAL, what, str(path))
 
 

@@ -48,6 +48,7 @@ def read_graph(bundle: Bundle, name: str) -> onnx.ModelProto:
     graph.DiscardUnknownFields()  # type: ignore[no-untyped-call]  # another reader may know them
     _check_operators(graph, where)
     _check_references(graph, bundle, where)
+    _check_loops(graph.graph, _constants(graph.graph), _MOST_TURNS, where)
     return graph
 
 
@@ -70,7 +71,6 @@ def _check_operators(graph: onnx.ModelProto, where: str) -> None:
     for node in _messages(graph, onnx.NodeProto):
         if node.domain not in DOMAINS:
             raise _refused("it has an operator that no bundle has", where, f"{node.op_type} of domain '{node.domain}'")
-    _check_loops(graph.graph, _constants(graph.graph), _MOST_TURNS, where)
     if any(entry.key == _OPTIONS for entry in graph.metadata_props):
         raise _refused("it brings options for the runtime", where, f"metadata '{_OPTIONS}'")
 

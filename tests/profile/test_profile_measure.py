@@ -192,7 +192,7 @@ def test_wrong_requests_are_refused(bundle):
         profile(bundle, force={"tile": 0.5})
     with pytest.raises(UsageError, match="from 0 to 1"):
         profile(bundle, force={"tiles": 1.5})
-    with pytest.raises(UsageError, match="at least 1"):
+    with pytest.raises(UsageError, match="from 1 to 10000, not 0"):
         profile(bundle, runs=0)
 
 
