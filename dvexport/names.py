@@ -1,10 +1,10 @@
-"""Names that are legal: of gates and states, of modes, of activations."""
+"""Names that are legal: of gates and states, of modes, of activations; and texts as a terminal may have them."""
 
 from __future__ import annotations
 
 import re
 
-__all__ = ["ACTIVATIONS", "MODES", "name_problem"]
+__all__ = ["ACTIVATIONS", "MODES", "name_problem", "printable"]
 
 MODES = ("stream", "clip")
 """How an artifact takes frames. `stream`: one frame a step, explicit state in and out. `clip`: all frames at once."""
@@ -13,6 +13,11 @@ ACTIVATIONS = ("none", "relu")
 """What a gated convolution may end with; for code that runs without torch."""
 
 _NAME = re.compile(r"[A-Za-z0-9_./:-]{1,100}")
+
+
+def printable(text: object) -> str:
+    """Return a text from outside, such as a label, in which a terminal finds nothing to obey; lines stay lines."""
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in str(text))
 
 
 def name_problem(name: object) -> str | None:

@@ -26,6 +26,7 @@ from dvexport.cli.tune import tune
 from dvexport.cli.unpack import unpack
 from dvexport.cli.verify import verify
 from dvexport.errors import DeviceError, DvexportError, unknown_name
+from dvexport.names import printable
 
 __all__ = ["cli", "main"]
 
@@ -137,5 +138,5 @@ def _drop_output() -> None:
 
 
 def _report(message: str, exit_code: int) -> int:
-    click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True)
+    click.echo(f"{click.style('error:', fg='red', bold=True)} {printable(message)}", err=True)
     return exit_code

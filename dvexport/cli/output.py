@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
+from dvexport.names import printable
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -38,7 +40,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Seq
     for name in header:
         table.add_column(name, justify="right" if name in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     _print(table)
 
 
@@ -46,13 +48,13 @@ def print_fields(fields: Sequence[tuple[str, str]]) -> None:
     """Print names and values, the values aligned."""
     width = max(len(name) for name, _ in fields)
     for name, value in fields:
-        click.echo(f"{click.style(name.ljust(width), bold=True)}  {value}")
+        click.echo(f"{click.style(name.ljust(width), bold=True)}  {printable(value)}")
 
 
 def print_lines(*lines: str) -> None:
-    """Print lines as they are."""
+    """Print lines."""
     for line in lines:
-        click.echo(line)
+        click.echo(printable(line))
 
 
 def file_size(count: int) -> str:

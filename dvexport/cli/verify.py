@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dvexport.cli.options import bundle_argument, inputs_option, json_flag, parse_pairs, path_option, trust_flag
-from dvexport.cli.output import checklist, print_json, print_table
+from dvexport.cli.output import checklist, print_json, print_lines, print_table
 
 if TYPE_CHECKING:
     from dvexport.run.seen import GateSeen
@@ -68,7 +68,7 @@ def verify(
         print_table(("check", "value", "limit", ""), rows, right=("value", "limit"))
         _print_seen(report.gates)
         for note in report.notes:
-            click.echo(f"note: {note}")
+            print_lines(f"note: {note}")
     if not report.ok:
         failed = [name for name, _, _, ok in report.rows if not ok]
         raise CheckFailed(f"{len(failed)} of {len(report.rows)} checks failed", where=", ".join(failed))

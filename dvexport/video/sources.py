@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import av
 
 from dvexport.errors import ClipError
+from dvexport.names import printable
 from dvexport.video.limits import FORMATS, MAX_ASPECT, MAX_PIXELS
 
 __all__ = ["decode", "is_camera"]
@@ -66,7 +67,7 @@ def decode(source: str | Path, *, warn: bool = True) -> Iterator[av.VideoFrame]:
     elif stat.S_ISREG(mode):
         yield from _checked(_file(Path(source), warn), source)
     else:
-        raise ClipError("the video is no regular file", where=_shown(source),
+        raise ClipError("the video is no regular file", where=printable(source),
                         why="a clip is read twice, and a pipe or device may never end",
                         hint="write it to a file first")  # fmt: skip
 
@@ -75,12 +76,7 @@ def _mode(source: str | Path) -> int:
     try:
         return os.stat(source).st_mode
     except (OSError, ValueError) as error:
-        raise ClipError("there is no such video", where=_shown(source)) from error
-
-
-def _shown(source: str | Path) -> str:
-    """Return a name that a terminal takes as text, whatever is in it."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(source))
+        raise ClipError("there is no such video", where=printable(source)) from error
 
 
 class _Reader:
@@ -100,11 +96,11 @@ def _file(path: Path, warn: bool) -> Iterator[av.VideoFrame]:
         for magic, what in _LISTS.items():
             if start.startswith(magic):
                 raise ClipError(
-                    "the file is no video", where=_shown(path), why=f"it is {what}, which may name other files"
+                    "the file is no video", where=printable(path), why=f"it is {what}, which may name other files"
                 )
         with av.open(_Reader(file), options=_OPTIONS) as container:
             if not container.streams.video:
-                raise ClipError("the file has no video stream", where=_shown(path))
+                raise ClipError("the file has no video stream", where=printable(path))
             cut = not ending.endswith(_ENDS.get(container.format.name, b""))
             if container.format.name == "jpeg_pipe":
                 cut = _jpeg_is_cut(path)
@@ -161,7 +157,10 @@ def _whole(container: Any, path: Path, warn: bool, damage: str | None) -> Iterat
     damage = damage or _missing(container, stream, packets, last)
     if warn and frames and damage:
         _LOG.warning(
-            "warning: the video is cut off or damaged (%s); its %d frames are taken: %s", damage, frames, _shown(path)
+            "warning: the video is cut off or damaged (%s); its %d frames are taken: %s",
+            damage,
+            frames,
+            printable(path),
         )
 
 
@@ -185,10 +184,10 @@ def _folder(folder: Path, warn: bool) -> Iterator[av.VideoFrame]:
         # The second frame is asked for, as what is cut off is known at the end of the file only.
         frame, *more = islice(_checked(_file(path, warn), path), 2)
         if more:
-            raise ClipError("an image of the folder is an animation", where=_shown(path))
+            raise ClipError("an image of the folder is an animation", where=printable(path))
         size = size or (frame.width, frame.height)
         if (frame.width, frame.height) != size:
-            raise ClipError("the images of a folder have different sizes", where=_shown(path),
+            raise ClipError("the images of a folder have different sizes", where=printable(path),
                             why=f"{frame.width} x {frame.height} after {size[0]} x {size[1]}")  # fmt: skip
         # An image has no place in time of its own: `clips` sets frames without one evenly.
         frame.pts = None
@@ -205,19 +204,19 @@ def _series(folder: Path) -> list[Path]:
             series = found.setdefault((match[1], match[3].lower()), {})
             number = int(match[2][:18])
             if number in series:
-                raise ClipError("two images of a folder have one number", where=_shown(path))
+                raise ClipError("two images of a folder have one number", where=printable(path))
             series[number] = path
     if not found:
-        raise ClipError("the folder has no numbered images", where=_shown(folder),
+        raise ClipError("the folder has no numbered images", where=printable(folder),
                         why="a clip is a series such as img_00001.jpg, in png or jpg")  # fmt: skip
     if len(found) > 1:
-        names = ", ".join(_shown(before + "*" + after) for before, after in sorted(found)[:4])
-        raise ClipError("the folder has more than one series of images", where=_shown(folder), why=names)
+        names = ", ".join(printable(before + "*" + after) for before, after in sorted(found)[:4])
+        raise ClipError("the folder has more than one series of images", where=printable(folder), why=names)
     (series,) = found.values()
     numbers = sorted(series)
     for before, after in pairwise(numbers):
         if after != before + 1:
-            raise ClipError("the series of images has a hole", where=_shown(folder),
+            raise ClipError("the series of images has a hole", where=printable(folder),
                             why=f"no image has number {before + 1}")  # fmt: skip
     return [series[number] for number in numbers]
 
@@ -243,7 +242,7 @@ def _checked(frames: Iterator[av.VideoFrame], source: str | Path) -> Iterator[av
         empty = False
         yield frame
     if empty:
-        raise ClipError("the video has no frames", where=_shown(source))
+        raise ClipError("the video has no frames", where=printable(source))
 
 
 def _check_size(width: int, height: int, source: str | Path) -> None:
@@ -251,10 +250,10 @@ def _check_size(width: int, height: int, source: str | Path) -> None:
     if min(width, height) <= 0:
         return
     if width * height > MAX_PIXELS:
-        raise ClipError("the frames are too large", where=_shown(source),
+        raise ClipError("the frames are too large", where=printable(source),
                         why=f"{width} x {height} is more than {MAX_PIXELS} pixels")  # fmt: skip
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ClipError("the frames are too narrow for a crop", where=_shown(source),
+        raise ClipError("the frames are too narrow for a crop", where=printable(source),
                         why=f"{width} x {height} is more than {MAX_ASPECT} to 1")  # fmt: skip
 
 
@@ -264,7 +263,7 @@ def _explained(path: str | Path) -> Iterator[None]:
         yield
     except av.ArgumentError as error:
         why = "it is of no format that is read: only files of video and images are, no texts and no lists"
-        raise ClipError("the video can't be read", where=_shown(path), why=why) from error
+        raise ClipError("the video can't be read", where=printable(path), why=why) from error
     except (av.FFmpegError, OSError, UnicodeError, ValueError, MemoryError) as error:
         why = getattr(error, "strerror", None) or str(error)
-        raise ClipError("the video can't be read", where=_shown(path), why=why) from error
+        raise ClipError("the video can't be read", where=printable(path), why=why) from error

@@ -117,6 +117,10 @@ def _checked(path: Path, state: dict[str, Any]) -> dict[str, Any]:
 
     checked = {}
     for key, value in state.items():
+        if not isinstance(key, str):
+            raise CheckpointError(
+                "the checkpoint holds no plain state_dict", where=str(path), why=f"{key!r} stands where a name should"
+            )
         if not isinstance(value, torch.Tensor):
             raise CheckpointError(
                 "the checkpoint holds no plain state_dict",

@@ -56,7 +56,7 @@ def unwrap(path: Path, content: Any, wanted: str | None = None) -> Unwrapped:
         CheckpointError: it holds no weights, or two sets of them and nothing tells which is meant.
         UsageError: nothing stands under `wanted`.
     """
-    key, state = _chosen(path, content, wanted) if wanted else _usual(path, content)
+    key, state = _usual(path, content) if wanted is None else _chosen(path, content, wanted)
     if not isinstance(state, Mapping) or not state:
         raise CheckpointError(
             "the checkpoint holds no weights",
@@ -67,7 +67,8 @@ def unwrap(path: Path, content: Any, wanted: str | None = None) -> Unwrapped:
     prefix = _prefix(state)
     top = content if isinstance(content, Mapping) and key else {}
     others = {str(name): _kind(value) for name, value in top.items() if name != key.partition(".")[0]}
-    return Unwrapped({name[len(prefix) :]: value for name, value in state.items()}, key, prefix, others)
+    plain = {name[len(prefix) :]: value for name, value in state.items()} if prefix else dict(state)
+    return Unwrapped(plain, key, prefix, others)
 
 
 def _usual(path: Path, content: Any) -> tuple[str, Any]:

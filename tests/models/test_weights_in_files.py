@@ -84,13 +84,20 @@ def test_one_of_two_sets_is_chosen_by_its_key(tmp_path):
 def test_a_key_inside_another(tmp_path):
     path = saved(tmp_path, {"ema": {"state_dict": WEIGHTS}, "state_dict": WEIGHTS})
     assert read_checkpoint(path, "ema.state_dict").found.key == "ema.state_dict"
-    for wrong in ("ema.model", "nothing", "epoch"):
+    for wrong in ("ema.model", "nothing", "epoch", "", "."):
         with pytest.raises(UsageError, match=f"no weights under '{wrong}'") as caught:
             read_checkpoint(path, wrong)
         assert "ema.state_dict, state_dict" in caught.value.why
     with pytest.raises(UsageError, match="no weights under 'model'") as caught:
         read_checkpoint(saved(tmp_path, WEIGHTS), "model")
     assert "it holds one set, without a key" in caught.value.why
+
+
+@pytest.mark.parametrize("name", [1, (1, 2), None])
+def test_names_that_are_no_text(tmp_path, name):
+    with pytest.raises(CheckpointError, match="no plain state_dict") as caught:
+        read_checkpoint(saved(tmp_path, {**WEIGHTS, name: torch.ones(1)}))
+    assert caught.value.why == f"{name!r} stands where a name should"
 
 
 class _Ran:
