@@ -16,8 +16,8 @@ _NAME = re.compile(r"[A-Za-z0-9_./:-]{1,100}")
 
 
 def printable(text: object) -> str:
-    """Return a text from outside, such as a label, in which a terminal finds nothing to obey; lines stay lines."""
-    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in str(text))
+    """Return a text from outside, such as a label, as one line in which a terminal finds nothing to obey."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(text))
 
 
 def name_problem(name: object) -> str | None:

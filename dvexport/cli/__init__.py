@@ -17,6 +17,7 @@ from dvexport.cli.checkpoint import checkpoint
 from dvexport.cli.export import export
 from dvexport.cli.inspect import inspect
 from dvexport.cli.models import models
+from dvexport.cli.output import printable_lines
 from dvexport.cli.profile import profile
 from dvexport.cli.run import run
 from dvexport.cli.slim import slim
@@ -26,7 +27,6 @@ from dvexport.cli.tune import tune
 from dvexport.cli.unpack import unpack
 from dvexport.cli.verify import verify
 from dvexport.errors import DeviceError, DvexportError, unknown_name
-from dvexport.names import printable
 
 __all__ = ["cli", "main"]
 
@@ -138,5 +138,5 @@ def _drop_output() -> None:
 
 
 def _report(message: str, exit_code: int) -> int:
-    click.echo(f"{click.style('error:', fg='red', bold=True)} {printable(message)}", err=True)
+    click.echo(f"{click.style('error:', fg='red', bold=True)} {printable_lines(message)}", err=True)
     return exit_code

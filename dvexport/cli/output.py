@@ -20,7 +20,7 @@ from dvexport.names import printable
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["checklist", "file_size", "print_fields", "print_json", "print_lines", "print_table"]
+__all__ = ["checklist", "file_size", "print_fields", "print_json", "print_lines", "print_table", "printable_lines"]
 
 PIPED_WIDTH = 200
 """Wide enough that no row of a table wraps where a script reads it."""
@@ -54,7 +54,12 @@ def print_fields(fields: Sequence[tuple[str, str]]) -> None:
 def print_lines(*lines: str) -> None:
     """Print lines."""
     for line in lines:
-        click.echo(printable(line))
+        click.echo(printable_lines(line))
+
+
+def printable_lines(text: str) -> str:
+    """Return a text of several lines, each as `names.printable`."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def file_size(count: int) -> str:
