@@ -22,6 +22,10 @@ from dvexport.models import zoo
 from dvexport.models.checkpoints.families import FAMILIES
 from dvexport.models.option_help import option_help
 
+COMMANDS = (
+    "models", "targets", "checkpoint", "export", "inspect", "verify", "run", "profile", "slim", "unpack", "tune",
+    "train", "cache",
+)  # fmt: skip
 HEAVY = ("torch", "onnx", "onnxruntime", "onnx_ir", "numpy", "pydantic", "rich", "av", "matplotlib")
 
 
@@ -38,41 +42,11 @@ def test_help_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-    for command in (
-        "models",
-        "targets",
-        "export",
-        "inspect",
-        "verify",
-        "run",
-        "profile",
-        "slim",
-        "unpack",
-        "tune",
-        "train",
-        "cache",
-    ):
+    for command in COMMANDS:
         assert f"\n  {command} " in done.stdout
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "models",
-        "targets",
-        "checkpoint",
-        "export",
-        "inspect",
-        "verify",
-        "run",
-        "profile",
-        "slim",
-        "unpack",
-        "tune",
-        "train",
-        "cache",
-    ],
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(call, command):
     code, out, _ = call(command, "--help")
     assert code == 0
